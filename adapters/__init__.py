@@ -1,0 +1,17 @@
+"""What is known about each UNet class, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.hookspecs import hookimpl
+
+BUILT_IN = (UNET_2D,)
+
+
+@hookimpl
+def diffprune_register_adapters(register: Callable[[UNetAdapter], None]) -> None:
+    for adapter in BUILT_IN:
+        register(adapter)

@@ -1,0 +1,210 @@
+"""The form of an adapter: the facts about one UNet class that pruning, reloading and export need."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffprune_plugin.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor that goes into or comes out of the UNet.
+
+    ``axes`` is its shape in words: ``{key}`` is the UNet config's value, any other word a dynamic axis. ``when`` names
+    config keys; the port exists if one of them is set. ``integers_below`` (config keys) makes it an integer index.
+    """
+
+    name: str
+    axes: str
+    dtype: torch.dtype = torch.float32
+    when: tuple[str, ...] = ()
+    integers_below: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of class ``owner`` splits the outputs of ``layers`` into as many heads as its attribute ``count`` says.
+
+    Heads lose equally many dimensions each; the softmax keeps the dense scale: ``query``'s weights are multiplied by
+    sqrt(new / old head size), which cancels the 1/sqrt(head size) that scaled_dot_product_attention applies, and the
+    attribute ``scale``, which other processors read, is set to 1/sqrt(new head size).
+    """
+
+    owner: str
+    count: str
+    layers: tuple[str, ...]
+    query: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The output of ``layer`` in modules of class ``owner`` is cut into ``parts`` whose channels live and die together."""
+
+    owner: str
+    layer: str
+    parts: int
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """``attribute`` of modules of class ``owner`` repeats the size ``source`` and goes stale when that shrinks."""
+
+    owner: str
+    attribute: str
+    source: str
+
+
+@dataclass(frozen=True)
+class UNetAdapter:
+    """One UNet class as a table; everything else is derived from it."""
+
+    model_class: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    keep: tuple[str, ...]
+    heads: tuple[Heads, ...] = ()
+    pairs: tuple[Pairs, ...] = ()
+    mirrors: tuple[Mirror, ...] = ()
+    processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
+
+    def ports(self, unet: nn.Module) -> tuple[Port, ...]:
+        """The inputs that this UNet's config asks for."""
+        return tuple(p for p in self.inputs if not p.when or any(config_value(unet, key) for key in p.when))
+
+    def example_inputs(
+        self, unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Seeded inputs by name, ``batch`` samples of ``size`` (height, width; the config's sample size if not given)."""
+        generator = torch.Generator().manual_seed(seed)
+        height, width = size or sample_size(unet)
+        parameter = next(unet.parameters())
+        words = {"batch": batch, "height": height, "width": width}
+        inputs = {}
+        for port in self.ports(unet):
+            shape = [axis_size(unet, axis, words) for axis in port.axes.split()]
+            if port.integers_below:
+                top = next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
+                tensor = torch.randint(0, top, shape, generator=generator, dtype=port.dtype)
+            elif port.dtype is torch.int64:
+                tensor = torch.arange(1, batch + 1)
+            else:
+                tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
+            inputs[port.name] = tensor.to(parameter.device)
+        return inputs
+
+    def trace_size(self, unet: nn.Module) -> tuple[int, int]:
+        """The smallest (height, width) whose bottom level still has two pixels a side: cheap to trace through."""
+        side = 2 ** len(config_value(unet, "block_out_channels"))
+        return side, side
+
+    def kept_layers(self, unet: nn.Module) -> set[str]:
+        """Names of the layers whose output channels must stay.
+
+        Raises BadInput if a pattern of the table matches no layer.
+        """
+        names = [name for name, _ in unet.named_modules()]
+        kept = set()
+        for pattern in self.keep:
+            found = fnmatch.filter(names, pattern)
+            if not found:
+                raise BadInput(f"adapter {self.model_class}: keep={pattern!r} matches no layer; mend its table")
+            kept.update(found)
+        return kept
+
+    def equal_parts(self, unet: nn.Module) -> dict[str, int]:
+        """For each layer, into how many parts its channels fall that must lose equally many: norm groups, heads."""
+        parts = {name: m.num_groups for name, m in unet.named_modules() if isinstance(m, nn.GroupNorm)}
+        for row in self.heads:
+            for name, owner in modules_of(unet, row.owner):
+                parts |= {f"{name}.{layer}": int(getattr(owner, row.count)) for layer in row.layers}
+        return parts
+
+    def paired(self, unet: nn.Module) -> dict[str, int]:
+        """For each layer whose output is cut into parts that live and die together, how many parts."""
+        return {
+            f"{name}.{row.layer}": row.parts
+            for row in self.pairs
+            for name, _ in modules_of(unet, row.owner)
+        }
+
+    def check(self, unet: nn.Module) -> None:
+        """Raises BadInput for an attention processor that the table does not know, by name."""
+        for name, module in unet.named_modules():
+            processor = type(getattr(module, "processor", None)).__name__
+            if processor not in (*self.processors, "NoneType"):
+                raise BadInput(
+                    f"{name} uses {processor}; the adapter for {self.model_class} knows {', '.join(self.processors)}; "
+                    "call unet.set_default_attn_processor() first"
+                )
+
+    def head_sizes(self, unet: nn.Module) -> dict[str, int]:
+        """Dimensions per head of each attention, by module name."""
+        return {
+            name: owner.get_submodule(row.query).out_features // int(getattr(owner, row.count))
+            for row in self.heads
+            for name, owner in modules_of(unet, row.owner)
+        }
+
+    def mend_(self, unet: nn.Module) -> None:
+        """Set every attribute that repeats a size from the layer it repeats."""
+        for mirror in self.mirrors:
+            for _, owner in modules_of(unet, mirror.owner):
+                size = attribute_at(owner, mirror.source)
+                *path, last = mirror.attribute.split(".")
+                target = attribute_at(owner, ".".join(path)) if path else owner
+                if size is not None and target is not None:
+                    setattr(target, last, size)
+        for row in self.heads:
+            for _, owner in modules_of(unet, row.owner):
+                size = owner.get_submodule(row.query).out_features // int(getattr(owner, row.count))
+                setattr(owner, row.scale, size**-0.5)
+
+    def keep_softmax_scale_(self, unet: nn.Module, dense_head_sizes: dict[str, int]) -> None:
+        """Multiply each query projection by sqrt(new / dense head size), so that the logits keep the dense scale."""
+        sizes = self.head_sizes(unet)
+        for row in self.heads:
+            for name, owner in modules_of(unet, row.owner):
+                query = owner.get_submodule(row.query)
+                factor = math.sqrt(sizes[name] / dense_head_sizes[name])
+                if factor != 1:
+                    with torch.no_grad():
+                        for parameter in query.parameters():
+                            parameter.mul_(factor)
+
+
+def modules_of(unet: nn.Module, class_name: str) -> Iterator[tuple[str, Any]]:
+    """Name and module of everything in the UNet whose class has this name."""
+    return ((name, module) for name, module in unet.named_modules() if type(module).__name__ == class_name)
+
+
+def attribute_at(owner: Any, path: str) -> Any:
+    """``owner.a.b`` for ``"a.b"``; None where a step is missing."""
+    for step in path.split("."):
+        owner = getattr(owner, step, None)
+    return owner
+
+
+def config_value(unet: nn.Module, key: str) -> Any:
+    """The value of a key of the UNet's diffusers config, or None."""
+    config: Any = unet.config
+    return config.get(key)
+
+
+def sample_size(unet: nn.Module) -> tuple[int, int]:
+    """(height, width) of the config's sample_size; 32 where it has none."""
+    size = config_value(unet, "sample_size") or 32
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def axis_size(unet: nn.Module, axis: str, words: dict[str, int]) -> int:
+    """The size of one axis of a port: a config key in braces, or a word with its size."""
+    return int(config_value(unet, axis[1:-1])) if axis.startswith("{") else words[axis]

@@ -1,0 +1,29 @@
+"""diffusers' UNet2DModel: DDPM, DDIM, score-based, and unconditional latent diffusion."""
+
+from __future__ import annotations
+
+import torch
+
+from diffprune_plugin.adapters.table import Heads, Mirror, Pairs, Port, UNetAdapter
+
+UNET_2D = UNetAdapter(
+    model_class="UNet2DModel",
+    inputs=(
+        Port("sample", "batch {in_channels} height width"),
+        Port("timestep", "batch", torch.int64),
+        Port(
+            "class_labels",
+            "batch",
+            torch.int64,
+            when=("num_class_embeds",),
+            integers_below=("num_class_embeds",),
+        ),
+    ),
+    outputs=(Port("out_sample", "batch {out_channels} height width"),),
+    keep=("conv_out",),
+    heads=(Heads("Attention", "heads", ("to_q", "to_k", "to_v"), query="to_q", scale="scale"),),
+    mirrors=(
+        Mirror("Upsample2D", "channels", "conv.in_channels"),
+        Mirror("Downsample2D", "channels", "conv.in_channels"),
+    ),
+)

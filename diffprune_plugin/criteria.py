@@ -1,0 +1,162 @@
+"""The built-in importance criteria, registered through the same hooks as anyone's."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from diffprune_plugin.errors import BadInput, MissingGradients, nearest
+from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
+from diffprune_plugin.timesteps import Sweep
+
+if TYPE_CHECKING:
+    from diffprune_plugin.calibrate import Calibration
+
+Normalizer = Literal["mean"] | None
+
+# The three variants in the authors' code, and the paper's own equation; every entry is an option and can be overridden.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"power": 1},
+    "ddpm_exp": {"power": 2, "sampling": "reference"},
+    "diffusers": {"power": 1, "sampling": "reference", "include_last": True},
+    "ldm": {"power": 1, "sampling": "fresh", "threshold": 0.1, "round_to": 2},
+}
+
+
+class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
+    """First-order Taylor score of a coupled group: sum over its weights k of |w_k g_k| ** power.
+
+    g is the gradient of the loss, summed over the timesteps that the calibration kept before the absolute value is
+    taken (Eq. 7-10 of arXiv 2305.10924). Convolutions and linear layers count, norm affine parameters if ``norms``.
+    ``normalizer="mean"`` divides by the group's mean, so that groups can be ranked together; the order inside a group
+    is the same. Without a calibration, gradients accumulated in ``.grad`` are used.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        *,
+        power: int = 1,
+        norms: bool = False,
+        normalizer: Normalizer = "mean",
+        round_to: int | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        if power not in (1, 2):
+            raise BadInput(f"importance: power {power} is neither 1 (absolute value) nor 2 (square)")
+        if normalizer not in ("mean", None):
+            raise BadInput(f"importance: normalizer {normalizer!r} is neither 'mean' nor null")
+        self.sweep, self.power, self.norms, self.normalizer = sweep, power, norms, normalizer
+        self.round_to, self.calibration = round_to, calibration
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Score of each root channel of a torch-pruning group, shape (channels,), >= 0; None if nothing in it counts.
+
+        Raises MissingGradients if calibration has not run or belongs to a model of other sizes.
+        """
+        position = {channel: i for i, channel in enumerate(group[0].idxs)}
+        score: Tensor | None = None
+        for item in group.items:
+            scores = self._channel_scores(item.dep, group)
+            if scores is None or any(root is None for root in item.root_idxs):
+                continue
+            if score is None:
+                score = torch.zeros(len(position), dtype=scores.dtype, device=scores.device)
+            rows = torch.tensor([position[root] for root in item.root_idxs], device=scores.device)
+            score.index_add_(0, rows, scores[torch.as_tensor(item.idxs, device=scores.device)])
+        if score is None or self.normalizer is None:
+            return score
+        return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+
+    def _channel_scores(self, dep: Any, group: Any) -> Tensor | None:
+        """|w g| ** power summed over all weights of each channel on the pruned side of one layer."""
+        layer = dep.target.module
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            axis = 0 if group._DG.is_out_channel_pruning_fn(dep.handler) else 1
+            return self._saliency(layer, "weight", group).transpose(0, axis).flatten(1).sum(1)
+        if self.norms and isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None:
+            return self._saliency(layer, "weight", group) + self._saliency(layer, "bias", group)
+        return None
+
+    def _saliency(self, layer: nn.Module, name: str, group: Any) -> Tensor:
+        weight: nn.Parameter = getattr(layer, name)
+        gradient = weight.grad
+        if self.calibration is not None:
+            gradient = self.calibration.gradients.get(f"{group._DG._module2name[layer]}.{name}")
+        where = f"{group._DG._module2name[layer]}.{name}"
+        if gradient is None:
+            raise MissingGradients(f"{where} has no gradient; pass importance(..., calibration=calibrate(...))")
+        if gradient.shape != weight.shape:
+            raise MissingGradients(
+                f"{where} is {tuple(weight.shape)} but was calibrated as {tuple(gradient.shape)}; calibrate again "
+                "after each removal"
+            )
+        return (weight.detach().float() * gradient.to(weight.device).float()).abs() ** self.power
+
+
+class RandomImportance(tp.importance.Importance):  # type: ignore[misc]
+    """Uniform scores that depend on the seed and the root layer's name only, not on the order of the groups."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __call__(self, group: Any) -> Tensor:
+        """Scores in [0, 1), shape (channels,)."""
+        dep, channels = group[0]
+        name = group._DG._module2name[dep.target.module]
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.rand(len(channels), generator=generator)
+
+
+def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
+    """The thresholded timestep Taylor score; presets are variants of the authors' code (README, 'Presets')."""
+    if preset not in PRESETS:
+        raise BadInput(f"importance: preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+    return make_taylor({**PRESETS[preset], **options})
+
+
+def taylor(**options: Any) -> TaylorImportance:
+    """The Taylor score over all timesteps: no threshold."""
+    if "threshold" in options:
+        raise BadInput("importance: taylor keeps all timesteps and takes no threshold; use diff_taylor")
+    return make_taylor({"threshold": 0.0, **options})
+
+
+def make_taylor(options: dict[str, Any]) -> TaylorImportance:
+    """Split the options into those of the sweep and those of the score."""
+    known = Sweep.option_names()
+    allowed = (*known, *(name for name in inspect.signature(TaylorImportance).parameters if name != "sweep"))
+    for key in options:
+        if key not in allowed:
+            raise BadInput(f"importance: unknown option {key!r}{nearest(key, allowed)}; have {', '.join(allowed)}")
+    sweep = Sweep(**{key: value for key, value in options.items() if key in known})
+    return TaylorImportance(sweep, **{key: value for key, value in options.items() if key not in known})
+
+
+def magnitude(p: int = 2) -> Any:
+    """torch-pruning's group magnitude: sum of |w| ** p over the coupled weights."""
+    return tp.importance.GroupMagnitudeImportance(p=p)
+
+
+BUILT_IN: dict[str, CriterionFactory] = {
+    "diff_taylor": diff_taylor,
+    "diff-pruning": diff_taylor,
+    "ours": diff_taylor,
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "random": RandomImportance,
+}
+
+
+@hookimpl
+def diffprune_register_criteria(register: Callable[[str, CriterionFactory], None]) -> None:
+    for name, factory in BUILT_IN.items():
+        register(name, factory)

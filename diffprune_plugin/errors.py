@@ -1,0 +1,45 @@
+"""Every error a user can meet, and the exit code it ends the program with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DiffPruneError(Exception):
+    """Base of all errors raised on purpose: the message gives the value, the place and the remedy."""
+
+    exit_code = 1
+
+
+class CheckFailed(DiffPruneError):
+    """A check or gate did not hold (exit code 1)."""
+
+
+class BadInput(DiffPruneError):
+    """What the user gave cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class MissingExtra(BadInput):
+    """A command needs an optional dependency that is not installed (exit code 2)."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'diffprune-plugin[{extra}]'")
+
+
+class MissingGradients(BadInput):
+    """A gradient-based criterion was asked for a score before calibration (exit code 2)."""
+
+
+class HardwareUnproved(DiffPruneError):
+    """The execution provider asked for cannot be proved to have run (exit code 3)."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest of the known names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,100 @@
+"""Files and directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffprune_plugin.errors import BadInput
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; renamed to it at the end, removed if anything fails.
+
+    Raises BadInput if the disk is full or the place not writable.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~current_umask())
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory beside ``path`` to write into; it takes the place of ``path`` in one step at the end.
+
+    Raises BadInput if ``path`` exists and ``overwrite`` is not set, the disk is full or the place not writable.
+    """
+    check_absent(path, overwrite)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~current_umask())
+            if path.exists():
+                exchange(temporary, path)
+            else:
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_absent(path: Path, overwrite: bool = False) -> None:
+    """Raises BadInput if there is something at ``path`` that may not be replaced."""
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path} is a file, not a directory; choose another output")
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swap two directories in one step where the system can (Linux), so that ``second`` is never missing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
+            return
+    aside = Path(tempfile.mkdtemp(prefix=f".{second.name}.old.", dir=second.parent))
+    second.rename(aside / "old")
+    first.rename(second)
+    shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a place that cannot be written to into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}; free space or choose another output") from error
+
+
+def sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

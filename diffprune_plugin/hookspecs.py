@@ -1,0 +1,47 @@
+"""The whole plugin contract.
+
+A package joins by an entry point in the group ``diffprune`` that names a module or object with these hooks::
+
+    [project.entry-points.diffprune]
+    my_package = "my_package.plugin"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffprune_plugin.adapters.table import UNetAdapter
+
+ENTRY_POINT_GROUP = "diffprune"
+hookspec = pluggy.HookspecMarker("diffprune")
+hookimpl = pluggy.HookimplMarker("diffprune")
+
+
+class Criterion(Protocol):
+    """A ``torch_pruning`` Importance: any object that scores a coupled group.
+
+    A criterion that needs gradients has two more attributes: ``sweep`` (a `diffprune_plugin.timesteps.Sweep`,
+    what to calibrate) and ``calibration`` (set to the `Calibration` before the first score).
+    """
+
+    def __call__(self, group: Any) -> torch.Tensor | None:
+        """Score of each channel of the group's root layer, shape (channels,), >= 0; larger is kept longer."""
+
+
+CriterionFactory = Callable[..., Criterion]
+
+
+@hookspec
+def diffprune_register_criteria(register: Callable[[str, CriterionFactory], None]) -> None:
+    """Call ``register(name, factory)`` once for each criterion; the config's options become its keyword arguments."""
+
+
+@hookspec
+def diffprune_register_adapters(register: Callable[[UNetAdapter], None]) -> None:
+    """Call ``register(adapter)`` once for each UNet class described."""

@@ -1,0 +1,144 @@
+"""The plugin manager: built-ins and installed packages, with who brought what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+import diffprune_plugin.adapters as built_in_adapters
+from diffprune_plugin import criteria as built_in_criteria
+from diffprune_plugin import hookspecs
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One plugin as found: its package and version, the hooks it has, or why it could not be loaded."""
+
+    name: str
+    package: str
+    version: str
+    hooks: tuple[str, ...] = ()
+    failure: str = ""
+
+
+@dataclass
+class Plugins:
+    """A pluggy manager with the list of what it tried to load."""
+
+    manager: pluggy.PluginManager
+    found: list[Plugin] = field(default_factory=list)
+
+    def register(self, module: Any, name: str, package: str, version: str) -> None:
+        """Take a plugin in; a hook it misspells, or any failure, is recorded and keeps the plugin out."""
+        try:
+            self.manager.register(module, name=name)
+            self.manager.check_pending()
+        except Exception as error:
+            if self.manager.has_plugin(name):
+                self.manager.unregister(name=name)
+            self.found.append(Plugin(name, package, version, failure=f"{type(error).__name__}: {error}"))
+            return
+        hooks = tuple(caller.name for caller in self.manager.get_hookcallers(module) or ())
+        self.found.append(Plugin(name, package, version, hooks))
+
+
+def plugin_manager(entry_points: bool = True) -> Plugins:
+    """A fresh manager with the built-ins and, unless told otherwise, every installed package's plugins.
+
+    A plugin that fails to load never takes the program down: it is in ``found`` with its failure.
+    """
+    manager = pluggy.PluginManager("diffprune")
+    manager.add_hookspecs(hookspecs)
+    plugins = Plugins(manager)
+    version = importlib.metadata.version("diffprune-plugin")
+    plugins.register(built_in_criteria, "criteria", "diffprune-plugin", version)
+    plugins.register(built_in_adapters, "adapters", "diffprune-plugin", version)
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if entry_points else ():
+        package = point.dist.name if point.dist else point.value
+        version = point.dist.version if point.dist else ""
+        try:
+            module = point.load()
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+            plugins.found.append(Plugin(point.name, package, version, failure=failure))
+            continue
+        plugins.register(module, point.name, package, version)
+    return plugins
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A criterion's factory or an adapter, and the plugin that offers it."""
+
+    value: Any
+    plugin: str
+
+
+def collect(plugins: Plugins, hook: str, name_of: Any = None) -> dict[str, Registered]:
+    """What every plugin registers through one hook, by name; raises BadInput for a name that two plugins claim."""
+    found: dict[str, Registered] = {}
+    for implementation in getattr(plugins.manager.hook, hook).get_hookimpls():
+        owner = implementation.plugin_name
+
+        def register(*item: Any, owner: str = owner) -> None:
+            name, value = item if name_of is None else (name_of(item[0]), item[0])
+            if name in found:
+                raise BadInput(f"{name!r} is offered by both {found[name].plugin} and {owner}; uninstall one")
+            found[name] = Registered(value, owner)
+
+        implementation.function(register=register)
+    return found
+
+
+def criteria(plugins: Plugins) -> dict[str, Registered]:
+    """Criterion factories by name."""
+    return collect(plugins, "diffprune_register_criteria")
+
+
+def adapters(plugins: Plugins) -> dict[str, Registered]:
+    """Adapters by the name of the UNet class they describe."""
+    return collect(plugins, "diffprune_register_adapters", lambda adapter: adapter.model_class)
+
+
+def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = None, **options: Any) -> Criterion:
+    """A criterion by its registered name: a ready torch-pruning Importance.
+
+    Raises BadInput for an unknown name, listing those known and where they come from, or for an unknown option.
+    """
+    known = criteria(plugins or plugin_manager())
+    if name not in known:
+        listing = ", ".join(f"{key} ({entry.plugin})" for key, entry in sorted(known.items()))
+        raise BadInput(f"importance: unknown criterion {name!r}{nearest(str(name), known)}; known: {listing}")
+    if calibration is not None:
+        options["calibration"] = calibration
+    factory: CriterionFactory = known[name].value
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise BadInput(f"importance: {name} cannot be made with {sorted(options)}: {error}") from None
+
+
+def find_adapter(unet: Any, plugins: Plugins | None = None) -> UNetAdapter:
+    """The adapter for a UNet, by its class or the nearest of its base classes.
+
+    Raises BadInput if there is none.
+    """
+    known = adapters(plugins or plugin_manager())
+    for class_name in class_names(type(unet)):
+        if class_name in known:
+            adapter: UNetAdapter = known[class_name].value
+            return adapter
+    raise BadInput(
+        f"no adapter for {type(unet).__name__}; have {', '.join(sorted(known))}; see README, 'A new UNet'"
+    )
+
+
+def class_names(cls: type) -> Iterable[str]:
+    return (base.__name__ for base in cls.__mro__)

@@ -1,0 +1,62 @@
+"""Which timesteps count: what a criterion wants calibrated, and the rule of the loss threshold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from diffprune_plugin.errors import BadInput, nearest
+
+Sampling = Literal["stratified", "reference", "fresh"]
+SAMPLINGS: tuple[Sampling, ...] = ("stratified", "reference", "fresh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a criterion wants calibrated.
+
+    threshold: a timestep counts if its loss is above this share of the largest loss (T of arXiv 2305.10924); 0 keeps all.
+    sampling: ``stratified`` measures the loss curve first and then takes gradients of batches that mix the timesteps that
+        count, with images and noise drawn anew for each sample. ``reference`` is the authors' loop: one batch and one
+        noise tensor at every timestep from 0 on, until the loss falls below the threshold. ``fresh`` is the same loop
+        with a new batch and new noise at each timestep (their latent model).
+    include_last: whether the timestep that ends the authors' loop still counts.
+    samples: gradient samples of the stratified sampling.
+    curve_samples: samples for each point of its loss curve.
+    """
+
+    threshold: float = 0.05
+    sampling: Sampling = "stratified"
+    include_last: bool = False
+    samples: int = 1024
+    curve_samples: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise BadInput(f"importance: threshold {self.threshold} is outside [0, 1]; useful values are 0.01 to 0.1")
+        if self.sampling not in SAMPLINGS:
+            hint = nearest(str(self.sampling), SAMPLINGS)
+            raise BadInput(f"importance: sampling {self.sampling!r} is none of {', '.join(SAMPLINGS)}{hint}")
+        for key in ("samples", "curve_samples"):
+            if getattr(self, key) < 1:
+                raise BadInput(f"importance: {key} {getattr(self, key)} is below 1")
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
+    """Which points of a loss curve count: L_t / L_max > threshold (Eq. 9-10 of arXiv 2305.10924); all of them at 0."""
+    return np.asarray(loss / loss.max() > threshold) | (threshold == 0)
+
+
+def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:
+    """The timesteps 0 .. num_train_timesteps - 1 in ``count`` runs of nearly equal length."""
+    return [part.astype(np.int64) for part in np.array_split(np.arange(num_train_timesteps), count)]
