@@ -47,11 +47,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The output of ``layer`` in modules of class ``owner`` is cut into ``parts`` whose channels live and die together."""
+    """The output of ``layer`` in modules of class ``owner`` is cut into ``parts`` whose channels go together.
+
+    ``when``: only in owners whose attribute has this value.
+    """
 
     owner: str
     layer: str
     parts: int
+    when: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class UNetAdapter:
     def example_inputs(
         self, unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, seed: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Seeded inputs by name, ``batch`` samples of ``size`` (height, width; the config's sample size if not given)."""
+        """Seeded inputs by name: ``batch`` samples of ``size`` (height, width), by default the config's."""
         generator = torch.Generator().manual_seed(seed)
         height, width = size or sample_size(unet)
         parameter = next(unet.parameters())
@@ -133,7 +137,8 @@ class UNetAdapter:
         return {
             f"{name}.{row.layer}": row.parts
             for row in self.pairs
-            for name, _ in modules_of(unet, row.owner)
+            for name, owner in modules_of(unet, row.owner)
+            if row.when is None or getattr(owner, row.when[0]) == row.when[1]
         }
 
     def check(self, unet: nn.Module) -> None:

@@ -22,8 +22,11 @@ UNET_2D = UNetAdapter(
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=("conv_out",),
     heads=(Heads("Attention", "heads", ("to_q", "to_k", "to_v"), query="to_q", scale="scale"),),
+    pairs=(Pairs("ResnetBlock2D", "time_emb_proj", 2, when=("time_embedding_norm", "scale_shift")),),
     mirrors=(
         Mirror("Upsample2D", "channels", "conv.in_channels"),
         Mirror("Downsample2D", "channels", "conv.in_channels"),
+        Mirror("ResnetBlock2D", "upsample.channels", "conv1.in_channels"),
+        Mirror("ResnetBlock2D", "downsample.channels", "conv1.in_channels"),
     ),
 )

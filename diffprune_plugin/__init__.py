@@ -11,7 +11,7 @@ if not (Path(__file__).parent / "adapters").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from diffprune_plugin.calibrate import Calibration, calibrate
+    from diffprune_plugin.calibration import Calibration, calibrate
     from diffprune_plugin.checkpoint import load, save
     from diffprune_plugin.config import PruningConfig
     from diffprune_plugin.hookspecs import hookimpl
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
 _HOME = {
-    "Calibration": "calibrate",
+    "Calibration": "calibration",
     "PruningConfig": "config",
     "PruningPlan": "plan",
-    "calibrate": "calibrate",
+    "calibrate": "calibration",
     "hookimpl": "hookspecs",
     "importance": "plugins",
     "load": "checkpoint",

@@ -20,7 +20,7 @@ from torch import nn
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.files import new_directory
 from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash, first_line
-from diffprune_plugin.plugins import adapters, class_names, find_adapter, plugin_manager
+from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
 
 PREFIX = "Pruned"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -46,17 +46,21 @@ class PrunedModelMixin:
         *,
         subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The pruned UNet of a local directory in eval mode; float32, as in diffusers, unless ``torch_dtype`` is given.
+        """The pruned UNet of a local directory in eval mode; float32, as in diffusers, unless ``dtype`` (in older
+        diffusers ``torch_dtype``) is given.
 
         Raises BadInput for a directory that is no pruned UNet or was damaged.
         """
-        return read_pruned(cls, Path(pretrained_model_name_or_path) / (subfolder or ""), torch_dtype or torch.float32)
+        return read_pruned(
+            cls, Path(pretrained_model_name_or_path) / (subfolder or ""), dtype or torch_dtype or torch.float32
+        )
 
 
 @functools.cache
-def pruned_class(base: type) -> type:
+def pruned_class(base: Any) -> type:
     """The pruned twin of a diffusers UNet class: PrunedUNet2DModel for UNet2DModel."""
     name = PREFIX + base.__name__
     module = __name__.split(".")[0]
@@ -74,7 +78,8 @@ def pruned_class_named(name: str) -> type:
 
 def as_pruned_(unet: nn.Module, plan: PruningPlan) -> None:
     """Make a UNet whose channels are gone an instance of the pruned class, with its plan."""
-    unet.__class__ = pruned_class(type(unet))
+    base: Any = type(unet)
+    unet.__class__ = pruned_class(base)
     unet.pruning_plan = plan  # type: ignore[assignment]
 
 
@@ -179,12 +184,7 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
 
     Raises BadInput for a directory that is neither, or whose files are damaged.
     """
-    root = Path(directory)
-    folder = root / "unet" if (root / "model_index.json").exists() else root
-    if not root.is_dir():
-        raise BadInput(f"{root}: no such directory; give a pipeline directory or a UNet directory")
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{root}: neither a pipeline (model_index.json) nor a UNet (config.json) directory")
+    folder = unet_folder(Path(directory))
     name = str(read_json(folder / "config.json").get("_class_name"))
     if name.startswith(PREFIX):
         cls = getattr_or_bad(name, folder)
@@ -192,28 +192,56 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
     base = getattr(diffusers, name, None)
     if base is None or not issubclass(base, ModelMixin):
         raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model")
+    adapter_for(base)
     try:
-        return base.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, use_safetensors=True).eval()
+        return base.from_pretrained(folder, use_safetensors=True).to(torch_dtype or torch.float32).eval()
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise BadInput(f"{folder}: cannot be loaded as {name}: {first_line(error)}") from error
+
+
+def unet_folder(directory: Path) -> Path:
+    """Where the UNet of a pipeline or UNet directory lies; raises BadInput if it is neither."""
+    if not directory.is_dir():
+        raise BadInput(f"{directory}: no such directory; give a pipeline directory or a UNet directory")
+    folder = directory / "unet" if (directory / "model_index.json").exists() else directory
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{directory}: neither a pipeline (model_index.json, unet/) nor a UNet (config.json) directory")
+    return folder
+
+
+def read_plan(directory: Path) -> PruningPlan:
+    """The plan of a pruned pipeline or UNet directory; raises BadInput if it has none."""
+    folder = unet_folder(directory)
+    if not (folder / PLAN_FILE).exists():
+        raise BadInput(
+            f"{directory}: not pruned (no {PLAN_FILE}); prune it with: diffprune prune CONFIG --model {directory}"
+        )
+    return PruningPlan.read(folder / PLAN_FILE)
 
 
 def getattr_or_bad(name: str, folder: Path) -> Any:
     try:
         return pruned_class_named(name)
     except AttributeError:
-        raise BadInput(f"{folder}: no adapter for {name.removeprefix(PREFIX)}; install the plugin that brings it") from None
+        raise BadInput(
+            f"{folder}: no adapter for {name.removeprefix(PREFIX)}; install the plugin that brings it"
+        ) from None
 
 
-def load_pipeline(directory: Path) -> DiffusionPipeline:
-    """The whole pipeline of a directory in float32; raises BadInput if it is none or damaged."""
+def load_pipeline(directory: Path, torch_dtype: torch.dtype | None = None) -> Any:
+    """The whole pipeline of a directory, float32 unless told otherwise; raises BadInput if it is none or damaged."""
     if not (directory / "model_index.json").exists():
         raise BadInput(f"{directory}: no model_index.json; give a pipeline directory")
-    unet = load(directory)
+    given: dict[str, Any] = {"unet": load(directory, torch_dtype)} if (directory / "unet").is_dir() else {}
+    if torch_dtype not in (None, torch.float32):
+        given["torch_dtype"] = torch_dtype
+    diffusers.utils.logging.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(directory, unet=unet, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        return DiffusionPipeline.from_pretrained(directory, use_safetensors=True, **given)
+    except (OSError, ValueError, SafetensorError, RuntimeError, AttributeError) as error:
         raise BadInput(f"{directory}: cannot be loaded as a pipeline: {first_line(error)}") from error
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
 
 
 def save(
@@ -230,6 +258,8 @@ def save(
     path = Path(directory)
     with new_directory(path, overwrite) as temporary:
         if isinstance(model, DiffusionPipeline):
+            # A pipeline remembers the class that its UNet had when it was made: before remove_ gave it its own.
+            model.register_modules(unet=model.unet)
             model.save_pretrained(str(temporary), safe_serialization=True)
         else:
             write_unet(model, temporary)

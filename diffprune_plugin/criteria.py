@@ -16,7 +16,7 @@ from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
 from diffprune_plugin.timesteps import Sweep
 
 if TYPE_CHECKING:
-    from diffprune_plugin.calibrate import Calibration
+    from diffprune_plugin.calibration import Calibration
 
 Normalizer = Literal["mean"] | None
 

@@ -90,7 +90,9 @@ def load_npz(path: Path) -> Samples:
 def from_array(images: npt.NDArray[Any], where: str) -> Samples:
     """uint8 (count, height, width, channels) as samples."""
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise BadInput(f"data: {where}: images are {images.dtype} {images.shape}, not uint8 (count, height, width, channels)")
+        raise BadInput(
+            f"data: {where}: images are {images.dtype} {images.shape}, not uint8 (count, height, width, channels)"
+        )
     return Samples(torch.from_numpy(np.ascontiguousarray(images)))
 
 

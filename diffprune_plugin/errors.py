@@ -33,6 +33,12 @@ class MissingGradients(BadInput):
     """A gradient-based criterion was asked for a score before calibration (exit code 2)."""
 
 
+class Interrupted(DiffPruneError):
+    """The user pressed Ctrl-C (exit code 130, as shells have it)."""
+
+    exit_code = 130
+
+
 class HardwareUnproved(DiffPruneError):
     """The execution provider asked for cannot be proved to have run (exit code 3)."""
 

@@ -86,7 +86,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}; free space or choose another output") from error
+        raise BadInput(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another output"
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -91,7 +91,7 @@ def members_of(group: Any, graph: Any, names: dict[nn.Module, str]) -> Iterable[
     for item in group.items:
         module = item.dep.target.module
         if isinstance(module, nn.Parameter):
-            raise BadInput(f"a free parameter of shape {tuple(module.shape)} is coupled to {names.get(module)}: not supported")
+            raise BadInput(f"{graph._param_to_name[module]}: a parameter outside any layer is coupled: not supported")
         if module in names:
             side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             yield Member(names[module], side, np.asarray(item.idxs), np.asarray(item.root_idxs))

@@ -164,7 +164,10 @@ def make_plan(
         layers=layers,
         params=params,
         macs=macs,
-        versions={name: importlib.metadata.version(name) for name in ("diffprune-plugin", "torch", "torch-pruning", "diffusers")},
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("diffprune-plugin", "torch", "torch-pruning", "diffusers")
+        },
     )
     if strict and plan.shortfalls():
         raise CheckFailed("strict: " + "; ".join(plan.shortfalls()))
@@ -174,6 +177,14 @@ def make_plan(
 def check_ratio(ratio: float, key: str) -> None:
     if not 0 <= ratio < 1:
         raise BadInput(f"{key}: {ratio} is outside [0, 1); 0.3 removes 30 % of the channels")
+
+
+def check_patterns(unet: nn.Module, ratio_dict: Mapping[str, float], ignored: Sequence[str]) -> None:
+    """Raises BadInput for a pattern that matches no layer: before a long calibration rather than after it."""
+    names = [name for name, _ in unet.named_modules() if name]
+    for key, patterns in (("ignored_layers", ignored), ("pruning_ratio_dict", ratio_dict)):
+        for pattern in patterns:
+            matching(pattern, names, key)
 
 
 def requested_ratios(

@@ -126,18 +126,18 @@ def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = 
 
 
 def find_adapter(unet: Any, plugins: Plugins | None = None) -> UNetAdapter:
-    """The adapter for a UNet, by its class or the nearest of its base classes.
+    """The adapter for a UNet, by its class or the nearest of its base classes; raises BadInput if there is none."""
+    return adapter_for(type(unet), plugins)
 
-    Raises BadInput if there is none.
-    """
+
+def adapter_for(unet_class: type, plugins: Plugins | None = None) -> UNetAdapter:
+    """The adapter for a UNet class; raises BadInput if there is none."""
     known = adapters(plugins or plugin_manager())
-    for class_name in class_names(type(unet)):
+    for class_name in class_names(unet_class):
         if class_name in known:
             adapter: UNetAdapter = known[class_name].value
             return adapter
-    raise BadInput(
-        f"no adapter for {type(unet).__name__}; have {', '.join(sorted(known))}; see README, 'A new UNet'"
-    )
+    raise BadInput(f"no adapter for {unet_class.__name__}; have {', '.join(sorted(known))}; see README, 'A new UNet'")
 
 
 def class_names(cls: type) -> Iterable[str]:

@@ -62,6 +62,8 @@ def check_groups(groups: list[CoupledGroup], plan: PruningPlan) -> None:
     found = {group.root: group.units for group in groups}
     for group in plan.groups:
         if found.get(group.root) != group.units:
-            raise BadInput(f"the plan has {group.units} units at {group.root}, this UNet {found.get(group.root, 'none')}")
+            raise BadInput(
+                f"the plan has {group.units} units at {group.root}, this UNet {found.get(group.root, 'none')}"
+            )
         if group.removed and not 0 <= group.removed[0] <= group.removed[-1] < group.units:
             raise BadInput(f"the plan removes unit {group.removed[-1]} of {group.units} at {group.root}")

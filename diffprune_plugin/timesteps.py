@@ -18,11 +18,12 @@ SAMPLINGS: tuple[Sampling, ...] = ("stratified", "reference", "fresh")
 class Sweep:
     """What a criterion wants calibrated.
 
-    threshold: a timestep counts if its loss is above this share of the largest loss (T of arXiv 2305.10924); 0 keeps all.
-    sampling: ``stratified`` measures the loss curve first and then takes gradients of batches that mix the timesteps that
-        count, with images and noise drawn anew for each sample. ``reference`` is the authors' loop: one batch and one
-        noise tensor at every timestep from 0 on, until the loss falls below the threshold. ``fresh`` is the same loop
-        with a new batch and new noise at each timestep (their latent model).
+    threshold: a timestep counts if its loss is above this share of the largest loss (T of arXiv 2305.10924); 0 keeps
+        all of them.
+    sampling: ``stratified`` measures the loss curve first and then takes gradients of batches that mix the timesteps
+        that count, with images and noise drawn anew for each sample. ``reference`` is the authors' loop: one batch and
+        one noise tensor at every timestep from 0 on, until the loss falls below the threshold. ``fresh`` is the same
+        loop with a new batch and new noise at each timestep (their latent model).
     include_last: whether the timestep that ends the authors' loop still counts.
     samples: gradient samples of the stratified sampling.
     curve_samples: samples for each point of its loss curve.
@@ -60,3 +61,9 @@ def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDAr
 def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:
     """The timesteps 0 .. num_train_timesteps - 1 in ``count`` runs of nearly equal length."""
     return [part.astype(np.int64) for part in np.array_split(np.arange(num_train_timesteps), count)]
+
+
+def share(timesteps: npt.NDArray[np.int64], index: int, count: int) -> npt.NDArray[np.int64]:
+    """The timesteps that sample ``index`` of ``count`` stands for, when the samples are spread evenly over them."""
+    first = len(timesteps) * index // count
+    return timesteps[first : max(len(timesteps) * (index + 1) // count, first + 1)]

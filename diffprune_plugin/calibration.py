@@ -27,7 +27,7 @@ from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.files import new_directory, new_file
 from diffprune_plugin.plan import architecture_hash, first_line
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.timesteps import Sweep, above_threshold, strata
+from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
 
 Curve = npt.NDArray[np.float64]
 STAGES = {"curve": 0, "gradients": 1}
@@ -63,8 +63,8 @@ class Calibration:
         counts = above_threshold(self.loss, threshold)
         if not np.array_equal(counts, self.counts):
             raise BadInput(
-                f"threshold {threshold} keeps {int(counts.sum())} of {len(counts)} points of the loss curve, the stored "
-                f"gradients are of {int(self.counts.sum())}; calibrate again"
+                f"threshold {threshold} keeps {int(counts.sum())} of {len(counts)} points of the loss curve, "
+                f"the stored gradients are of {int(self.counts.sum())}; calibrate again"
             )
         return replace(self, sweep=replace(self.sweep, threshold=threshold))
 
@@ -94,7 +94,9 @@ class Calibration:
             content = json.loads((directory / "calibration.json").read_text())
             gradients = load_file(directory / "gradients.safetensors")
             sweep = Sweep(**content.pop("sweep"))
-            curves = {key: np.asarray(content.pop(key)) for key in ("timesteps", "loss", "stderr", "counts")}
+            curves: dict[str, Any] = {
+                key: np.asarray(content.pop(key)) for key in ("timesteps", "loss", "stderr", "counts")
+            }
             return cls(sweep=sweep, gradients=gradients, **curves, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise BadInput(f"{directory}: not a calibration, or damaged: {first_line(error)}") from None
@@ -128,7 +130,7 @@ def calibrate(
     adapter, sweep, samples = adapter or find_adapter(unet), sweep or Sweep(), load_samples(images)
     check_samples(samples, unet, adapter)
     total = int(scheduler.config.num_train_timesteps)
-    points = timesteps or (min(100, total) if sweep.sampling == "stratified" else total)
+    points = timesteps if timesteps is not None else default_points(sweep, total)
     if not 1 <= points <= total:
         raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
     if batch_size < 1:
@@ -147,8 +149,13 @@ def calibrate(
     return calibration
 
 
+def default_points(sweep: Sweep, total: int) -> int:
+    """A hundred points of the loss curve, or every timestep for the authors' loop."""
+    return min(100, total) if sweep.sampling == "stratified" else total
+
+
 class Run:
-    """One calibration under way; everything a resumed run needs is in ``losses``, ``stage``, ``done`` and the gradients."""
+    """One calibration under way; ``losses``, ``stage``, ``done`` and the gradients are all that a resumed run needs."""
 
     def __init__(
         self,
@@ -201,9 +208,8 @@ class Run:
         while self.done < count:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
-            runs = [counting[len(counting) * i // count : max(len(counting) * (i + 1) // count, len(counting) * i // count + 1)] for i in part]
-            draws = [self.draw("gradients", int(i), run) for i, run in zip(part, runs, strict=True)]
-            (self.loss(draws).sum() * (len(counting) / count)).backward()
+            draws = [self.draw("gradients", int(i), share(counting, int(i), count)) for i in part]
+            torch.autograd.backward(self.loss(draws).sum() * (len(counting) / count))
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=count)
@@ -221,7 +227,7 @@ class Run:
             means = self.losses[: self.done + 1].mean(axis=1)
             below = means[-1] < self.sweep.threshold * means.max()
             if not below or self.sweep.include_last:
-                loss.mean().backward()
+                torch.autograd.backward(loss.mean())
             self.done = self.done + 1 if not below else len(self.points)
             self.checkpoint()
         bar.update(task, completed=len(self.points))
@@ -248,16 +254,17 @@ class Run:
     def loss(self, draws: list[tuple[int, int, Tensor]]) -> Tensor:
         """Loss of each sample, shape (len(draws),); raises CheckFailed if one is not finite."""
         rows, timesteps = torch.tensor([d[0] for d in draws]), torch.tensor([d[1] for d in draws])
-        place = {"device": self.parameter.device, "dtype": self.parameter.dtype}
-        sample, noise = self.samples.sample(rows).to(**place), torch.stack([d[2] for d in draws]).to(**place)
+        sample = self.samples.sample(rows).to(self.parameter)
+        noise = torch.stack([d[2] for d in draws]).to(self.parameter)
         extra = {key: value[rows].to(self.parameter.device) for key, value in self.samples.extra.items()}
         loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
         finite = torch.isfinite(loss)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
+            place = f"batch at sample {self.done} of stage {self.stage}"
             raise CheckFailed(
-                f"calibration: the loss is {loss[bad].item()} at timestep {timesteps[bad].item()}, image {rows[bad].item()} "
-                f"(batch at sample {self.done} of stage {self.stage}); check the model's weights and the images"
+                f"calibration: the loss is {loss[bad].item()} at timestep {timesteps[bad].item()}, "
+                f"image {rows[bad].item()} ({place}); check the model's weights and the images"
             )
         return loss
 
@@ -265,16 +272,24 @@ class Run:
         parameters = dict(self.unet.named_parameters())
         measured = ~np.isnan(self.losses).any(axis=1)
         losses = self.losses[measured]
-        stderr = losses.std(axis=1, ddof=1) / math.sqrt(losses.shape[1]) if losses.shape[1] > 1 else np.full(len(losses), np.nan)
+        stderr = (
+            losses.std(axis=1, ddof=1) / math.sqrt(losses.shape[1])
+            if losses.shape[1] > 1
+            else np.full(len(losses), np.nan)
+        )
         return Calibration(
             sweep=self.sweep,
-            timesteps=np.array([part[len(part) // 2] if self.sweep.sampling == "stratified" else part[0] for part in self.points])[measured],
+            timesteps=np.array(
+                [part[len(part) // 2] if self.sweep.sampling == "stratified" else part[0] for part in self.points]
+            )[measured],
             loss=losses.mean(axis=1),
             stderr=stderr,
             counts=self.counts()[measured],
             gradients={name: p.grad.float().cpu() for name, p in parameters.items() if p.grad is not None},
             forward=int(losses.size) + (self.sweep.samples if self.sweep.sampling == "stratified" else 0),
-            backward=self.sweep.samples if self.sweep.sampling == "stratified" else int(self.counts().sum()) * self.batch_size,
+            backward=self.sweep.samples
+            if self.sweep.sampling == "stratified"
+            else int(self.counts().sum()) * self.batch_size,
             seed=self.seed,
             architecture=architecture_hash(self.unet),
             weights=self.weights,
@@ -283,7 +298,15 @@ class Run:
     def fingerprint(self) -> str:
         """Of everything that the result depends on: progress of other settings is never taken up."""
         scheduler = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
-        facts = [self.sweep.as_dict(), self.batch_size, self.seed, len(self.points), scheduler, self.weights, self.samples.sha256]
+        facts = [
+            self.sweep.as_dict(),
+            self.batch_size,
+            self.seed,
+            len(self.points),
+            scheduler,
+            self.weights,
+            self.samples.sha256,
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def resume(self, directory: Path, every: float) -> None:
@@ -336,7 +359,8 @@ def noise_prediction_loss(
         target = scheduler.get_velocity(sample, noise, timesteps)
     else:
         raise BadInput(f"scheduler: prediction_type {kind!r} is none of epsilon, v_prediction, sample")
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    loss: Tensor = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return loss
 
 
 def check_samples(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> None:
@@ -344,10 +368,14 @@ def check_samples(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> No
     example = adapter.example_inputs(unet)
     expected = tuple(example["sample"].shape[1:])
     if samples.shape != expected:
-        raise BadInput(f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them")
+        raise BadInput(
+            f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them"
+        )
     needed = set(example) - {"sample", "timestep"}
     if needed - set(samples.extra):
-        raise BadInput(f"data: the UNet needs {sorted(needed - set(samples.extra))}; add an array of that name to the .npz")
+        raise BadInput(
+            f"data: the UNet needs {sorted(needed - set(samples.extra))}; add an array of that name to the .npz"
+        )
 
 
 @contextlib.contextmanager

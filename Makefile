@@ -1,0 +1,36 @@
+# make demo and make test do all their set-up: a virtual environment in the checkout, made once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-all lint bench bench-quick clean
+
+$(READY): pyproject.toml constraints.txt tests/plugin/pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,eval,test]' ./tests/plugin
+	touch $@
+
+demo: $(READY)
+	$(BIN)/diffprune demo --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=90
+
+test-all: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_static.py
+
+bench: $(READY)
+	$(BIN)/pip install -q -c constraints.txt mlxtend
+	$(BIN)/python benchmarks/criteria.py
+	$(BIN)/python benchmarks/calibration.py
+
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/criteria.py --quick
+	$(BIN)/python benchmarks/calibration.py --quick
+
+clean:
+	rm -rf .venv build dist diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

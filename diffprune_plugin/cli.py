@@ -1,0 +1,174 @@
+"""The command ``diffprune``. Imports what is heavy only inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffprune_plugin.errors import BadInput, DiffPruneError, Interrupted
+
+if TYPE_CHECKING:
+    from diffprune_plugin.plan import PruningPlan
+
+app = typer.Typer(
+    name="diffprune",
+    help="Structural pruning of diffusion UNets. Start with: diffprune demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Structural pruning of diffusion UNets. Start with: diffprune demo"""
+
+
+@app.command(epilog="Example: diffprune prune config.yaml --set importance.threshold=0.02 --output small")
+def prune(
+    config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
+    model: Annotated[str | None, typer.Option(help="Pipeline or UNet directory; overrides the config's.")] = None,
+    output: Annotated[str | None, typer.Option(help="Where the pruned model goes; overrides the config's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Prune a UNet by a config and write a directory that diffusers loads."""
+    from diffprune_plugin.config import read_config
+    from diffprune_plugin.workflow import prune as run
+
+    settled = read_config(config, settings or [], model=model, output=output)
+    result = run(settled, overwrite=overwrite, dry_run=dry_run)
+    show_plan(result.plan, json)
+    if not json and not dry_run:
+        console.print(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
+        console.print(f"DiffusionPipeline.from_pretrained({settled.output!r})", markup=False)
+
+
+@app.command(epilog="Example: diffprune inspect pruned")
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Pruned pipeline or UNet directory.")], json: Json = False
+) -> None:
+    """Show what was removed from a pruned model, and why what stayed stayed."""
+    from diffprune_plugin.checkpoint import read_plan
+
+    show_plan(read_plan(directory), json)
+
+
+@app.command(epilog="Example: diffprune sample pruned -o grid.png --count 16 --seed 0")
+def sample(
+    directory: Annotated[Path, typer.Argument(help="Pipeline directory, dense or pruned.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file with the images.")],
+    count: Annotated[int, typer.Option(help="Number of images.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
+    scheduler: Annotated[str, typer.Option(help="ddim, ddpm or dpm.")] = "ddim",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw images; the same seed gives every model the same noise."""
+    from diffprune_plugin.checkpoint import load_pipeline
+    from diffprune_plugin.report import image_grid, save_image
+    from diffprune_plugin.sample import sample_images
+
+    if output.exists() and not overwrite:
+        raise BadInput(f"{output} exists; use --overwrite or another file")
+    images = sample_images(load_pipeline(directory), count, seed=seed, steps=steps, scheduler=scheduler)
+    rows = {f"{directory}, seed {seed}": images[:8]} | {
+        " " * i: images[8 * i : 8 * i + 8] for i in range(1, -(-count // 8))
+    }
+    save_image(image_grid(rows), output)
+    console.print(f"wrote {output}")
+
+
+@app.command(epilog="Example: diffprune plugins")
+def plugins(json: Json = False) -> None:
+    """List criteria and adapters, the packages they come from, and what failed to load and why."""
+    from diffprune_plugin.plugins import adapters, criteria, plugin_manager
+
+    found = plugin_manager()
+    offers: dict[str, list[str]] = {}
+    for kind, entries in (("criterion", criteria(found)), ("adapter", adapters(found))):
+        for name, entry in entries.items():
+            offers.setdefault(entry.plugin, []).append(f"{kind} {name}")
+    rows: list[dict[str, Any]] = [
+        {"plugin": p.name, "package": p.package, "version": p.version, "hooks": list(p.hooks)}
+        | {"offers": offers.get(p.name, []), "failure": p.failure}
+        for p in found.found
+    ]
+    if json:
+        console.print_json(data=rows)
+        return
+    table = Table("plugin", "package", "version", "offers", "failed to load because")
+    for row in rows:
+        table.add_row(row["plugin"], row["package"], row["version"], "\n".join(row["offers"]), row["failure"])
+    console.print(table)
+
+
+@app.command(epilog="Example: diffprune demo --output diffprune-demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("diffprune-demo"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prune the model inside the package, draw beside the dense one, and write report.md."""
+    from diffprune_plugin.demo import run
+
+    report = run(output, seed=seed, overwrite=overwrite, console=console)
+    console.print(f"wrote {report}")
+
+
+def show_plan(plan: PruningPlan, json: bool) -> None:
+    """The plan as a table, or as JSON; what fell short on standard error."""
+    from diffprune_plugin.report import plan_table
+
+    if json:
+        console.print_json(plan.model_dump_json())
+    else:
+        console.print(plan_table(plan))
+    for line in plan.shortfalls():
+        Console(stderr=True).print(f"[yellow]fell short:[/] {line}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error made for the user ends in one line and its exit code."""
+    run_app(app, arguments)
+
+
+def run_app(application: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved."""
+    words = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        application(words)
+    except DiffPruneError as error:
+        finish(error, str(error), error.exit_code, "--debug" in words)
+    except MemoryError as error:
+        finish(error, "out of memory; use a smaller batch_size", 2, "--debug" in words)
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupted("interrupted; the same command goes on where it stopped")
+
+
+def finish(error: BaseException, message: Any, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

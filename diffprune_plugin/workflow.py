@@ -1,0 +1,160 @@
+"""From a config to a pruned directory: what `diffprune prune` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffprune_plugin.calibration import Calibration, calibrate, weights_hash
+from diffprune_plugin.checkpoint import load, load_pipeline, save
+from diffprune_plugin.config import PruningConfig
+from diffprune_plugin.data import load_samples
+from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.files import check_absent
+from diffprune_plugin.hookspecs import Criterion
+from diffprune_plugin.plan import PruningPlan, check_patterns, make_plan
+from diffprune_plugin.plugins import find_adapter, importance
+from diffprune_plugin.removal import remove_
+
+CONFIG_FILE = "diffprune.yaml"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a run made: the model (pipeline or UNet, pruned unless a dry run), its plan, and the calibration if any."""
+
+    model: Any
+    plan: PruningPlan
+    calibration: Calibration | None
+
+
+def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = False, progress: bool = True) -> Pruned:
+    """Load, calibrate if the criterion needs it, plan, remove, save; a dry run stops at the plan and writes nothing.
+
+    Raises BadInput for anything in the config that cannot be used, before anything is written.
+    """
+    output = Path(config.output)
+    if not dry_run:
+        check_absent(output, overwrite)
+    name, options = config.criterion()
+    if name == "random":
+        options.setdefault("seed", config.seed)
+    criterion = importance(name, **options)
+    model, unet = load_model(config)
+    find_adapter(unet)
+    check_patterns(unet, config.pruning_ratio_dict, config.ignored_layers)
+    calibration = calibration_for(criterion, model, unet, config, progress, store=not dry_run)
+    if calibration is not None:
+        criterion.calibration = calibration  # type: ignore[attr-defined]
+    plan = make_plan(
+        unet,
+        criterion,
+        pruning_ratio=config.pruning_ratio,
+        pruning_ratio_dict=config.pruning_ratio_dict,
+        ignored_layers=config.ignored_layers,
+        global_pruning=config.global_pruning,
+        round_to=config.round_to,
+        strict=config.strict,
+        description=describe(criterion, config),
+    )
+    if not dry_run:
+        remove_(unet, plan)
+        extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
+        save(model, output, overwrite=overwrite, extra=extra)
+    return Pruned(model, plan, calibration)
+
+
+def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
+    """The pipeline or UNet of the config's directory, and its UNet, on the config's device.
+
+    Raises HardwareUnproved if the device is not there.
+    """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise HardwareUnproved(
+            f"device: {config.device}, but torch sees no GPU; use device: cpu or install a CUDA build"
+        )
+    directory, dtype = Path(config.model), getattr(torch, config.dtype)
+    if (directory / "model_index.json").exists():
+        pipeline = load_pipeline(directory, dtype).to(config.device)
+        return pipeline, unet_of(pipeline, directory)
+    unet = load(directory, dtype).to(config.device)
+    return unet, unet
+
+
+def unet_of(pipeline: DiffusionPipeline, directory: Path) -> nn.Module:
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(unet, nn.Module):
+        raise BadInput(f"{directory}: {type(pipeline).__name__} has no UNet (it has {', '.join(pipeline.components)})")
+    return unet
+
+
+def calibration_for(
+    criterion: Criterion, model: Any, unet: nn.Module, config: PruningConfig, progress: bool, store: bool
+) -> Calibration | None:
+    """The calibration that a criterion needs: the stored one if it fits, else a new one; None if it needs none."""
+    sweep = getattr(criterion, "sweep", None)
+    if sweep is None:
+        return None
+    stored = Path(config.calibration) if config.calibration else None
+    if stored is not None and stored.exists():
+        return stored_calibration(stored, unet, sweep)
+    if config.data is None:
+        raise BadInput(f"data is missing: {config.importance['name']} needs images; add 'data: FOLDER' or an .npz")
+    if not isinstance(model, DiffusionPipeline):
+        raise BadInput(
+            f"{config.model}: a UNet without a scheduler; {config.importance['name']} needs the pipeline's; "
+            "give the pipeline directory"
+        )
+    output = Path(config.output)
+    calibration = calibrate(
+        unet,
+        model.scheduler,
+        latents_of(model, load_samples(config.data)),
+        sweep,
+        batch_size=config.batch_size,
+        timesteps=config.timesteps,
+        seed=config.seed,
+        checkpoint=output.parent / f".{output.name}.calibration" if store else None,
+        progress=progress,
+    )
+    if stored is not None and store:
+        calibration.save(stored)
+    return calibration
+
+
+def stored_calibration(directory: Path, unet: nn.Module, sweep: Any) -> Calibration:
+    """A calibration from disk; raises BadInput if it is of other weights, another sampling or other timesteps."""
+    calibration = Calibration.load(directory)
+    if calibration.weights != weights_hash(unet):
+        raise BadInput(f"{directory}: calibrated with other weights; remove it or name another calibration directory")
+    calibration = calibration.with_threshold(sweep.threshold)
+    if calibration.sweep != sweep:
+        raise BadInput(f"{directory}: calibrated with {calibration.sweep}, asked is {sweep}; name another directory")
+    return calibration
+
+
+@torch.no_grad()
+def latents_of(pipeline: Any, samples: Any) -> Any:
+    """Images as the pipeline's UNet sees them: encoded by its autoencoder if it has one (mean of the latents)."""
+    encoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+    if encoder is None:
+        return samples
+    parts = []
+    for rows in torch.split(torch.arange(len(samples)), 8):
+        encoded = encoder.encode(samples.sample(rows).to(encoder.device, encoder.dtype))
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        parts.append((latents * encoder.config.scaling_factor).float().cpu())
+    return type(samples)(torch.cat(parts), samples.extra)
+
+
+def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:
+    """The criterion as asked for, with what its sweep filled in: the plan's provenance."""
+    sweep = getattr(criterion, "sweep", None)
+    filled = sweep.as_dict() if sweep is not None else {}
+    return {**filled, **config.importance, "seed": config.seed}

@@ -1,0 +1,211 @@
+"""The command line as a user meets it: what it prints, what it leaves, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import diffprune_plugin as dp
+from diffprune_plugin import workflow
+from diffprune_plugin.cli import main
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom diffprune_plugin.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "prune" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["prune", "inspect", "sample", "plugins", "demo"])
+def test_every_command_has_help_with_an_example(run, command) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Example: diffprune" in out
+
+
+def test_prune_inspect_and_sample_the_whole_way(run, config_file, tmp_path) -> None:
+    code, out, _ = run("prune", config_file)
+    assert code == 0
+    assert "conv_in" in out
+    pruned = tmp_path / "pruned"
+    loaded = DiffusionPipeline.from_pretrained(pruned)
+    assert type(loaded.unet).__name__ == "PrunedUNet2DModel"
+    code, out, _ = run("inspect", pruned, "--json")
+    assert code == 0
+    assert json.loads(out)["criterion"]["name"] == "diff_taylor"
+    assert json.loads(out)["criterion"]["threshold"] == 0.05
+    assert run("inspect", pruned)[0] == 0
+    grid = tmp_path / "grid.png"
+    assert run("sample", pruned, "-o", grid, "--count", 2, "--steps", 2)[0] == 0
+    assert Image.open(grid).size[0] > 16
+    assert run("sample", pruned, "-o", grid)[0] == 2, "an existing picture is kept"
+    code, _, err = run("prune", config_file)
+    assert code == 2
+    assert "exists; use --overwrite" in err
+    assert run("prune", config_file, "--overwrite", "--json")[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "dense", "grid.png", "images.npz", "pruned"]
+
+
+def test_the_config_that_made_it_is_stored_beside_the_model_and_runs_again(run, config_file, tmp_path) -> None:
+    run("prune", config_file)
+    first = dp.load(tmp_path / "pruned").pruning_plan
+    assert run("prune", tmp_path / "pruned" / workflow.CONFIG_FILE, "--output", tmp_path / "again")[0] == 0
+    assert dp.load(tmp_path / "again").pruning_plan.sha256 == first.sha256
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run, config_file, tmp_path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = run("prune", config_file, "--dry-run")
+    assert code == 0
+    assert "MACs" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_stored_calibration_is_used_again_and_refused_for_other_weights(
+    run, config_file, tmp_path, monkeypatch
+) -> None:
+    stored = ["--set", f"calibration={tmp_path / 'stored'}"]
+    assert run("prune", config_file, *stored)[0] == 0
+    monkeypatch.setattr(workflow, "calibrate", lambda *a, **k: pytest.fail("calibrated again"))
+    assert run("prune", config_file, *stored, "--output", tmp_path / "b", "--set", "pruning_ratio=0.5")[0] == 0
+    code, _, err = run("prune", config_file, *stored, "--dry-run", "--set", "importance.samples=9")
+    assert code == 2
+    assert "name another directory" in err
+    unet = dp.load(tmp_path / "dense")
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(2)
+    dp.save(unet, tmp_path / "other")
+    code, _, err = run("prune", config_file, *stored, "--dry-run", "--model", tmp_path / "other")
+    assert code == 2
+    assert "calibrated with other weights" in err
+
+
+def test_a_bare_unet_directory_is_pruned_by_a_criterion_that_needs_no_scheduler(run, config_file, tmp_path) -> None:
+    words = ["--model", tmp_path / "dense" / "unet"]
+    assert run("prune", config_file, *words, "--set", "importance=magnitude")[0] == 0
+    assert dp.load(tmp_path / "pruned").pruning_plan.criterion["name"] == "magnitude"
+    code, _, err = run("prune", config_file, *words, "--overwrite")
+    assert code == 2
+    assert "a UNet without a scheduler" in err
+
+
+def no_adapter(tmp_path: Path) -> None:
+    path = tmp_path / "dense" / "unet" / "config.json"
+    path.write_text(path.read_text().replace("UNet2DModel", "Transformer2DModel"))
+
+
+def truncated(tmp_path: Path) -> None:
+    path = tmp_path / "dense" / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def other_size(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+
+
+def no_index(tmp_path: Path) -> None:
+    (tmp_path / "dense" / "model_index.json").unlink()
+    (tmp_path / "dense" / "unet" / "config.json").unlink()
+
+
+def nothing(tmp_path: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "words"),
+    [
+        (nothing, ["pruning_ratoi=0.3"], "did you mean 'pruning_ratio'"),
+        (nothing, ["pruning_ratio=1.2"], "pruning_ratio: 1.2"),
+        (nothing, ["importance.threshold=2"], "threshold 2 is outside [0, 1]"),
+        (nothing, ["importance.preset=papers"], "did you mean 'paper'"),
+        (nothing, ["importance=diff_tylor"], "did you mean 'diff_taylor'"),
+        (nothing, ["model=nowhere"], "nowhere: no such directory"),
+        (nothing, ["data=nowhere"], "nowhere: no such folder"),
+        (nothing, ["data="], "data is missing"),
+        (nothing, ["ignored_layers=[conv_inn]"], "did you mean 'conv_in'"),
+        (nothing, ["timesteps=2000"], "outside 1..100"),
+        (no_adapter, [], "Transformer2DModel"),
+        (no_index, [], "neither a pipeline"),
+        (truncated, [], "cannot be loaded"),
+        (other_size, [], "the UNet takes (1, 16, 16)"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    run, config_file, tmp_path, spoil, settings, words
+) -> None:
+    spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run("prune", config_file, *[word for s in settings for word in ("--set", s)])
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_that_is_not_there_is_exit_code_3(run, config_file, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("prune", config_file, "--set", "device=cuda")
+    assert code == 3
+    assert "torch sees no GPU" in err
+
+
+def test_a_check_that_fails_is_exit_code_1(run, config_file) -> None:
+    code, _, err = run("prune", config_file, "--set", "strict=true", "--set", "pruning_ratio=0.1")
+    assert code == 1
+    assert "strict" in err
+
+
+def test_debug_shows_the_traceback(run) -> None:
+    code, _, err = run("--debug", "inspect", "nowhere")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_inspecting_a_dense_model_says_how_to_prune_it(run, dense_dir) -> None:
+    code, _, err = run("inspect", dense_dir)
+    assert code == 2
+    assert "not pruned" in err
+
+
+def out_of_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("trouble", "expected"), [(lambda: os.kill(os.getpid(), signal.SIGINT), 130), (out_of_memory, 2)]
+)
+def test_an_interruption_and_too_little_memory_are_one_line(run, config_file, monkeypatch, trouble, expected) -> None:
+    monkeypatch.setattr(workflow, "prune", lambda *a, **k: trouble())
+    code, _, err = run("prune", config_file)
+    assert code == expected
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_sample_refuses_an_unknown_scheduler(run, dense_dir, tmp_path) -> None:
+    code, _, err = run("sample", dense_dir, "-o", tmp_path / "g.png", "--scheduler", "dimm")
+    assert code == 2
+    assert "did you mean 'ddim'" in err
+
+
+def test_as_a_module_it_is_the_same_program() -> None:
+    command = [sys.executable, "-m", "diffprune_plugin.cli", "inspect", "nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2
+    assert result.stderr == "error: nowhere: no such directory; give a pipeline directory or a UNet directory\n"
+    assert callable(main)

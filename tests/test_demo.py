@@ -1,0 +1,51 @@
+"""The demo takes the embedded model the whole way."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import diffprune_plugin as dp
+from diffprune_plugin import demo
+from diffprune_plugin.calibration import noise_prediction_loss
+from diffprune_plugin.data import load_samples
+
+
+def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_path, run) -> None:
+    output = tmp_path / "out"
+    code, out, _ = run("demo", "--output", output)
+    assert code == 0
+    assert "report.md" in out
+    report = (output / "report.md").read_text()
+    for picture in ("samples.png", "loss_curve.png"):
+        assert picture in report
+        assert Image.open(output / picture).size[0] > 300
+    assert "diffprune prune" in report
+    plan = dp.load(output / "pruned").pruning_plan
+    assert 0.4 < 1 - plan.macs[1] / plan.macs[0] < 0.5
+    assert type(DiffusionPipeline.from_pretrained(output / "pruned").unet).__name__ == "PrunedUNet2DModel"
+    assert run("demo", "--output", output)[0] == 2
+
+
+def test_the_embedded_model_is_trained_and_small() -> None:
+    weights = demo.MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 6e6
+    facts = json.loads((demo.HERE / "training.json").read_text())
+    pipeline = DiffusionPipeline.from_pretrained(demo.MODEL)
+    samples = load_samples(demo.HELD_OUT_IMAGES)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(100)
+    noise = torch.randn(100, 1, 32, 32, generator=generator)
+    timesteps = torch.randint(0, 1000, (100,), generator=generator)
+    with torch.no_grad():
+        loss = noise_prediction_loss(pipeline.unet, pipeline.scheduler, samples.sample(rows), noise, timesteps, {})
+    assert loss.mean().item() < 2 * facts["held_out_loss"] < 0.06
+
+
+def test_no_held_out_image_is_among_those_for_calibration() -> None:
+    images = [np.load(path)["images"] for path in (demo.CALIBRATION_IMAGES, demo.HELD_OUT_IMAGES)]
+    assert not {image.tobytes() for image in images[0]} & {image.tobytes() for image in images[1]}

@@ -1,0 +1,87 @@
+"""Third parties: found by entry point, selectable by name, and never able to take the program down."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_unet
+
+import diffprune_plugin as dp
+from diffprune_plugin import hookspecs
+from diffprune_plugin.checkpoint import read_plan
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.plugins import adapters, criteria, plugin_manager
+
+
+def test_an_installed_packages_criterion_is_selectable_by_name_from_a_config(run, config_file, tmp_path) -> None:
+    assert run("prune", config_file, "--set", "importance={name: last_channels, scale: 2.0}", "--set", "data=")[0] == 0
+    plan = read_plan(tmp_path / "pruned")
+    group = next(g for g in plan.groups if g.root == "time_embedding.linear_1")
+    assert group.removed == tuple(range(20))
+    assert plan.criterion["name"] == "last_channels"
+
+
+def test_the_command_lists_each_plugin_with_its_package_version_and_offers(run) -> None:
+    code, out, _ = run("plugins", "--json")
+    rows = {row["plugin"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows["last_channels"]["package"] == "diffprune-last-channels"
+    assert rows["last_channels"]["version"] == "0.3.0"
+    assert rows["last_channels"]["offers"] == ["criterion last_channels"]
+    assert "adapter UNet2DModel" in rows["adapters"]["offers"]
+    code, out, _ = run("plugins")
+    assert code == 0
+    assert "diff_taylor" in out
+
+
+def entry_point(name: str, load) -> SimpleNamespace:
+    return SimpleNamespace(name=name, value=name, dist=SimpleNamespace(name=f"pkg-{name}", version="1"), load=load)
+
+
+def broken():
+    raise ImportError("no module named parts")
+
+
+def misspelt():
+    @hookspecs.hookimpl
+    def diffprune_register_criterions(register):
+        pass
+
+    return SimpleNamespace(diffprune_register_criterions=diffprune_register_criterions)
+
+
+def test_a_plugin_that_fails_to_load_is_listed_with_why_and_the_rest_works(monkeypatch) -> None:
+    points = [entry_point("broken", broken), entry_point("misspelt", misspelt)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    manager = plugin_manager()
+    failures = {plugin.name: plugin.failure for plugin in manager.found if plugin.failure}
+    assert failures["broken"] == "ImportError: no module named parts"
+    assert "diffprune_register_criterions" in failures["misspelt"]
+    assert "diff_taylor" in criteria(manager)
+    assert "UNet2DModel" in adapters(manager)
+
+
+def test_a_name_registered_twice_is_an_error_that_names_both_plugins() -> None:
+    @hookspecs.hookimpl
+    def diffprune_register_criteria(register):
+        register("magnitude", lambda: None)
+
+    manager = plugin_manager(entry_points=False)
+    manager.register(SimpleNamespace(diffprune_register_criteria=diffprune_register_criteria), "rival", "rival", "1")
+    with pytest.raises(BadInput, match=r"'magnitude' is offered by both (criteria and rival|rival and criteria)"):
+        criteria(manager)
+
+
+def test_an_unknown_criterion_lists_those_known_and_where_they_come_from() -> None:
+    with pytest.raises(BadInput, match=r"unknown criterion 'magnitud'; did you mean 'magnitude'.*taylor \(criteria\)"):
+        dp.importance("magnitud")
+    with pytest.raises(BadInput, match="magnitude cannot be made with"):
+        dp.make_plan(make_unet(), dp.importance("magnitude", q=3))
+
+
+def test_every_hook_is_documented() -> None:
+    for name in ("diffprune_register_criteria", "diffprune_register_adapters"):
+        assert "register" in (getattr(hookspecs, name).__doc__ or "")
