@@ -194,7 +194,8 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
         raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model")
     adapter_for(base)
     try:
-        return base.from_pretrained(folder, use_safetensors=True).to(torch_dtype or torch.float32).eval()
+        unet = base.from_pretrained(folder, use_safetensors=True).eval()
+        return unet.to(torch_dtype) if torch_dtype not in (None, unet.dtype) else unet
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise BadInput(f"{folder}: cannot be loaded as {name}: {first_line(error)}") from error
 
