@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from diffprune_plugin.errors import BadInput, DiffPruneError, Interrupted
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.cli import bench
+from diffprune_plugin.program import run_app
 
 if TYPE_CHECKING:
+    from diffprune_plugin.compensate import CompensationReport
     from diffprune_plugin.plan import PruningPlan
 
 app = typer.Typer(
@@ -54,18 +54,23 @@ def prune(
     result = run(settled, overwrite=overwrite, dry_run=dry_run)
     show_plan(result.plan, json)
     if not json and not dry_run:
+        console.print(compensation_line(result.compensation))
         console.print(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
         console.print(f"DiffusionPipeline.from_pretrained({settled.output!r})", markup=False)
 
 
 @app.command(epilog="Example: diffprune inspect pruned")
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Pruned pipeline or UNet directory.")], json: Json = False
+    path: Annotated[Path, typer.Argument(help="Pruned pipeline or UNet directory, or an exported .onnx file.")],
+    json: Json = False,
 ) -> None:
-    """Show what was removed from a pruned model, and why what stayed stayed."""
+    """Show what was removed from a pruned model and why what stayed stayed, or where an ONNX file comes from."""
+    if path.suffix == ".onnx":
+        show_provenance(path, json)
+        return
     from diffprune_plugin.checkpoint import read_plan
 
-    show_plan(read_plan(directory), json)
+    show_plan(read_plan(path), json)
 
 
 @app.command(epilog="Example: diffprune sample pruned -o grid.png --count 16 --seed 0")
@@ -130,6 +135,31 @@ def demo(
     console.print(f"wrote {report}")
 
 
+app.command(epilog="Example: diffprune bench dense.onnx pruned.onnx --batch 1,4")(bench)
+
+
+def show_provenance(path: Path, json: bool) -> None:
+    """What was written into an exported file about the model that it was made from."""
+    from diffprune_plugin.export.integrity import read_provenance
+
+    provenance = read_provenance(path)
+    if json:
+        console.print_json(data=provenance)
+        return
+    table = Table("key", "value")
+    for key, value in provenance.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+def compensation_line(report: CompensationReport | None) -> str:
+    """In one line whether the layers behind the cuts were refitted."""
+    if report is None:
+        return "not compensated: fine-tune it, or set 'compensate: true' (needs data and a pipeline)"
+    refitted = sum(repair.refitted for repair in report.repairs)
+    return f"compensated: {refitted} of {len(report.repairs)} regressions improved on held-out samples and were taken"
+
+
 def show_plan(plan: PruningPlan, json: bool) -> None:
     """The plan as a table, or as JSON; what fell short on standard error."""
     from diffprune_plugin.report import plan_table
@@ -145,29 +175,6 @@ def show_plan(plan: PruningPlan, json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error made for the user ends in one line and its exit code."""
     run_app(app, arguments)
-
-
-def run_app(application: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved."""
-    words = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        application(words)
-    except DiffPruneError as error:
-        finish(error, str(error), error.exit_code, "--debug" in words)
-    except MemoryError as error:
-        finish(error, "out of memory; use a smaller batch_size", 2, "--debug" in words)
-
-
-def interrupt(*_: object) -> None:
-    raise Interrupted("interrupted; the same command goes on where it stopped")
-
-
-def finish(error: BaseException, message: Any, code: int, debug: bool) -> None:
-    if debug:
-        traceback.print_exception(error)
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class PruningConfig(BaseModel):
     importance: a criterion's name, or a mapping of ``name`` and its options.
     data: images for calibration, a folder or an .npz with ``images``; needed by criteria that use gradients.
     calibration: a directory; read if it exists, else written, so that another ratio needs no new gradients.
+    compensate: refit the layers behind the cuts (no training); by default if there is ``data`` and a scheduler.
     timesteps: points of the loss curve; batch_size: samples a pass.
     device: ``cpu``, ``cuda``, ``cuda:1`` ...; dtype: of the weights while calibrating and saving.
     """
@@ -41,6 +42,7 @@ class PruningConfig(BaseModel):
     global_pruning: bool = False
     round_to: int | None = Field(default=None, ge=1)
     strict: bool = False
+    compensate: bool | None = None
     data: str | None = None
     calibration: str | None = None
     batch_size: int = Field(default=32, ge=1)

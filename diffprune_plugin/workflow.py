@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch import nn
 
 from diffprune_plugin.calibration import Calibration, calibrate, weights_hash
 from diffprune_plugin.checkpoint import load, load_pipeline, save
+from diffprune_plugin.compensate import CompensationReport, compensate_
 from diffprune_plugin.config import PruningConfig
 from diffprune_plugin.data import load_samples
 from diffprune_plugin.errors import BadInput, HardwareUnproved
@@ -23,19 +27,21 @@ from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.removal import remove_
 
 CONFIG_FILE = "diffprune.yaml"
+COMPENSATION_FILE = "compensation.json"
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a run made: the model (pipeline or UNet, pruned unless a dry run), its plan, and the calibration if any."""
+    """What a run made: the model (pipeline or UNet, pruned unless a dry run), its plan, and what led to it."""
 
     model: Any
     plan: PruningPlan
     calibration: Calibration | None
+    compensation: CompensationReport | None
 
 
 def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = False, progress: bool = True) -> Pruned:
-    """Load, calibrate if the criterion needs it, plan, remove, save; a dry run stops at the plan and writes nothing.
+    """Load, calibrate if the criterion needs it, plan, remove, compensate, save; a dry run stops at the plan.
 
     Raises BadInput for anything in the config that cannot be used, before anything is written.
     """
@@ -49,6 +55,7 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     model, unet = load_model(config)
     find_adapter(unet)
     check_patterns(unet, config.pruning_ratio_dict, config.ignored_layers)
+    compensating = wants_compensation(config, model)
     calibration = calibration_for(criterion, model, unet, config, progress, store=not dry_run)
     if calibration is not None:
         criterion.calibration = calibration  # type: ignore[attr-defined]
@@ -63,11 +70,52 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
         strict=config.strict,
         description=describe(criterion, config),
     )
-    if not dry_run:
-        remove_(unet, plan)
-        extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
-        save(model, output, overwrite=overwrite, extra=extra)
-    return Pruned(model, plan, calibration)
+    if dry_run:
+        return Pruned(model, plan, calibration, None)
+    dense = copy.deepcopy(unet) if compensating else None
+    remove_(unet, plan)
+    compensation = None if dense is None else compensate(unet, dense, plan, model, config, progress)
+    extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
+    if compensation is not None:
+        extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
+    save(model, output, overwrite=overwrite, extra=extra)
+    with contextlib.suppress(OSError):  # never made, or another run's progress is in it
+        progress_directory(config).rmdir()
+    return Pruned(model, plan, calibration, compensation)
+
+
+def wants_compensation(config: PruningConfig, model: Any) -> bool:
+    """Whether to compensate: as asked, or where there is what it takes.
+
+    Raises BadInput if it is asked for and there are no images or there is no scheduler.
+    """
+    possible = config.data is not None and isinstance(model, DiffusionPipeline)
+    if config.compensate and not possible:
+        raise BadInput("compensate: true needs 'data' and a pipeline directory as 'model'; add them or set it to false")
+    return possible if config.compensate is None else config.compensate
+
+
+def compensate(
+    unet: nn.Module, dense: nn.Module, plan: PruningPlan, pipeline: Any, config: PruningConfig, progress: bool
+) -> CompensationReport:
+    """Refit the pruned UNet's layers to the dense one's outputs."""
+    images = latents_of(pipeline, load_samples(config.data))
+    return compensate_(
+        unet,
+        dense,
+        plan,
+        pipeline.scheduler,
+        images,
+        seed=config.seed,
+        checkpoint=progress_directory(config),
+        progress=progress,
+    )
+
+
+def progress_directory(config: PruningConfig) -> Path:
+    """Where an interrupted run keeps what it needs to go on: beside the output."""
+    output = Path(config.output)
+    return output.parent / f".{output.name}.progress"
 
 
 def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
@@ -111,7 +159,6 @@ def calibration_for(
             f"{config.model}: a UNet without a scheduler; {config.importance['name']} needs the pipeline's; "
             "give the pipeline directory"
         )
-    output = Path(config.output)
     calibration = calibrate(
         unet,
         model.scheduler,
@@ -120,7 +167,7 @@ def calibration_for(
         batch_size=config.batch_size,
         timesteps=config.timesteps,
         seed=config.seed,
-        checkpoint=output.parent / f".{output.name}.calibration" if store else None,
+        checkpoint=progress_directory(config) if store else None,
         progress=progress,
     )
     if stored is not None and store:

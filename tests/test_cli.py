@@ -67,6 +67,22 @@ def test_the_config_that_made_it_is_stored_beside_the_model_and_runs_again(run, 
     assert dp.load(tmp_path / "again").pruning_plan.sha256 == first.sha256
 
 
+def test_layers_behind_the_cuts_are_refitted_unless_told_otherwise(run, config_file, tmp_path) -> None:
+    code, out, _ = run("prune", config_file)
+    assert code == 0
+    assert "regressions improved on held-out samples" in out
+    report = json.loads((tmp_path / "pruned" / workflow.COMPENSATION_FILE).read_text())
+    assert all(repair["after"] <= repair["before"] for repair in report["repairs"])
+    code, out, _ = run("prune", config_file, "--set", "compensate=false", "--output", tmp_path / "plain")
+    assert code == 0
+    assert "not compensated" in out
+    assert not (tmp_path / "plain" / workflow.COMPENSATION_FILE).exists()
+    plain, refitted = (dp.load(tmp_path / name) for name in ("plain", "pruned"))
+    assert plain.pruning_plan.sha256 == refitted.pruning_plan.sha256
+    weights = zip(plain.parameters(), refitted.parameters(), strict=True)
+    assert not all(torch.equal(before, after) for before, after in weights)
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(run, config_file, tmp_path) -> None:
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = run("prune", config_file, "--dry-run")
@@ -137,6 +153,7 @@ def nothing(tmp_path: Path) -> None:
         (nothing, ["model=nowhere"], "nowhere: no such directory"),
         (nothing, ["data=nowhere"], "nowhere: no such folder"),
         (nothing, ["data="], "data is missing"),
+        (nothing, ["data=", "importance=magnitude", "compensate=true"], "compensate: true needs 'data'"),
         (nothing, ["ignored_layers=[conv_inn]"], "did you mean 'conv_in'"),
         (nothing, ["timesteps=2000"], "outside 1..100"),
         (no_adapter, [], "Transformer2DModel"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from diffprune_plugin.checkpoint import load_pipeline
@@ -24,24 +26,28 @@ IMAGES = 8
 
 
 def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Copy, prune, sample, report; returns the path of the report. Raises BadInput if the folder exists."""
+    """Copy, prune, compensate, sample, export, report; returns the path of the report.
+
+    Raises BadInput if the folder exists, CheckFailed if the exported model does not compute what PyTorch does.
+    """
     console = console or Console()
     with new_directory(output, overwrite) as work:
         shutil.copytree(MODEL, work / "dense")
         shutil.copyfile(CALIBRATION_IMAGES, work / "calibration.npz")
-        config_text = yaml.safe_dump(config_for(output, seed), sort_keys=False)
-        (work / "config.yaml").write_text(config_text)
-    console.print(f"[bold]1/3[/] prune {output / 'dense'} with importance: diff_taylor, pruning_ratio: 0.3")
-    result = prune(read_config(output / "config.yaml"))
-    console.print(f"[bold]2/3[/] {size_change('params', result.plan.params)}, {size_change('MACs', result.plan.macs)}")
-    console.print("[bold]3/3[/] draw with both, from the same noise (50 DDIM steps)")
-    rows = {}
-    for name in ("dense", "pruned"):
-        rows[name] = sample_images(load_pipeline(output / name), IMAGES, seed=seed)
-    save_image(image_grid(rows, scale=3), output / "samples.png")
-    assert result.calibration is not None
-    plot_curve(result.calibration, output / "loss_curve.png")
-    write_text(output / "report.md", report_text(output, result, seed))
+        (work / "config.yaml").write_text(yaml.safe_dump(config_for(output, seed), sort_keys=False))
+    console.print(f"[bold]1/4[/] prune {output / 'dense'}: importance: diff_taylor, pruning_ratio: 0.3")
+    config = output / "config.yaml"
+    removed = prune(read_config(config, ["compensate=false"], output=str(output / "removed")))
+    console.print(
+        f"[bold]2/4[/] {size_change('MACs', removed.plan.macs)}; the same, and refit the layers behind the cuts"
+    )
+    result = prune(read_config(config))
+    console.print("[bold]3/4[/] draw with all three, from the same noise (50 DDIM steps)")
+    draw(output, seed)
+    plot_calibration(result, removed, output)
+    console.print("[bold]4/4[/] export to ONNX, verify against PyTorch, time against the dense model")
+    verdict = export(output, console)
+    write_text(output / "report.md", report_text(output, removed, result, verdict, seed))
     return output / "report.md"
 
 
@@ -51,25 +57,60 @@ def config_for(output: Path, seed: int) -> dict[str, Any]:
         "model": str(output / "dense"),
         "output": str(output / "pruned"),
         "data": str(output / "calibration.npz"),
+        "calibration": str(output / "calibration"),
         "importance": "diff_taylor",
         "pruning_ratio": 0.3,
         "seed": seed,
     }
 
 
-def report_text(output: Path, result: Pruned, seed: int) -> str:
-    """report.md: what was done, pictures, the layer table, and the commands to repeat each step."""
-    plan, calibration = result.plan, result.calibration
+def draw(output: Path, seed: int) -> None:
+    """Images of the dense model, after removal, and after compensation, from the same noise."""
+    rows: dict[str, list[Image.Image]] = {}
+    for name, folder in (("dense", "dense"), ("pruned", "removed"), ("pruned and compensated", "pruned")):
+        rows[name] = sample_images(load_pipeline(output / folder), IMAGES, seed=seed, progress=False)
+    save_image(image_grid(rows, scale=3), output / "samples.png")
+
+
+def plot_calibration(result: Pruned, removed: Pruned, output: Path) -> None:
+    calibration = result.calibration or removed.calibration
     assert calibration is not None
+    plot_curve(calibration, output / "loss_curve.png")
+
+
+def export(output: Path, console: Console) -> dict[str, Any]:
+    """model.onnx of the pruned model with its verdict, latency tables and plot."""
+    from diffprune_plugin.export import tables
+    from diffprune_plugin.export.benchmark import Latency
+    from diffprune_plugin.export.workflow import Options, run
+
+    def keep(latency: Latency) -> None:
+        write_text(output / "latency.md", tables.markdown(latency))
+        tables.plot(latency, output / "latency.png")
+
+    options = Options(baseline=output / "dense", torch=True, budget=20)
+    verdict = run(
+        output / "pruned", output / "model.onnx", options, lambda line: console.print(line, markup=False), keep
+    )
+    return verdict.content
+
+
+def report_text(output: Path, removed: Pruned, result: Pruned, verdict: dict[str, Any], seed: int) -> str:
+    """report.md: what was done, pictures, the layer table, the verdict, and the commands to repeat each step."""
+    plan, calibration, compensation = result.plan, removed.calibration, result.compensation
+    assert calibration is not None
+    assert compensation is not None
+    refitted = sum(repair.refitted for repair in compensation.repairs)
     return f"""# Demo: a diffusion model of digits, pruned
 
 {size_change("Parameters", plan.params)}; {size_change("MACs", plan.macs)} for one 32x32 sample.
 
-## Dense and pruned from the same noise
+## Dense, pruned, and pruned and compensated, from the same noise
 
 ![samples](samples.png)
 
-The pruned row is straight after removal, without any fine-tuning.
+No row was fine-tuned. Compensation refitted {refitted} of {len(compensation.repairs)} layer sums to the dense model's
+outputs by ridge regression, with {compensation.samples} noisy images.
 
 ## Which timesteps count
 
@@ -79,6 +120,11 @@ The pruned row is straight after removal, without any fine-tuning.
 {calibration.sweep.threshold} of the largest loss; the gradients of {calibration.backward} samples were summed over them
 ({calibration.forward} samples went forward).
 
+## ONNX: {"verified" if verdict["passed"] else "rejected"}
+
+![latency](latency.png)
+
+{(output / "latency.md").read_text()}
 ## Layers
 
 {plan_markdown(plan)}
@@ -89,10 +135,19 @@ Plan {plan.sha256[:12]}, criterion {plan.criterion["name"]}, seed {seed}.
 
 ```
 diffprune prune {output / "config.yaml"} --overwrite
+diffprune prune {output / "config.yaml"} --set compensate=false --output {output / "removed"} --overwrite
 diffprune inspect {output / "pruned"}
 diffprune sample {output / "dense"} -o dense.png --seed {seed}
 diffprune sample {output / "pruned"} -o pruned.png --seed {seed}
+diffprune-export {output / "model.onnx"} --model {output / "pruned"} --baseline {output / "dense"} --torch --overwrite
 ```
 
 In Python: `import diffprune_plugin` and then `DiffusionPipeline.from_pretrained("{output / "pruned"}")`.
+
+<details><summary>The verdict as JSON</summary>
+
+```json
+{json.dumps(verdict, indent=1)}
+```
+</details>
 """

@@ -1,0 +1,89 @@
+"""Latency of the CIFAR-10 DDPM UNet, pruned by 0.3 after the published rule, against the dense one.
+
+    python benchmarks/latency.py                   # Markdown with 95 % intervals, exit code 1 if a promise is missed
+    python benchmarks/latency.py --batch 1,4 --plot latency.png
+
+Weights are random: they make no difference to latency. Takes two to five minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+import diffprune_plugin
+from diffprune_plugin.export import measure, tables, to_onnx, verify_onnx
+from diffprune_plugin.export.verify import summary
+
+# The architecture of google/ddpm-cifar10-32.
+CIFAR10: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+PROMISED = {"relative error": 1e-5, "share of the MACs ratio": 0.9, "eager / ONNX Runtime at batch 1": 1.3}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", default="1", help="batch sizes, for example 1,4")
+    parser.add_argument("--rounds", type=int, help="default: 30 or more, until the interval is narrow")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--round-to", type=int, default=None, help="keep multiples of this many channels")
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    dense = UNet2DModel(**CIFAR10).eval()
+    pruned = UNet2DModel(**CIFAR10).eval()
+    plan = diffprune_plugin.make_plan(pruned, "magnitude", pruning_ratio=0.3, round_to=arguments.round_to)
+    diffprune_plugin.remove_(pruned, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / "dense.onnx", Path(folder) / "pruned.onnx"]
+        for unet, path in zip((dense, pruned), files, strict=True):
+            to_onnx(unet, path)
+        verified = verify_onnx(files[1], pruned)
+        print(f"params {plan.params[0] / 1e6:.2f} M -> {plan.params[1] / 1e6:.2f} M, ", end="")
+        print(f"MACs {plan.macs[0] / 1e9:.2f} G -> {plan.macs[1] / 1e9:.2f} G")
+        print(f"verified: {summary(verified)}\n", flush=True)
+        result = measure(
+            files[1],
+            files[0],
+            batches=[int(size) for size in arguments.batch.split(",")],
+            threads=arguments.threads,
+            rounds=arguments.rounds,
+            eager={"dense": dense, "pruned": pruned},
+        )
+    print(tables.markdown(result))
+    if arguments.plot:
+        tables.plot(result, arguments.plot)
+    speed = next(ratio for ratio in result.ratios if ratio.name == "dense / pruned")
+    eager = next(ratio for ratio in result.ratios if ratio.name == "eager pruned / pruned")
+    found = (verified.worst.relative, speed.realised or 0.0, eager.median)
+    held = [
+        found[0] <= PROMISED["relative error"],
+        *(f >= p for f, p in zip(found[1:], [*PROMISED.values()][1:], strict=True)),
+    ]
+    for (name, promised), value, ok in zip(PROMISED.items(), found, held, strict=True):
+        print(f"{'holds' if ok else 'MISSED'}: {name} {value:.3g}, promised {promised:g}")
+    return 0 if all(held) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

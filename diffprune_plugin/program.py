@@ -1,0 +1,35 @@
+"""How a command ends: one line and an exit code for every error made for the user."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from typing import Any
+
+import typer
+
+from diffprune_plugin.errors import DiffPruneError, Interrupted
+
+
+def run_app(application: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved."""
+    words = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        application(words)
+    except DiffPruneError as error:
+        finish(error, str(error), error.exit_code, "--debug" in words)
+    except MemoryError as error:
+        finish(error, "out of memory; use a smaller batch_size", 2, "--debug" in words)
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupted("interrupted; the same command goes on where it stopped")
+
+
+def finish(error: BaseException, message: Any, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(code)

@@ -1,0 +1,287 @@
+"""Latency that can be believed: proved placement, shuffled interleaving, ratios with intervals, a noise floor."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.export.feeds import example_feeds, fixed_dims
+from diffprune_plugin.export.integrity import check_files
+from diffprune_plugin.export.kernels import Waste, wasteful_layers
+from diffprune_plugin.export.memory import peak_memory
+from diffprune_plugin.export.placement import Placement, best_provider, check_dtype, known_provider, prove
+
+DENSE, PRUNED, AGAIN = "dense", "pruned", "again"
+EAGER = "PyTorch eager"
+ROUNDS = {"cpu": 30, "cuda": 100}  # at least; up to PATIENCE times as many while the interval is wider than WIDTH
+PATIENCE = 4
+WIDTH = 0.01  # half-width of the interval of the speed-up, as a share of it
+WARM_UP = {"cpu": 3, "cuda": 10}
+NOISY = 1.5  # p90 / p50 above which a row is called noisy
+LEAST = 0.02  # seconds that a model runs in a round: short ones run several times, and their median counts
+Run = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Latency of one model at one batch size: percentiles in milliseconds over n runs, peak memory in bytes."""
+
+    runtime: str
+    model: str
+    batch: int
+    n: int
+    p50: float
+    p90: float
+    p99: float
+    minimum: float
+    warm_up: int
+    memory: int | None = None
+
+    @property
+    def noisy(self) -> bool:
+        return self.p90 / self.p50 > NOISY
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much faster one is than another: the median of per-round ratios with its 95 % bootstrap interval."""
+
+    name: str
+    batch: int
+    median: float
+    low: float
+    high: float
+    macs_ratio: float | None = None
+    floor: float = 1.0
+
+    @property
+    def win(self) -> bool:
+        """A win is claimed only where the whole interval lies above 1, and above what noise alone showed."""
+        return self.low > max(1.0, self.floor)
+
+    @property
+    def realised(self) -> float | None:
+        """The share of the MACs ratio that became speed-up."""
+        return self.median / self.macs_ratio if self.macs_ratio else None
+
+
+@dataclass
+class Latency:
+    """Everything that one benchmark found, and under which conditions."""
+
+    provider: str
+    dtype: str
+    threads: int
+    rounds: int
+    rows: list[Row] = field(default_factory=list)
+    ratios: list[Ratio] = field(default_factory=list)
+    placements: dict[str, Placement] = field(default_factory=dict)
+    waste: list[Waste] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        content = asdict(self) | {"spinning": False}
+        content["placements"] = {name: placement.as_dict() for name, placement in self.placements.items()}
+        content["rows"] = [asdict(row) | {"noisy": row.noisy} for row in self.rows]
+        content["ratios"] = [asdict(r) | {"win": r.win, "realised": r.realised} for r in self.ratios]
+        return content
+
+
+def measure(
+    pruned: str | Path,
+    dense: str | Path | None = None,
+    *,
+    provider: str | None = None,
+    batches: Sequence[int] = (1,),
+    threads: int = 1,
+    rounds: int | None = None,
+    budget: float | None = None,
+    eager: Mapping[str, Any] | None = None,
+    memory: bool = True,
+) -> Latency:
+    """Time a pruned model, against the dense one if given, on a provider that is proved for every session timed.
+
+    ``rounds``: how many (None: at least 30, more while the interval is wide); ``budget``: seconds of rounds for each
+    batch size, after which they end early. ``eager``: PyTorch UNets under "dense" and "pruned", in the same rounds.
+
+    Raises BadInput for damaged files or impossible sizes, HardwareUnproved for a provider without proof.
+    """
+    files = {PRUNED: Path(pruned)} if dense is None else {DENSE: Path(dense), PRUNED: Path(pruned)}
+    facts = {name: check_files(path) for name, path in files.items()}
+    dtype = check_comparable(files, facts)
+    if threads < 1 or not batches or (rounds is not None and rounds < 5):
+        raise BadInput(f"threads {threads}, rounds {rounds}: at least 1 thread, one batch size and 5 rounds are needed")
+    dims = {batch: {name: fixed_dims(path, batch=batch) for name, path in files.items()} for batch in batches}
+    if provider is None:
+        first = dims[batches[0]][PRUNED]
+        provider = best_provider(files[PRUNED], example_feeds(files[PRUNED], first), first, dtype).provider
+    check_dtype(provider, dtype)
+    memory_kind = known_provider(provider).memory
+    result = Latency(provider, dtype, threads, rounds or ROUNDS[memory_kind])
+    result.waste = wasteful_layers(files[PRUNED], provider, dtype)
+    macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
+    for batch in batches:
+        runs = sessions(result, files, batch, dims[batch])
+        for name, unet in (eager or {}).items():
+            runs[f"eager {name}"] = eager_run(unet, files[PRUNED], dims[batch][PRUNED], threads)
+        most = rounds or result.rounds * PATIENCE
+        times, warm_ups = interleaved(runs, result.rounds, most, budget, WARM_UP[memory_kind])
+        peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
+        result.rows += [row(name, batch, times[name], warm_ups[name], peaks.get(name), provider) for name in times]
+        result.ratios += ratios({name: medians(taken) for name, taken in times.items()}, batch, macs)
+    return result
+
+
+def check_comparable(files: Mapping[str, Path], facts: Mapping[str, Mapping[str, str]]) -> str:
+    """The dtype of the files; raises BadInput where two of them differ in dtype or in the size of a sample."""
+    for key in ("dtype", "axes"):
+        values = {name: fact[key] for name, fact in facts.items()}
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{files[name]} has {value}" for name, value in values.items())
+            raise BadInput(f"{key} differ: {told}; a ratio needs two exports of the same {key}")
+    return facts[PRUNED]["dtype"]
+
+
+def sessions(
+    result: Latency, files: Mapping[str, Path], batch: int, dims: Mapping[str, Mapping[str, int]]
+) -> dict[str, Run]:
+    """A proved session for each model, and a second one of the first: the noise floor."""
+    runs: dict[str, Run] = {}
+    first = next(iter(files))
+    for name, source in [*((n, n) for n in files), (AGAIN, first)]:
+        feeds = example_feeds(files[source], dims[source])
+        placement, bound = prove(files[source], result.provider, feeds, dims[source], result.threads)
+        result.placements[f"{name}, batch {batch}"] = placement
+        runs[name] = bound.run
+    return runs
+
+
+def eager_run(unet: Any, path: Path, dims: Mapping[str, int], threads: int) -> Run:
+    """One PyTorch forward on the same inputs; sets PyTorch's threads for the process."""
+    import torch
+
+    from diffprune_plugin.export.convert import denoise
+
+    torch.set_num_threads(threads)
+    parameter = next(unet.parameters())
+    inputs = {name: torch.from_numpy(value).to(parameter.device) for name, value in example_feeds(path, dims).items()}
+    inputs = {name: v.to(parameter.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+
+    def run() -> None:
+        with torch.inference_mode():
+            denoise(unet, inputs)
+            if parameter.device.type == "cuda":
+                torch.cuda.synchronize()
+
+    return run
+
+
+def interleaved(
+    runs: Mapping[str, Run], rounds: int, most: int, budget: float | None, warm_up: int
+) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    """Seconds of the runs of each round, every round in another order, after each model has reached a steady state.
+
+    In blocks, other load on the machine comes and goes between the models; inside a round it hits them all.
+    """
+    warm = {name: warmed(run, warm_up) for name, run in runs.items()}
+    repeats = max(1, min(10, math.ceil(LEAST / min(t[-1] for t in warm.values()))))
+    order, shuffler = list(runs), random.Random(0)
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
+    end = time.perf_counter() + (budget or float("inf"))
+    for count in range(most):
+        late = count >= 10 and time.perf_counter() > end
+        if late or (count >= rounds and count % 10 == 0 and settled(times)):
+            break
+        shuffler.shuffle(order)
+        for name in order:
+            times[name].append([timed(runs[name]) for _ in range(repeats)])
+    return times, {name: len(t) for name, t in warm.items()}
+
+
+def settled(times: Mapping[str, Sequence[Sequence[float]]]) -> bool:
+    """Whether the interval of the speed-up is narrow enough."""
+    first = medians(times[DENSE if DENSE in times else PRUNED])
+    median, low, high = interval(first, medians(times[PRUNED if DENSE in times else AGAIN]), 500)
+    return high - low < 2 * WIDTH * median
+
+
+def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """One figure a round."""
+    return [statistics.median(runs) for runs in rounds]
+
+
+def warmed(run: Run, least: int, most: int = 20) -> list[float]:
+    """Run until the last three differ by less than 5 %; the seconds of each run."""
+    times: list[float] = []
+    while len(times) < most:
+        times.append(timed(run))
+        last = times[-3:]
+        if len(times) >= max(least, 3) and max(last) - min(last) < 0.05 * min(last):
+            break
+    return times
+
+
+def timed(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def row(
+    name: str, batch: int, rounds: Sequence[Sequence[float]], warm_up: int, memory: int | None, provider: str
+) -> Row:
+    seconds = [run for runs in rounds for run in runs]
+    p50, p90, p99 = (float(np.percentile(seconds, q)) * 1e3 for q in (50, 90, 99))
+    runtime, model = (EAGER, name.removeprefix("eager ")) if name.startswith("eager ") else (provider, name)
+    return Row(runtime, model, batch, len(seconds), p50, p90, p99, min(seconds) * 1e3, warm_up, memory)
+
+
+def ratios(times: Mapping[str, Sequence[float]], batch: int, macs: float | None) -> list[Ratio]:
+    """Every ratio that the rounds allow, the noise floor last."""
+    wanted = (
+        ("dense / pruned", DENSE, PRUNED, macs),
+        ("eager dense / eager pruned", "eager dense", "eager pruned", macs),
+        ("eager dense / dense", "eager dense", DENSE, None),
+        ("eager pruned / pruned", "eager pruned", PRUNED, None),
+        ("A/A: the same model twice", DENSE if DENSE in times else PRUNED, AGAIN, None),
+    )
+    found = [
+        Ratio(name, batch, *interval(times[slow], times[fast]), macs_ratio)
+        for name, slow, fast, macs_ratio in wanted
+        if slow in times and fast in times
+    ]
+    noise = found[-1].median
+    return [*(replace(ratio, floor=max(noise, 1 / noise)) for ratio in found[:-1]), found[-1]]
+
+
+def interval(slow: Sequence[float], fast: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
+    """Median of the per-round ratios and its 95 % bootstrap interval."""
+    values = np.asarray(slow) / np.asarray(fast)
+    drawn = np.random.default_rng(0).choice(values, (resamples, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return float(np.median(values)), float(low), float(high)
+
+
+def gate(result: Latency, max_latency_ms: float | None = None, min_speedup: float | None = None) -> None:
+    """Raises CheckFailed where a median latency or a proved speed-up misses what was asked."""
+    timed_rows = [row for row in result.rows if row.model == PRUNED and row.runtime == result.provider]
+    for row in timed_rows if max_latency_ms is not None else ():
+        if row.p50 > float(max_latency_ms or 0):
+            raise CheckFailed(f"--max-latency-ms {max_latency_ms:g}: batch {row.batch} takes {row.p50:.2f} ms (median)")
+    speedups = [ratio for ratio in result.ratios if ratio.name == "dense / pruned"]
+    if min_speedup is not None and not speedups:
+        raise BadInput("--min-speedup needs the dense model: give --baseline")
+    for ratio in speedups if min_speedup is not None else ():
+        if ratio.low < float(min_speedup or 0):
+            raise CheckFailed(
+                f"--min-speedup {min_speedup:g}: batch {ratio.batch} is {ratio.median:.2f}x "
+                f"[{ratio.low:.2f}, {ratio.high:.2f}]; the lower end counts"
+            )

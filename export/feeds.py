@@ -1,0 +1,62 @@
+"""Inputs for an ONNX file of ours, from the file alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.export.integrity import need, parse, read_provenance
+
+TIMESTEP = "timestep"
+Feeds = dict[str, npt.NDArray[Any]]
+
+
+def input_shapes(path: Path) -> dict[str, list[str | int]]:
+    """The inputs of a graph, in order: a word for each dynamic axis, a number for each fixed one."""
+    return {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in parse(path).graph.input
+    }
+
+
+def input_types(path: Path) -> dict[str, np.dtype[Any]]:
+    helper = need("onnx").helper
+    return {v.name: helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in parse(path).graph.input}
+
+
+def fixed_dims(path: str | Path, **asked: int) -> dict[str, int]:
+    """A size for each dynamic axis: as asked, else as the model's config has it.
+
+    Raises BadInput for a size below 1 or one that the file has fixed to another.
+    """
+    path = Path(path)
+    defaults: dict[str, int] = json.loads(read_provenance(path)["axes"])
+    words = {axis for shape in input_shapes(path).values() for axis in shape if isinstance(axis, str)}
+    for word, size in asked.items():
+        if word not in defaults:
+            raise BadInput(f"{path}: no axis {word!r}{nearest(word, defaults)}; it has {', '.join(defaults)}")
+        if size < 1:
+            raise BadInput(f"{word} {size}: at least 1 is needed")
+        if word not in words and size != defaults[word]:
+            raise BadInput(f"{path}: {word} is fixed to {defaults[word]}, not {size}; export with --dynamic {word}")
+    return {word: asked.get(word, defaults[word]) for word in defaults if word in words}
+
+
+def example_feeds(path: str | Path, dims: Mapping[str, int]) -> Feeds:
+    """Seeded inputs: normal noise, the middle timestep, index 0 of what is an index."""
+    generator = np.random.default_rng(0)
+    feeds: Feeds = {}
+    types = input_types(Path(path))
+    for name, axes in input_shapes(Path(path)).items():
+        shape = [dims[axis] if isinstance(axis, str) else axis for axis in axes]
+        if types[name].kind == "f":
+            feeds[name] = generator.standard_normal(shape).astype(types[name])
+        else:
+            feeds[name] = np.full(shape, 500 if name == TIMESTEP else 0, types[name])
+    return feeds

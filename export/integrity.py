@@ -1,0 +1,221 @@
+"""The files of an export: put in place together with a manifest, and checked for damage before a session opens them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from diffprune_plugin.errors import BadInput, MissingExtra
+from diffprune_plugin.files import disk_errors, sync, write_text
+
+PREFIX = "diffprune."
+MANIFEST = ".manifest.json"
+REJECTED = ".rejected"
+Files = dict[str, dict[str, Any]]
+
+
+def need(module: str, extra: str = "cpu") -> Any:
+    """An optional dependency; raises MissingExtra if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtra(module, extra) from None
+
+
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Raises BadInput for a path that cannot become an ONNX file: wrong ending, there already, not writable."""
+    if path.suffix != ".onnx":
+        raise BadInput(f"{path}: the output must end in .onnx; for example {path.with_suffix('.onnx')}")
+    if path.is_dir():
+        raise BadInput(f"{path}: is a directory; name a file that ends in .onnx")
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another output")
+
+
+def manifest_path(path: Path) -> Path:
+    return path.with_name(path.name + MANIFEST)
+
+
+@contextlib.contextmanager
+def new_model(path: Path) -> Iterator[Path]:
+    """Where to write an ONNX file, its data beside it; both take their places with their manifest at the end.
+
+    Killed at any moment it leaves nothing at ``path``, or the old file with all that belongs to it.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield scratch / path.name
+            put_in_place(scratch, path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def put_in_place(scratch: Path, path: Path) -> None:
+    """Move the written files beside ``path``, the model last; until then the manifest vouches for the old ones too."""
+    files = {file.name: fingerprint(file) for file in sorted(scratch.iterdir())}
+    old: Files = {}
+    with contextlib.suppress(BadInput):  # a damaged manifest is no reason to keep what it stood for
+        old = read_manifest(path)["files"] if path.exists() else {}
+    write_manifest(path, files, old)
+    for name in sorted(files, key=lambda name: name == path.name):
+        sync(scratch / name)
+        (scratch / name).replace(path.with_name(name))
+    for name in old.keys() - files.keys():
+        path.with_name(name).unlink(missing_ok=True)
+    if old:
+        write_manifest(path, files)
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_manifest(path: Path, files: Files, previous: Files | None = None) -> None:
+    content = {"format": 1, "files": files} | ({"previous": previous} if previous else {})
+    write_text(manifest_path(path), json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest beside an ONNX file; raises BadInput if it is missing, damaged, or names files elsewhere."""
+    manifest = manifest_path(path)
+    try:
+        content = json.loads(manifest.read_text())
+        names = [*content["files"], *content.get("previous", {})]
+        entries = [*content["files"].values(), *content.get("previous", {}).values()]
+        sound = all(is_plain(n) for n in names) and all({"bytes", "sha256"} <= set(e) for e in entries)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: its manifest {manifest.name} is missing; restore it or export again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise BadInput(f"{manifest}: not a manifest; restore it or export again")
+    return dict(content)
+
+
+def is_plain(location: str) -> bool:
+    """Whether a location is a bare file name: not absolute, on any system, and without a way upwards."""
+    return location not in ("", "..") and PurePosixPath(location).name == PureWindowsPath(location).name == location
+
+
+def check_files(path: str | Path) -> dict[str, str]:
+    """The provenance of an ONNX file of ours, after every check that needs no session.
+
+    The manifest (sizes, SHA-256), the external data (locations, offsets, lengths) and onnx.checker, by path.
+    Raises BadInput that names the damage.
+    """
+    path = Path(path)
+    onnx = need("onnx")
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; give an ONNX file that diffprune-export wrote")
+    if manifest_path(path).exists():
+        check_manifest(path)
+    provenance = read_provenance(path)
+    read_manifest(path)
+    for tensor in external_tensors(onnx, parse(path)):
+        check_tensor(onnx, path, tensor)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise BadInput(f"{path}: onnx.checker refuses it: {' '.join(str(error).split())[:200]}; export again") from None
+    return provenance
+
+
+def check_manifest(path: Path) -> None:
+    """Raises BadInput unless every file is what the manifest says, or what it was before an interrupted overwrite."""
+    content = read_manifest(path)
+    generations = [content["files"], *([content["previous"]] if "previous" in content else [])]
+    complaints = [next(differences(path, files), None) for files in generations]
+    if None not in complaints:
+        raise BadInput(f"{complaints[-1]}; restore it or export again")
+
+
+def differences(path: Path, files: Files) -> Iterator[str]:
+    """What is wrong with the files, sizes before contents."""
+    if path.name not in files:
+        yield f"{manifest_path(path)}: does not list {path.name}"
+    for name, stated in files.items():
+        file = path.with_name(name)
+        if not file.is_file():
+            yield f"{file}: missing, though the manifest lists it"
+        elif file.stat().st_size != stated["bytes"]:
+            yield f"{file}: {file.stat().st_size} bytes, the manifest says {stated['bytes']}: truncated or replaced"
+        elif fingerprint(file)["sha256"] != stated["sha256"]:
+            yield f"{file}: its SHA-256 is not the manifest's: changed since it was written"
+
+
+def parse(path: Path) -> Any:
+    """The ModelProto without its external data; raises BadInput if the file holds none."""
+    onnx = need("onnx")
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception:
+        raise BadInput(f"{path}: damaged or not an ONNX file; export again") from None
+
+
+def read_provenance(path: str | Path) -> dict[str, str]:
+    """What the exporter wrote into an ONNX file, without the prefix of the keys; values as written, JSON or text.
+
+    Raises BadInput for a file that is not there, is no ONNX file, or was not written by this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    properties = {p.key: p.value for p in parse(path).metadata_props}
+    ours = {key.removeprefix(PREFIX): value for key, value in properties.items() if key.startswith(PREFIX)}
+    if not ours:
+        raise BadInput(f"{path}: not written by diffprune-export (no {PREFIX}* metadata); export the model with it")
+    return ours
+
+
+def external_tensors(onnx: Any, model: Any) -> Iterator[Any]:
+    external = onnx.TensorProto.EXTERNAL
+    return (tensor for tensor in model.graph.initializer if tensor.data_location == external)
+
+
+def check_tensor(onnx: Any, path: Path, tensor: Any) -> None:
+    """Raises BadInput for external data that lies elsewhere, outside its file, or has not its tensor's size."""
+    entry = {item.key: item.value for item in tensor.external_data}
+    location = entry.get("location", "")
+    if not is_plain(location):
+        raise BadInput(f"{path}: {tensor.name} points to {location!r}, outside its directory; export again")
+    content, file = read_manifest(path), path.with_name(location)
+    if location not in content["files"] | content.get("previous", {}) or not file.is_file():
+        raise BadInput(f"{path}: {tensor.name} points to {location!r}, which the manifest does not list; export again")
+    offset, size = int(entry.get("offset", 0)), file.stat().st_size
+    expected = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    length = int(entry.get("length", size - offset))
+    if length != expected or offset < 0 or offset + length > size:
+        raise BadInput(
+            f"{path}: {tensor.name} wants {expected} bytes, its entry says {length} at {offset} of {size} in "
+            f"{location}; export again"
+        )
+
+
+def reject(path: Path) -> list[Path]:
+    """Rename an ONNX file, its data and its manifest to ``*.rejected``; returns the new names."""
+    renamed = []
+    for name in (*read_manifest(path)["files"], manifest_path(path).name):
+        file = path.with_name(name)
+        renamed.append(file.rename(file.with_name(file.name + REJECTED)))
+    return renamed

@@ -1,0 +1,137 @@
+"""What can be said of a GPU without one: which nodes have no CUDA kernel, which widths waste the hardware."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.feeds import fixed_dims
+from diffprune_plugin.export.integrity import check_files, need, parse
+
+TABLES = {"cuda": "cuda_kernels.json"}
+DATA_INPUT = {"Where": 1, "OneHot": 0}  # the input whose type the kernel is chosen by; otherwise the first
+# ONNX says float where the rest of the world says float32.
+TYPE_NAMES = {"FLOAT": "float", "DOUBLE": "double"}
+# The width that a layer's channels should be a multiple of: ONNX Runtime's convolutions on CPU work in blocks of 16
+# (AVX-512), tensor cores in eights, a warp has 32 lanes.
+WIDTHS = {
+    ("cpu", "fp32"): 16,
+    ("openvino", "fp32"): 16,
+    ("cuda", "fp16"): 8,
+    ("tensorrt", "fp16"): 8,
+    ("cuda", "fp32"): 32,
+    ("tensorrt", "fp32"): 32,
+}
+
+
+@dataclass(frozen=True)
+class NoKernel:
+    """A node that would be left to the CPU, and why."""
+
+    node: str
+    operator: str
+    why: str
+
+
+def without_kernel(path: str | Path, provider: str = "cuda", **dims: int) -> list[NoKernel]:
+    """The nodes of the graph, its dims fixed and constants folded, that have no kernel at their version and type.
+
+    From ONNX Runtime's documented kernel table; nothing is run. Raises BadInput for a provider without a table.
+    """
+    if provider not in TABLES:
+        raise BadInput(f"--check-placement {provider}: there is a kernel table for {', '.join(TABLES)} only")
+    check_files(path)
+    table = kernel_table(provider)
+    model = frozen(Path(path), fixed_dims(path, **dims))
+    opset = model.opset_imports[""]
+    return [miss for node in model.graph.all_nodes() if (miss := missing_kernel(node, opset, table))]
+
+
+def kernel_table(provider: str) -> dict[str, list[tuple[int, int | None, frozenset[str]]]]:
+    """For each operator its kernels: first and last operator version (None: no end), data types."""
+    text = importlib.resources.files("diffprune_plugin.export").joinpath(TABLES[provider]).read_text()
+    content = json.loads(text)
+    types = {key: frozenset(names.split()) for key, names in content["types"].items()}
+    return {op: [kernel(row, types) for row in rows] for op, rows in content["kernels"].items()}
+
+
+def kernel(row: str, types: Mapping[str, frozenset[str]]) -> tuple[int, int | None, frozenset[str]]:
+    """One row of the table: ``13+ t0``, ``7-12 t1`` or ``13 t2``."""
+    found = re.fullmatch(r"(\d+)(\+|-(\d+))? (\w+)", row)
+    assert found, row
+    first, end, last, key = found.groups()
+    return int(first), None if end == "+" else int(last or first), types[key]
+
+
+def missing_kernel(node: Any, opset: int, table: Mapping[str, Any]) -> NoKernel | None:
+    """None if a kernel fits, as ONNX Runtime matches them: one without an end fits its first version only."""
+    onnx = need("onnx")
+    label = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
+    if label not in table:
+        return NoKernel(node.name, label, "no kernel in the table")
+    since = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
+    fitting = [types for first, last, types in table[label] if since == first or (last and first < since <= last)]
+    if not fitting:
+        return NoKernel(node.name, label, f"no kernel for version {since} of the operator (opset {opset})")
+    value = node.inputs[DATA_INPUT.get(node.op_type, 0)] if node.inputs else None
+    if value is None or value.dtype is None:
+        return None
+    kind = TYPE_NAMES.get(value.dtype.name, value.dtype.name.lower())
+    return None if any(kind in types for types in fitting) else NoKernel(node.name, label, f"no kernel for {kind}")
+
+
+def frozen(path: Path, dims: Mapping[str, int]) -> Any:
+    """The graph with its dims fixed: what reads shapes then folds away, as it does in a session."""
+    ir, optimizer = need("onnx_ir"), need("onnxscript.optimizer")
+    model = ir.load(path)
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([dims.get(str(dim), dim) for dim in value.shape])
+    for node in model.graph.all_nodes():
+        for output in node.outputs:
+            output.shape = None
+    optimizer.optimize_ir(model, onnx_shape_inference=True)
+    return model
+
+
+@dataclass(frozen=True)
+class Waste:
+    """A layer with a width that the hardware pads: channels out, the multiple that fits, what round_to would leave."""
+
+    layer: str
+    width: int
+    multiple: int
+    rounded: int
+
+
+def wasteful_layers(path: str | Path, provider: str, dtype: str) -> list[Waste]:
+    """The convolutions and linear layers whose output channels are no multiple of what fits provider and dtype.
+
+    Layers as narrow as the image's channels are left out: nothing can be done about them.
+    """
+    multiple = WIDTHS.get((provider, dtype))
+    if multiple is None:
+        return []
+    return [
+        Waste(layer, width, multiple, -(-width // multiple) * multiple)
+        for layer, width in layer_widths(parse(Path(path)).graph)
+        if width % multiple and width >= multiple
+    ]
+
+
+def layer_widths(graph: Any) -> Iterator[tuple[str, int]]:
+    """(name, output channels) of each layer, by its weight; the exporter renames those that it transposes."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    bias = {i: j for node in graph.node if node.op_type == "Add" for i, j in (node.input, node.input[::-1])}
+    for node in graph.node:
+        weight = node.input[1] if len(node.input) > 1 else ""
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or weight not in shapes:
+            continue
+        name = weight if "." in weight else bias.get(node.output[0], node.name)
+        across = node.op_type == "MatMul"
+        yield name.removeprefix("unet.").rsplit(".", 1)[0], shapes[weight][1 if across else 0]

@@ -1,0 +1,92 @@
+"""An ONNX file in the place of a UNet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.convert import DTYPES
+from diffprune_plugin.export.feeds import TIMESTEP, input_types
+from diffprune_plugin.export.integrity import check_files
+from diffprune_plugin.export.placement import PROVIDERS, open_session
+
+
+class OrtDenoiser:
+    """A session that takes tensors by input name and gives float32 back."""
+
+    def __init__(self, path: Path, provider: str = "cpu", threads: int = 1) -> None:
+        self.types = input_types(path)
+        self.session = open_session(path, provider, threads=threads)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        feeds = {name: inputs[name].detach().cpu().numpy().astype(kind) for name, kind in self.types.items()}
+        return torch.from_numpy(self.session.run(None, feeds)[0]).float()
+
+
+class ORTUNet(nn.Module):
+    """An ONNX file of ours as the ``unet`` of a diffusers pipeline: ``DDIMPipeline(unet=ORTUNet(path), ...)``.
+
+    Raises BadInput for a damaged file, a device or dtype other than the session's, or an argument that the graph lacks.
+    """
+
+    def __init__(self, path: str | Path, *, provider: str = "cpu", threads: int = 1) -> None:
+        super().__init__()
+        facts = check_files(path)
+        self.path = Path(path)
+        self.provider = provider
+        self.config = FrozenDict(json.loads(facts["config"]))
+        self.dtype = DTYPES[facts["dtype"]]
+        self.device = torch.device("cpu")
+        self.denoiser = OrtDenoiser(self.path, provider, threads)
+        # Stable Diffusion XL reads this width from the module instead of the config.
+        width = self.config.get("projection_class_embeddings_input_dim")
+        self.__dict__["add_embedding"] = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        *further: Any,
+        return_dict: bool = True,
+        **named: Any,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """The prediction, of the sample's shape, dtype and device; inputs in the graph's order or by name."""
+        names = list(self.denoiser.types)
+        given = dict(zip(names[2:], further, strict=False)) | flattened(named)
+        given = {name: value for name, value in given.items() if value is not None}
+        unknown, missing = sorted(set(given) - set(names[2:])), sorted(set(names[2:]) - set(given))
+        if unknown or missing or len(further) > len(names) - 2:
+            raise BadInput(
+                f"{self.path}: the graph takes {', '.join(names)}; "
+                + "; ".join([*(f"it has no {name}" for name in unknown), *(f"{name} is missing" for name in missing)])
+            )
+        rows = torch.as_tensor(timestep).reshape(-1).expand(sample.shape[0])
+        output = self.denoiser({names[0]: sample, TIMESTEP: rows, **given}).to(sample)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    def to(self, *args: Any, **kwargs: Any) -> ORTUNet:
+        """Itself: a session stays where it was opened."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if (device or self.device).type != self.device.type or (dtype or self.dtype) != self.dtype:
+            raise BadInput(
+                f"{self.path}: runs as {self.dtype} on {PROVIDERS[self.provider].name}; give ORTUNet another provider, "
+                "or export with another --dtype, instead of .to()"
+            )
+        return self
+
+
+def flattened(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those inside dicts (added_cond_kwargs) too."""
+    flat: dict[str, Any] = {}
+    for name, value in named.items():
+        flat |= value if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,122 @@
+"""Latency and verdicts for people: terminal, Markdown, plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from diffprune_plugin.export.benchmark import AGAIN, DENSE, EAGER, Latency, Ratio, Row
+from diffprune_plugin.export.integrity import need
+from diffprune_plugin.files import new_file
+
+ROWS = ("runs on", "model", "batch", "p50 ms", "p90 ms", "p99 ms", "runs", "peak MB")
+DENSE_COLOR, PRUNED_COLOR = "#b0b7c3", "#2f6fde"
+RATIOS = ("ratio", "batch", "speed-up", "95 % interval", "MACs ratio", "realised", "")
+
+
+def row_cells(row: Row) -> tuple[str, ...]:
+    memory = "" if row.memory is None else f"{row.memory / 1e6:.0f}"
+    times = (f"{ms:.2f}" for ms in (row.p50, row.p90, row.p99))
+    model = "the first again" if row.model == AGAIN else row.model
+    return (runtime(row), model, str(row.batch), *times, f"{row.n}{' (noisy)' if row.noisy else ''}", memory)
+
+
+def runtime(row: Row) -> str:
+    return row.runtime if row.runtime == EAGER else f"ONNX Runtime, {row.runtime}"
+
+
+def ratio_cells(ratio: Ratio) -> tuple[str, ...]:
+    macs = f"{ratio.macs_ratio:.3f}" if ratio.macs_ratio else ""
+    share = f"{ratio.realised:.0%}" if ratio.realised else ""
+    claim = "noise floor" if ratio.name.startswith("A/A") else "faster" if ratio.win else "no win claimed"
+    return (
+        ratio.name,
+        str(ratio.batch),
+        f"{ratio.median:.3f}x",
+        f"[{ratio.low:.3f}, {ratio.high:.3f}]",
+        macs,
+        share,
+        claim,
+    )
+
+
+def conditions(result: Latency) -> str:
+    """What the figures were taken under, in a line."""
+    device = next((f" ({p.device})" for p in result.placements.values() if p.device), "")
+    proved = sum(placement.proved for placement in result.placements.values())
+    return (
+        f"ONNX Runtime on {result.provider}{device}, all 5 proofs held for {proved} of {len(result.placements)} "
+        f"sessions; {result.dtype}, {result.threads} "
+        f"thread{'s' if result.threads > 1 else ''}, spinning off, shuffled rounds"
+    )
+
+
+def tables(result: Latency) -> list[Table]:
+    """The latency and the ratios for a terminal."""
+    latency, speed = Table(*ROWS, title=conditions(result)), Table(*RATIOS)
+    for row in result.rows:
+        latency.add_row(*row_cells(row))
+    for ratio in result.ratios:
+        speed.add_row(*ratio_cells(ratio))
+    return [latency, speed]
+
+
+def markdown(result: Latency) -> str:
+    """The same in Markdown, with the widths that waste the hardware."""
+    parts = [
+        conditions(result) + ".",
+        pipes(ROWS, (row_cells(row) for row in result.rows)),
+        pipes(RATIOS, (ratio_cells(ratio) for ratio in result.ratios)),
+        *lint(result),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def lint(result: Latency, shown: int = 5) -> list[str]:
+    """The layers with widths that waste the hardware, and what round_to would leave."""
+    if not result.waste:
+        return []
+    named = "; ".join(f"{w.layer} has {w.width}, round_to would leave {w.rounded}" for w in result.waste[:shown])
+    more = f"; and {len(result.waste) - shown} more" if len(result.waste) > shown else ""
+    return [
+        f"{len(result.waste)} layers have widths that are no multiple of {result.waste[0].multiple}, "
+        f"which {result.provider} pads or runs slower ({result.dtype}): {named}{more}"
+    ]
+
+
+def plot(result: Latency, path: str | Path) -> None:
+    """Median latency with p90 for each model and batch size, as PNG.
+
+    Raises MissingExtra without matplotlib.
+    """
+    need("matplotlib", "eval")
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result.rows if row.model != AGAIN]
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{row.model}, batch {row.batch}\n{runtime(row)}" for row in rows]
+    colors = [DENSE_COLOR if row.model == DENSE else PRUNED_COLOR for row in rows]
+    medians = [row.p50 for row in rows]
+    whiskers = [[0.0] * len(rows), [max(row.p90 - row.p50, 0) for row in rows]]
+    axes.barh(labels, medians, color=colors, xerr=whiskers, capsize=3, error_kw={"linewidth": 0.8})
+    for index, row in enumerate(rows):
+        axes.text(
+            0,
+            index,
+            f" {row.p50:.2f}",
+            va="center",
+            fontsize=8,
+            color="white" if colors[index] == PRUNED_COLOR else "black",
+        )
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per forward: median, whisker to p90")
+    figure.suptitle(conditions(result), fontsize=7)
+    with new_file(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

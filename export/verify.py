@@ -1,0 +1,260 @@
+"""Whether an ONNX file computes what PyTorch computes: every batch, timestep and axis, and a sampling run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.export.convert import denoise, unet_in, words_of
+from diffprune_plugin.export.feeds import TIMESTEP, input_shapes
+from diffprune_plugin.export.integrity import check_files, reject
+from diffprune_plugin.export.ort_unet import OrtDenoiser
+from diffprune_plugin.plugins import find_adapter
+
+BATCHES = (1, 2, 3, 5)
+TIMESTEPS = (0, 1, 10, 500, 999)
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest error allowed: ``absolute`` plus ``relative`` times the largest value of PyTorch's output."""
+
+    relative: float
+    absolute: float
+
+
+# fp32: ten times what the graphs show; fp16 against fp32 PyTorch: four times.
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-6), "fp16": Tolerance(5e-3, 1e-3)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what was tried, the largest error, absolute and relative to the largest output, the verdict."""
+
+    name: str
+    absolute: float
+    relative: float
+    passed: bool
+
+
+@dataclass
+class Verification:
+    """All cases of one file; ``sampling`` holds the error after each step of a free run, for reading only."""
+
+    provider: str
+    dtype: str
+    tolerance: Tolerance
+    cases: list[Case] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+    @property
+    def worst(self) -> Case:
+        """The first case that failed, else the one with the largest relative error."""
+        missed = [case for case in self.cases if not case.passed]
+        return missed[0] if missed else max(self.cases, key=lambda case: case.relative)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed, "worst": asdict(self.worst)}
+
+
+def verify_onnx(
+    path: str | Path,
+    model: nn.Module | str | Path,
+    *,
+    scheduler: Any = None,
+    steps: int = 10,
+    batches: Sequence[int] = BATCHES,
+    provider: str = "cpu",
+    threads: int = 1,
+    tolerance: Tolerance | None = None,
+    size: tuple[int, int] | None = None,
+    adapter: UNetAdapter | None = None,
+) -> Verification:
+    """Compare an ONNX file with its PyTorch model; a file that misses is renamed ``*.rejected`` with all of its files.
+
+    ``scheduler``: also ``steps`` DDIM steps with its settings, each prediction compared on PyTorch's own trajectory.
+    ``size``: (height, width) of the samples where these axes are dynamic, instead of the config's.
+
+    Raises BadInput for a damaged file, or one that is not ours, before a session opens it.
+    """
+    path = Path(path)
+    facts = check_files(path)
+    dtype = facts["dtype"]
+    unet = unet_in(model)
+    subject = Subject(unet, adapter or find_adapter(unet), size)
+    result = Verification(provider, dtype, tolerance or TOLERANCES[dtype])
+    missing = sorted(set(subject.example()) ^ set(input_shapes(path)))
+    if missing:
+        result.cases.append(failed(f"inputs: {', '.join(missing)} only in the graph or only in the model"))
+    else:
+        session = OrtDenoiser(path, provider, threads)
+        with torch.no_grad():
+            for name, inputs in all_cases(subject, path, batches):
+                result.cases.append(compared(name, session, unet, inputs, result.tolerance))
+            if any(case.absolute < math.inf for case in result.cases):
+                result.cases += dependence(session, subject, result.tolerance)
+            if scheduler is not None and result.passed:
+                sample(result, session, subject, scheduler, steps)
+        del session
+    if not result.passed:
+        result.rejected = [str(renamed) for renamed in reject(path)]
+    return result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The PyTorch model, and inputs for it of one sample size."""
+
+    unet: nn.Module
+    adapter: UNetAdapter
+    size: tuple[int, int] | None
+
+    def example(self, batch: int = 1, seed: int = 0) -> Inputs:
+        return self.adapter.example_inputs(self.unet, batch=batch, size=self.size, seed=seed)
+
+    def axes(self) -> Iterator[tuple[str, int, str]]:
+        """(input, position, word) of each axis that may be dynamic."""
+        return ((p.name, i, word) for p in self.adapter.ports(self.unet) for i, word in words_of(p).items())
+
+
+def all_cases(subject: Subject, path: Path, batches: Sequence[int]) -> Iterator[tuple[str, Inputs]]:
+    """Every batch with every timestep, as many in one run as fit; then every other dynamic axis at two other sizes."""
+    dynamic = {axis for shape in input_shapes(path).values() for axis in shape if isinstance(axis, str)}
+    top = max_timestep(subject.unet)
+    for batch in batches if "batch" in dynamic else (1,):
+        for start in range(0, len(TIMESTEPS), batch):
+            inputs = subject.example(batch, seed=start)
+            rows = [min(TIMESTEPS[(start + row) % len(TIMESTEPS)], top) for row in range(batch)]
+            inputs[TIMESTEP] = torch.tensor(rows, device=inputs[TIMESTEP].device)
+            yield f"batch {batch}, timestep {', '.join(map(str, rows))}", inputs
+    for word in sorted(dynamic - {"batch"}):
+        for size in other_sizes(subject, word):
+            yield f"{word} {size}", resized(subject, word, size)
+
+
+def max_timestep(unet: nn.Module) -> int:
+    """The last timestep that the model takes: it may look them up in a table."""
+    tables = [m.num_embeddings for n, m in unet.named_modules() if n == "time_proj" and isinstance(m, nn.Embedding)]
+    return min([TIMESTEPS[-1], *(rows - 1 for rows in tables)])
+
+
+def other_sizes(subject: Subject, word: str) -> list[int]:
+    """Two other sizes for an axis, one larger, one smaller where there is room; images in steps of the whole depth."""
+    example = subject.example()
+    now = next(example[name].shape[i] for name, i, axis in subject.axes() if axis == word)
+    steps = dict(zip(("height", "width"), subject.adapter.trace_size(subject.unet), strict=True))
+    step = steps.get(word, 1)
+    return [now + step, now // 2 // step * step or now + 2 * step]
+
+
+def resized(subject: Subject, word: str, size: int) -> Inputs:
+    """The inputs with one axis repeated or cut to a size."""
+    inputs = subject.example()
+    for name, index, axis in subject.axes():
+        if axis == word:
+            tensor = inputs[name]
+            kept = torch.arange(size, device=tensor.device) % tensor.shape[index]
+            inputs[name] = tensor.index_select(index, kept)
+    return inputs
+
+
+def compared(name: str, session: OrtDenoiser, unet: nn.Module, inputs: Inputs, tolerance: Tolerance) -> Case:
+    """The file's output against PyTorch's for the same inputs; an output that is not finite or fails has missed."""
+    expected = denoise(unet, inputs).float().cpu()
+    try:
+        found = session(inputs)
+    except Exception as error:
+        return failed(f"{name}: {' '.join(str(error).split())[:160]}")
+    if found.shape != expected.shape:
+        return failed(f"{name}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    return judged(name, found, expected, tolerance)
+
+
+def failed(name: str) -> Case:
+    return Case(name, math.inf, math.inf, False)
+
+
+def judged(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> Case:
+    error, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    limit = tolerance.absolute + tolerance.relative * scale
+    # NaN compares false, so a NaN anywhere has missed.
+    return Case(name, error, error / scale if scale else error, error <= limit)
+
+
+def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> Iterator[Case]:
+    """Whether the file's output changes with each input that PyTorch's output changes with."""
+    unet, inputs, others = subject.unet, subject.example(), subject.example(seed=1)
+    others[TIMESTEP] = torch.full_like(inputs[TIMESTEP], max_timestep(unet))
+    found, expected = session(inputs), denoise(unet, inputs)
+    for name, tensor in others.items():
+        if bool((tensor == inputs[name]).all()):
+            others[name] = tensor = inputs[name].flip(-1) if tensor.is_floating_point() else (inputs[name] + 1) % 2
+        changed = inputs | {name: tensor}
+        moved = float((session(changed) - found).abs().max())
+        meant = float((denoise(unet, changed) - expected).abs().max())
+        limit = tolerance.absolute + tolerance.relative * float(expected.abs().max())
+        depends = moved > meant / 2 or meant <= limit
+        yield Case(f"output depends on {name}", 0.0 if depends else meant, 0.0, depends)
+
+
+def sample(result: Verification, session: OrtDenoiser, subject: Subject, scheduler: Any, steps: int) -> None:
+    """DDIM from the same noise: a case for each prediction on PyTorch's trajectory, and the error of a free run."""
+    from diffusers import DDIMScheduler
+
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(steps)
+    inputs = subject.example()
+    ours = theirs = inputs["sample"]
+    for timestep in ddim.timesteps:
+        rows = timestep.expand(theirs.shape[0]).to(inputs[TIMESTEP])
+        expected = denoise(subject.unet, inputs | {"sample": theirs, TIMESTEP: rows})
+        found = session(inputs | {"sample": theirs, TIMESTEP: rows})
+        result.cases.append(
+            judged(f"sampling, timestep {int(timestep)}", found, expected.float().cpu(), result.tolerance)
+        )
+        free = session(inputs | {"sample": ours, TIMESTEP: rows}).to(ours)
+        channels = theirs.shape[1]
+        ours = ddim.step(free[:, :channels], timestep, ours).prev_sample
+        theirs = ddim.step(expected[:, :channels], timestep, theirs).prev_sample
+        result.sampling.append(float((ours - theirs).abs().max()))
+
+
+def summary(result: Verification) -> str:
+    """The verdict in a line that names the case."""
+    worst = result.worst
+    if result.passed:
+        error = f"{worst.relative:.1e} relative, {worst.absolute:.1e} absolute"
+        return f"{len(result.cases)} cases hold; largest error {error}"
+    return (
+        f"{worst.name}: error {worst.absolute:.1e} ({worst.relative:.1e} relative), allowed "
+        f"{result.tolerance.absolute:.0e} + {result.tolerance.relative:.0e} relative"
+    )
+
+
+def pipeline_scheduler(directory: str | Path) -> Any:
+    """The scheduler of a pipeline directory in DDIM's terms, or None where there is none that DDIM can follow."""
+    from diffusers import DDIMScheduler
+
+    folder = Path(directory) / "scheduler"
+    if not (folder / "scheduler_config.json").is_file():
+        return None
+    config = DDIMScheduler.load_config(str(folder))
+    if not {"beta_start", "beta_end", "beta_schedule", "num_train_timesteps"} <= set(config):
+        return None
+    try:
+        return DDIMScheduler.from_config(config)
+    except NotImplementedError:  # a schedule of betas that DDIM does not know
+        return None

@@ -1,0 +1,287 @@
+"""Export, verification, placement and latency in one go, with a verdict that is written down whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
+from diffprune_plugin.export.benchmark import Latency, gate, measure
+from diffprune_plugin.export.convert import check_options, dense_twin, to_onnx, unet_in
+from diffprune_plugin.export.feeds import example_feeds, fixed_dims
+from diffprune_plugin.export.integrity import check_output
+from diffprune_plugin.export.kernels import TABLES, without_kernel
+from diffprune_plugin.export.placement import (
+    PROVIDERS,
+    best_provider,
+    check_distribution,
+    check_dtype,
+    device_proof,
+    known_provider,
+)
+from diffprune_plugin.export.verify import pipeline_scheduler, summary, verify_onnx
+from diffprune_plugin.files import write_text
+
+VERDICT = ".verdict.json"
+DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
+MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was asked for."""
+
+    opset: int = 20
+    dynamic: tuple[str, ...] = ("batch",)
+    dtype: str = "fp32"
+    overwrite: bool = False
+    verify: bool = True
+    latency: bool = True
+    steps: int = 10
+    baseline: Path | None = None
+    provider: str | None = None
+    batches: tuple[int, ...] = (1,)
+    threads: int = 1
+    rounds: int | None = None
+    budget: float | None = None
+    torch: bool = False
+    max_latency_ms: float | None = None
+    min_speedup: float | None = None
+    check_placement: str | None = None
+    verdict: Path | None = None
+
+
+@dataclass
+class Verdict:
+    """The outcome of an export: what each part found, and the failure that ended it."""
+
+    content: dict[str, Any]
+    latency: Latency | None = None
+
+
+def default_model() -> Path:
+    """The pruned model that was written last, at the default places of ``diffprune prune`` and ``diffprune demo``.
+
+    Raises BadInput if there is none.
+    """
+    found = [path for name in DEFAULT_MODELS if (path := Path(name)).is_dir()]
+    if not found:
+        raise BadInput(f"no --model given and no {' or '.join(DEFAULT_MODELS)} here; give --model DIR")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def run(
+    model: Path,
+    output: Path,
+    options: Options,
+    say: Callable[[str], None] = lambda line: None,
+    show: Callable[[Latency], None] = lambda latency: None,
+) -> Verdict:
+    """Export a model and prove the file: numerics, placement, latency; the verdict lies beside it as JSON.
+
+    ``say`` gets a line after each part, ``show`` the latency before the gates judge it.
+
+    Raises BadInput, CheckFailed or HardwareUnproved; a verdict with that failure is written before, if a file was.
+    """
+    check_before(output, options)
+    verdict = Verdict({"passed": False, "model": str(model), "file": str(output)})
+    try:
+        with memory_errors():
+            prove_all(verdict, model, output, options, say)
+            if verdict.latency:
+                show(verdict.latency)
+                gate(verdict.latency, options.max_latency_ms, options.min_speedup)
+        verdict.content["passed"] = True
+    except DiffPruneError as error:
+        verdict.content["failure"] = str(error)
+        raise
+    finally:
+        if "export" in verdict.content:
+            path = options.verdict or output.with_name(output.name + VERDICT)
+            write_text(path, json.dumps(verdict.content, indent=1) + "\n")
+    return verdict
+
+
+def check_before(output: Path, options: Options) -> None:
+    """Everything that can be refused before minutes of work: paths, options, a provider that is not there."""
+    check_output(output, options.overwrite)
+    check_options(options.opset, options.dtype)
+    if options.check_placement and options.check_placement not in TABLES:
+        raise BadInput(f"--check-placement {options.check_placement}: there is a table for {', '.join(TABLES)} only")
+    if gated(options) and not options.latency:
+        raise BadInput("--min-speedup and --max-latency-ms need the latency that --no-bench leaves out")
+    if "batch" not in options.dynamic and options.batches != (1,):
+        raise BadInput(f"--batch {options.batches}: the batch is fixed to 1; give --dynamic batch")
+    if options.latency or options.verify:
+        check_distribution()
+    if options.provider:
+        wanted = known_provider(options.provider)
+        check_dtype(options.provider, options.dtype)
+        check_distribution()
+        proof = device_proof(wanted)
+        if not proof.held:
+            raise HardwareUnproved(
+                f"{options.provider} is not proved: device: {proof.seen}; to run it: {wanted.install}"
+            )
+
+
+def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
+    """Each part in turn; what it found goes into the verdict at once."""
+    content = verdict.content
+    report = to_onnx(
+        model,
+        output,
+        opset=options.opset,
+        dynamic=options.dynamic,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    content["export"] = asdict(report) | {"path": str(report.path)}
+    size = sum(file["bytes"] for file in report.files.values())
+    say(f"exported {output}: {size / 1e6:.1f} MB, {report.nodes} nodes, {report.seconds:.0f} s")
+    provider, refused = provider_for(output, options)
+    content["providers_refused"] = refused
+    content["verify"] = "left out (--no-verify)"
+    if options.verify:
+        verify(content, model, output, options, provider or "cpu", say)
+    else:
+        say("NOT verified (--no-verify)")
+    if options.check_placement:
+        check_placement(content, output, options.check_placement, options.batches[0], say)
+    content["latency"] = "left out (--no-bench)"
+    if options.latency and provider:
+        verdict.latency = time_it(model, output, options, provider)
+        content["latency"] = verdict.latency.as_dict()
+    elif options.latency:
+        content["latency"] = f"none: no provider computes {options.dtype} and is proved"
+        if gated(options):
+            raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
+    if not verdict.latency:
+        say(f"latency {content['latency']}")
+
+
+def gated(options: Options) -> bool:
+    return options.min_speedup is not None or options.max_latency_ms is not None
+
+
+def check_placement(
+    content: dict[str, Any], output: Path, provider: str, batch: int, say: Callable[[str], None]
+) -> None:
+    misses = without_kernel(output, provider, batch=batch)
+    content["placement_check"] = [asdict(miss) for miss in misses]
+    say(f"{provider}: {len(misses)} nodes without a kernel, by ONNX Runtime's documented table")
+    for miss in misses:
+        say(f"  {miss.operator} {miss.node}: {miss.why}")
+
+
+def time_it(model: Path, output: Path, options: Options, provider: str) -> Latency:
+    """The file against the dense model's, and against PyTorch if asked."""
+    with dense_file(model, options) as dense:
+        return measure(
+            output,
+            dense,
+            provider=provider,
+            batches=options.batches,
+            threads=options.threads,
+            rounds=options.rounds,
+            budget=options.budget,
+            eager=eager_models(model, options, provider) if options.torch else None,
+        )
+
+
+def provider_for(output: Path, options: Options) -> tuple[str | None, dict[str, str]]:
+    """The provider asked for, else the best that is proved, with why the better ones are not; None if none is."""
+    if options.provider or not options.latency:
+        return options.provider, {}
+    dims = fixed_dims(output, batch=options.batches[0])
+    try:
+        placement = best_provider(output, example_feeds(output, dims), dims, options.dtype)
+    except HardwareUnproved as error:
+        return None, {"all": str(error)}
+    return placement.provider, placement.refused
+
+
+def verify(
+    content: dict[str, Any], model: Path, output: Path, options: Options, provider: str, say: Callable[[str], None]
+) -> None:
+    """Raises CheckFailed, the files renamed, if the numerics miss."""
+    scheduler = pipeline_scheduler(model)
+    result = verify_onnx(
+        output, model, scheduler=scheduler, steps=options.steps, provider=provider, threads=options.threads
+    )
+    content["verify"] = result.as_dict()
+    if options.dtype == "fp16" and provider == "cpu":
+        content["verify"]["note"] = (
+            "the CPU computes fp16 models in fp32: graph and weights are checked, not fp16 itself"
+        )
+    if not result.passed:
+        raise CheckFailed(f"{output} does not compute what {model} does: {summary(result)}; renamed *.rejected")
+    say(f"verified against PyTorch on {provider}: {summary(result)}")
+
+
+@contextlib.contextmanager
+def dense_file(model: Path, options: Options) -> Iterator[Path | None]:
+    """The dense model's ONNX file for as long as it is timed.
+
+    Without --baseline it is the architecture that the pruned model came from, with random weights: they make no
+    difference to latency. None for a model that is not pruned.
+    """
+    dense: Any = options.baseline or dense_twin(unet_in(model))
+    if dense is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.onnx"
+        to_onnx(dense, path, opset=options.opset, dynamic=options.dynamic, dtype=options.dtype)
+        yield path
+
+
+def eager_models(model: Path, options: Options, provider: str) -> dict[str, Any]:
+    """The PyTorch models to time beside, on the same kind of device; raises BadInput where PyTorch has none."""
+    import torch
+
+    device = PROVIDERS[provider].memory
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput(
+            "--torch: this PyTorch has no CUDA, and a CPU's figure does not belong beside a GPU's; leave it out"
+        )
+    pruned = unet_in(model, options.dtype)
+    dense = unet_in(options.baseline, options.dtype) if options.baseline else dense_twin(pruned)
+    models = {"pruned": pruned} | ({"dense": unet_in(dense, options.dtype)} if dense is not None else {})
+    return {name: unet.to(device) for name, unet in models.items()}
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn memory that ran out, in whichever library, into one line."""
+    try:
+        yield
+    except DiffPruneError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or MEMORY.search(str(error)):
+            raise BadInput("out of memory; use a smaller --batch, a machine with more, or --no-bench") from error
+        raise
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """``1,4`` as numbers; raises BadInput for anything else than whole numbers of at least 1."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise BadInput(f"{option} {text!r}: give whole numbers of at least 1, for example {option} 1,4")
+    return numbers
+
+
+def check_absent_files(paths: Sequence[Path | None], overwrite: bool) -> None:
+    for path in paths:
+        if path and path.exists() and not overwrite:
+            raise BadInput(f"{path} exists; use --overwrite or another path")

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.export import benchmark, measure, tables
+from diffprune_plugin.export.benchmark import Latency, Ratio, Row, gate, interleaved, interval, ratios, settled, warmed
+
+
+@pytest.fixture(scope="module")
+def latency(models) -> Latency:
+    return measure(models.pruned_onnx, models.dense_onnx, batches=(1, 2), rounds=8)
+
+
+def test_every_batch_has_rows_a_ratio_and_a_noise_floor(latency):
+    assert latency.provider == "cpu"
+    assert [(row.model, row.batch) for row in latency.rows] == [
+        (model, batch) for batch in (1, 2) for model in ("dense", "pruned", "again")
+    ]
+    assert [ratio.name for ratio in latency.ratios] == ["dense / pruned", "A/A: the same model twice"] * 2
+    assert len(latency.placements) == 6
+    assert all(placement.proved for placement in latency.placements.values())
+    assert all(row.memory and row.memory > 1e6 for row in latency.rows if row.model != "again")
+
+
+def test_the_macs_ratio_is_that_of_the_plan(latency, models):
+    plan = json.loads((models.pruned / "unet" / "pruning_plan.json").read_text())
+    assert latency.ratios[0].macs_ratio == pytest.approx(plan["macs"][0] / plan["macs"][1])
+    assert latency.ratios[0].realised == pytest.approx(latency.ratios[0].median / latency.ratios[0].macs_ratio)
+
+
+def test_the_report_is_json_markdown_and_a_plot(latency, tmp_path):
+    content = json.loads(json.dumps(latency.as_dict()))
+    assert (content["threads"], content["spinning"]) == (1, False)
+    text = tables.markdown(latency)
+    assert "| dense / pruned | 1 |" in text
+    assert "1 thread, spinning off" in text
+    assert "round_to would leave 32" in text
+    tables.plot(latency, tmp_path / "latency.png")
+    assert Image.open(tmp_path / "latency.png").width > 500
+    assert [table.row_count for table in tables.tables(latency)] == [6, 4]
+
+
+def test_a_win_is_claimed_only_where_the_interval_lies_above_1_and_above_the_noise():
+    assert Ratio("a", 1, 1.2, 1.1, 1.3).win
+    assert not Ratio("a", 1, 1.2, 0.9, 1.3).win
+    assert not Ratio("a", 1, 1.2, 1.1, 1.3, floor=1.15).win
+
+
+def test_the_interval_holds_the_median_of_the_per_round_ratios():
+    slow = [2.0, 4.0, 2.2, 40.0, 2.0]
+    fast = [1.0, 2.0, 1.0, 20.0, 1.0]
+    median, low, high = interval(slow, fast)
+    assert median == 2.0
+    assert (low, high) == (2.0, 2.2)
+
+
+def test_noise_of_the_same_model_twice_is_the_floor_of_every_claim():
+    times = {"dense": [2.0] * 5, "pruned": [1.0] * 5, "again": [1.6] * 5}
+    found = ratios(times, 1, 4.0)
+    assert [r.floor for r in found] == [1.25, 1.0]
+    assert found[0].realised == 0.5
+
+
+def test_every_round_has_every_model_in_shuffled_order():
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times, warm_ups = interleaved(runs, 6, 6, None, 3)
+    assert [len(rounds) for rounds in times.values()] == [6, 6, 6]
+    repeats = len(times["a"][0])
+    measured = calls[sum(warm_ups.values()) :]
+    rounds = [measured[i : i + 3 * repeats : repeats] for i in range(0, len(measured), 3 * repeats)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+
+
+def test_rounds_go_on_while_the_interval_is_wide_and_end_with_the_budget(monkeypatch):
+    runs = dict.fromkeys(("dense", "pruned", "again"), lambda: None)
+    monkeypatch.setattr(benchmark, "settled", lambda times: len(times["dense"]) >= 20)
+    assert len(interleaved(runs, 10, 40, None, 3)[0]["dense"]) == 20
+    monkeypatch.setattr(benchmark, "settled", lambda times: False)
+    assert len(interleaved(runs, 10, 40, None, 3)[0]["dense"]) == 40
+    assert len(interleaved(runs, 30, 40, 1e-9, 3)[0]["dense"]) == 10
+
+
+def test_an_interval_within_one_percent_is_settled():
+    assert settled({"dense": [[2.0]] * 9, "pruned": [[1.0]] * 9})
+    assert not settled({"dense": [[2.0]] * 9, "pruned": [[1.0], [2.0], [3.0]] * 3})
+
+
+def test_warming_up_goes_on_until_three_runs_agree(monkeypatch):
+    seconds = iter([9.0, 5.0, 2.0, 1.02, 1.01, 1.0])
+    monkeypatch.setattr(benchmark, "timed", lambda run: next(seconds))
+    assert len(warmed(lambda: None, 3)) == 6
+
+
+def result(p50: float, low: float) -> Latency:
+    row = Row("cpu", "pruned", 1, 30, p50, p50, p50, p50, 3)
+    return Latency("cpu", "fp32", 1, 30, [row], [Ratio("dense / pruned", 1, 1.5, low, 1.6)])
+
+
+def test_the_gates_fail_on_a_slow_median_and_on_a_low_end_below_the_speed_up():
+    gate(result(9.0, 1.4), max_latency_ms=10, min_speedup=1.3)
+    with pytest.raises(CheckFailed, match=r"--max-latency-ms 8: batch 1 takes 9.00 ms"):
+        gate(result(9.0, 1.4), max_latency_ms=8)
+    with pytest.raises(CheckFailed, match=r"--min-speedup 1.45: batch 1 is 1.50x \[1.40, 1.60\]"):
+        gate(result(9.0, 1.4), min_speedup=1.45)
+    with pytest.raises(BadInput, match="--min-speedup needs the dense model"):
+        gate(Latency("cpu", "fp32", 1, 30), min_speedup=1.1)
+
+
+@pytest.mark.parametrize("options", [{"batches": (0,)}, {"batches": ()}, {"threads": 0}, {"rounds": 1}])
+def test_impossible_sizes_are_refused(models, options):
+    with pytest.raises(BadInput, match="at least 1"):
+        measure(models.pruned_onnx, **options)
+
+
+def test_files_of_two_dtypes_have_no_ratio(models, mixed_onnx):
+    with pytest.raises(BadInput, match=r"dtype differ: .*dense.onnx has fp32, .*mixed.onnx has fp16"):
+        measure(mixed_onnx, models.dense_onnx)
+
+
+def test_an_fp16_file_gets_no_figure_from_the_cpu(mixed_onnx):
+    with pytest.raises(BadInput, match="no fp16 figure can come from it"):
+        measure(mixed_onnx, provider="cpu")

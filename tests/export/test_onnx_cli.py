@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from diffprune_plugin.cli import run_app
+from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.export import check_files, cli, integrity, workflow
+
+
+def exit_code(*words: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
+def test_without_arguments_the_last_pruned_model_is_exported_verified_and_timed(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models.pruned, "diffprune-demo/pruned")
+    words = ("model.onnx", "--rounds", 5, "--torch", "--check-placement", "cuda", "--markdown", "latency.md")
+    assert exit_code(*words) == 0
+    printed = capsys.readouterr().out
+    assert "model: diffprune-demo/pruned (no --model given)" in printed
+    assert "verified against PyTorch on cpu" in printed
+    assert "cuda: 0 nodes without a kernel" in printed
+    assert "| eager pruned / pruned |" in Path("latency.md").read_text()
+    verdict = json.loads(Path("model.onnx.verdict.json").read_text())
+    assert verdict["passed"]
+    assert verdict["verify"]["passed"]
+    assert verdict["latency"]["ratios"][0]["macs_ratio"] > 1.2
+    # The same input gives the same bytes, in whichever directory.
+    assert Path("model.onnx").read_bytes() == models.pruned_onnx.read_bytes()
+    check_files("model.onnx")
+
+
+def test_the_newest_of_the_default_models_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="no --model given and no pruned or diffprune-demo/pruned here"):
+        workflow.default_model()
+    for age, name in enumerate(("pruned", "diffprune-demo/pruned")):
+        Path(name).mkdir(parents=True)
+        os.utime(name, (1000 - age, 1000 - age))
+    assert workflow.default_model() == Path("pruned")
+    os.utime("diffprune-demo/pruned", (2000, 2000))
+    assert workflow.default_model() == Path("diffprune-demo/pruned")
+
+
+@pytest.fixture
+def exported(models, monkeypatch):
+    """The export itself replaced by a copy of the file that is there, to test what follows it."""
+
+    def copy_instead(model: object, path: Path, **options: object) -> object:
+        from diffprune_plugin.export.convert import ExportReport
+
+        with integrity.new_model(path) as temporary:
+            shutil.copy(models.pruned_onnx, temporary)
+        return ExportReport(path, integrity.read_manifest(path)["files"], 1, 0.0, {})
+
+    monkeypatch.setattr(workflow, "to_onnx", copy_instead)
+    monkeypatch.setattr(workflow, "dense_twin", lambda unet: None)
+    return models.pruned
+
+
+def test_a_miss_exits_with_1_renames_the_file_and_names_the_case(models, exported, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(models.dense, other)  # the file is the pruned model's
+    assert exit_code(tmp_path / "m.onnx", "--model", other, "--no-bench") == 1
+    error = capsys.readouterr().err
+    assert "does not compute what" in error
+    assert "batch 1, timestep 0: error" in error
+    assert sorted(path.name for path in tmp_path.glob("m.onnx*")) == [
+        "m.onnx.manifest.json.rejected",
+        "m.onnx.rejected",
+        "m.onnx.verdict.json",
+    ]
+    assert not json.loads((tmp_path / "m.onnx.verdict.json").read_text())["passed"]
+
+
+def test_a_gate_that_misses_exits_with_1_after_the_tables(exported, tmp_path, capsys):
+    words = (
+        "--model",
+        exported,
+        "--rounds",
+        5,
+        "--no-verify",
+        "--max-latency-ms",
+        "0.0001",
+        "--json",
+        tmp_path / "v.json",
+    )
+    assert exit_code(tmp_path / "m.onnx", *words) == 1
+    printed = capsys.readouterr()
+    assert "NOT verified (--no-verify)" in printed.out
+    assert "all 5 proofs held for 2 of 2 sessions" in " ".join(printed.out.split())
+    assert "--max-latency-ms 0.0001: batch 1 takes" in printed.err
+    verdict = json.loads((tmp_path / "v.json").read_text())
+    assert verdict["verify"] == "left out (--no-verify)"
+    assert verdict["failure"].startswith("--max-latency-ms")
+
+
+def test_fp16_without_a_gpu_is_checked_but_not_timed_and_a_gate_cannot_hold(exported, tmp_path):
+    options = workflow.Options(dtype="fp16", verify=False)
+    assert workflow.run(exported, tmp_path / "m.onnx", options).latency is None
+    verdict = json.loads((tmp_path / "m.onnx.verdict.json").read_text())
+    assert verdict["latency"] == "none: no provider computes fp16 and is proved"
+    assert "cpu: computes fp16 in fp32" in verdict["providers_refused"]["all"]
+    options = workflow.Options(dtype="fp16", verify=False, max_latency_ms=1e9, overwrite=True)
+    with pytest.raises(HardwareUnproved, match="--max-latency-ms: latency none"):
+        workflow.run(exported, tmp_path / "m.onnx", options)
+
+
+def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsys):
+    assert exit_code(tmp_path / "m.onnx", "--model", models.pruned, "--provider", "cuda") == 3
+    assert "cuda is not proved: device:" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["m.pt"], "must end in .onnx"),
+        (["m.onnx", "--model", "nowhere"], "nowhere: no such directory"),
+        (["m.onnx", "--provider", "gpu"], "--provider 'gpu'; did you mean 'cpu'?"),
+        (["m.onnx", "--provider", "cpu", "--dtype", "fp16"], "no fp16 figure"),
+        (["m.onnx", "--dtype", "int8"], "--dtype 'int8'"),
+        (["m.onnx", "--opset", "9"], "--opset 9"),
+        (["m.onnx", "--batch", "0"], "--batch '0': give whole numbers of at least 1"),
+        (["m.onnx", "--batch", "many"], "--batch 'many'"),
+        (["m.onnx", "--check-placement", "rocm"], "there is a table for cuda only"),
+        (["m.onnx", "--no-bench", "--min-speedup", "2"], "--no-bench leaves out"),
+        (["there.onnx"], "exists; use --overwrite"),
+        (["m.onnx", "--json", "there.onnx"], "exists; use --overwrite"),
+    ],
+)
+def test_bad_input_exits_with_2_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.onnx").touch()
+    (tmp_path / "pruned").mkdir()
+    assert exit_code(*words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "there.onnx"]
+
+
+def test_memory_that_runs_out_is_one_line():
+    with pytest.raises(BadInput, match="out of memory; use a smaller --batch"), workflow.memory_errors():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_bench_times_two_files(models, tmp_path, capsys):
+    app = typer.Typer()
+    app.command()(cli.bench)
+    words = [
+        models.dense_onnx,
+        models.pruned_onnx,
+        "--rounds",
+        5,
+        "--json",
+        tmp_path / "l.json",
+        "--plot",
+        tmp_path / "l.png",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run_app(app, [str(word) for word in words])
+    assert not stop.value.code
+    assert json.loads((tmp_path / "l.json").read_text())["provider"] == "cpu"
+    assert (tmp_path / "l.png").stat().st_size > 1000
+
+
+def test_help_imports_neither_torch_nor_onnx_runtime():
+    code = (
+        "import sys\n"
+        "from diffprune_plugin.export.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'onnx', 'onnxruntime', 'diffusers') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import onnxruntime
+import pytest
+
+from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.export import placement
+from diffprune_plugin.export.feeds import example_feeds, fixed_dims
+from diffprune_plugin.export.placement import (
+    Placement,
+    Proof,
+    assignment_proof,
+    best_provider,
+    binding_proof,
+    check_distribution,
+    check_dtype,
+    device_proof,
+    known_provider,
+    open_session,
+    profile_proof,
+    prove,
+)
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+@pytest.fixture
+def inputs(models):
+    dims = fixed_dims(models.pruned_onnx, batch=1)
+    return example_feeds(models.pruned_onnx, dims), dims
+
+
+def test_the_cpu_is_proved_by_all_five(models, inputs):
+    found, bound = prove(models.pruned_onnx, "cpu", *inputs)
+    assert found.proved
+    assert [proof.name for proof in found.proofs] == ["device", "session", "assignment", "profile", "binding"]
+    bound.run()
+
+
+def test_the_best_provider_of_the_cpu_wheel_is_the_cpu_and_says_why_no_better_one(models, inputs):
+    found = best_provider(models.pruned_onnx, *inputs, "fp32")
+    assert found.provider == "cpu"
+    assert set(found.refused) == {"tensorrt", "cuda", "openvino"}
+    assert "was built with" in found.refused["cuda"]
+
+
+def test_no_provider_of_the_cpu_wheel_computes_fp16(models, inputs):
+    with pytest.raises(HardwareUnproved, match="cpu: computes fp16 in fp32"):
+        best_provider(models.pruned_onnx, *inputs, "fp16")
+    with pytest.raises(BadInput, match="no fp16 figure can come from it"):
+        check_dtype("cpu", "fp16")
+
+
+def test_cuda_on_the_cpu_wheel_is_refused_with_what_to_install(models, inputs):
+    with pytest.raises(HardwareUnproved, match=r"cuda is not proved: device: .* pip install 'onnxruntime-gpu") as error:
+        prove(models.pruned_onnx, "cuda", *inputs)
+    assert error.value.exit_code == 3
+
+
+def test_a_silent_cpu_session_is_caught_though_every_earlier_answer_lied(models, inputs, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(placement, "device_proof", lambda wanted: Proof("device", True, "a tensor was put on cuda"))
+    with pytest.raises(
+        HardwareUnproved, match=r"asked for CUDAExecutionProvider, the session has CPU.*silent fallback"
+    ):
+        open_session(models.pruned_onnx, "cuda")
+    with pytest.raises(HardwareUnproved, match=r"cuda is not proved: session: .*silent fallback"):
+        prove(models.pruned_onnx, "cuda", *inputs)
+
+
+def test_being_built_in_proves_nothing_where_no_tensor_can_be_put_there(monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    proof = device_proof(known_provider("cuda"))
+    assert not proof.held
+    assert "no tensor can be put there" in proof.seen
+
+
+def test_one_node_on_the_cpu_makes_it_partial():
+    proof = assignment_proof(CUDA, [(CUDA, "Conv a"), (CPU, "Unique uniq"), (CUDA, "Add b")])
+    assert not proof.held
+    assert proof.seen.endswith("(PARTIAL: 1 elsewhere, e.g. Unique uniq)")
+    assert assignment_proof(CUDA, [(CUDA, "Conv a")]).held
+    assert not assignment_proof(CUDA, []).held
+
+
+def kernel(provider: str, operator: str) -> dict[str, object]:
+    return {"cat": "Node", "name": "n_kernel_time", "args": {"provider": provider, "op_name": operator}}
+
+
+def test_a_profile_with_a_cpu_kernel_or_a_copy_is_no_proof():
+    assert profile_proof(CUDA, [kernel(CUDA, "Conv")]).held
+    assert not profile_proof(CUDA, [kernel(CUDA, "Conv"), kernel(CPU, "Gather")]).held
+    copied = profile_proof(CUDA, [kernel(CUDA, "Conv"), kernel(CUDA, "MemcpyToHost")])
+    assert not copied.held
+    assert "1 copies between memories" in copied.seen
+    assert not profile_proof(CUDA, [{"cat": "Session", "name": "model_run"}]).held
+
+
+def test_outputs_left_in_main_memory_are_no_proof():
+    assert binding_proof("cuda", {"cuda"}).held
+    assert not binding_proof("cuda", {"cuda", "cpu"}).held
+
+
+def test_four_proofs_are_not_five():
+    assert not Placement("cuda", [Proof(name, True, "") for name in "abcd"]).proved
+
+
+def test_two_distributions_are_an_error_that_says_how_to_mend_it():
+    assert check_distribution(["onnxruntime", "numpy", "onnxruntime-extensions"]) == "onnxruntime"
+    with pytest.raises(BadInput, match=r"2 onnxruntime distributions .* pip uninstall -y onnxruntime onnxruntime-gpu"):
+        check_distribution(["onnxruntime_gpu", "onnxruntime"])
+
+
+def test_an_unknown_provider_gets_the_nearest_known_one():
+    with pytest.raises(BadInput, match="--provider 'cdua'; did you mean 'cuda'"):
+        known_provider("cdua")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu and a GPU")
+def test_cuda_is_proved_on_a_gpu(models, inputs):
+    found, _ = prove(models.pruned_onnx, "cuda", *inputs)
+    assert found.proved
+    assert found.device
