@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -75,15 +76,26 @@ def held_out_loss(unet: torch.nn.Module) -> float:
 
 def calibration(seed: int, batch_size: int = 32, **options: Any) -> Calibration:
     """A calibration of the embedded model with these options of diff_taylor, kept under runs/."""
-    name = "-".join(f"{key}={value}" for key, value in sorted(options.items()))
-    directory = RUNS / "calibrations" / model_facts()[:12] / f"{name}-batch={batch_size}-seed={seed}"
+    directory = calibration_directory(seed, batch_size, options)
     if not directory.exists():
         sweep = dp.importance("diff_taylor", **options).sweep
         settings = {"batch_size": batch_size, "seed": seed, "checkpoint": directory.with_suffix(".progress")}
-        pipeline = dense()
+        pipeline, start = dense(), time.perf_counter()
         result = dp.calibrate(pipeline.unet, pipeline.scheduler, demo.CALIBRATION_IMAGES, sweep, **settings)
         result.save(directory)
+        directory.with_suffix(".seconds").write_text(f"{time.perf_counter() - start:.1f}")
     return Calibration.load(directory)
+
+
+def seconds_of(seed: int, batch_size: int = 32, **options: Any) -> float:
+    """Wall time that a calibration took when it was made."""
+    calibration(seed, batch_size, **options)
+    return float(calibration_directory(seed, batch_size, options).with_suffix(".seconds").read_text())
+
+
+def calibration_directory(seed: int, batch_size: int, options: dict[str, Any]) -> Path:
+    name = "-".join(f"{key}={value}" for key, value in sorted(options.items())).replace(".", "_")
+    return RUNS / "calibrations" / model_facts()[:12] / f"{name}-batch={batch_size}-seed={seed}"
 
 
 def agreement(first: PruningPlan, second: PruningPlan) -> float:

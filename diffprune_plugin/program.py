@@ -14,14 +14,15 @@ from diffprune_plugin.errors import DiffPruneError, Interrupted
 
 def run_app(application: typer.Typer, arguments: list[str] | None = None) -> None:
     """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved."""
-    words = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    debug, words = "--debug" in given, [word for word in given if word != "--debug"]
     signal.signal(signal.SIGINT, interrupt)
     try:
         application(words)
     except DiffPruneError as error:
-        finish(error, str(error), error.exit_code, "--debug" in words)
+        finish(error, str(error), error.exit_code, debug)
     except MemoryError as error:
-        finish(error, "out of memory; use a smaller batch_size", 2, "--debug" in words)
+        finish(error, "out of memory; use a smaller batch_size", 2, debug)
 
 
 def interrupt(*_: object) -> None:

@@ -189,9 +189,10 @@ def test_a_check_that_fails_is_exit_code_1(run, config_file) -> None:
 
 
 def test_debug_shows_the_traceback(run) -> None:
-    code, _, err = run("--debug", "inspect", "nowhere")
-    assert code == 2
-    assert "Traceback" in err
+    for words in (("--debug", "inspect", "nowhere"), ("inspect", "nowhere", "--debug")):
+        code, _, err = run(*words)
+        assert code == 2
+        assert "Traceback" in err
 
 
 def test_inspecting_a_dense_model_says_how_to_prune_it(run, dense_dir) -> None:
