@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.hookspecs import hookimpl
 
-BUILT_IN = (UNET_2D,)
+BUILT_IN = (UNET_2D, UNET_2D_CONDITION)
 
 
 @hookimpl

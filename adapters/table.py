@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from diffprune_plugin.errors import BadInput
 class Port:
     """One tensor that goes into or comes out of the UNet.
 
-    ``axes`` is its shape in words: ``{key}`` is the UNet config's value, any other word a dynamic axis. ``when`` names
-    config keys; the port exists if one of them is set. ``integers_below`` (config keys) makes it an integer index.
+    ``axes`` is its shape: a number, ``{key}`` the UNet config's value, ``{key-6*other}`` computed from two of them, any
+    other word a dynamic axis. ``when`` holds conditions on the config, ``key`` (it is set) or ``key=value``; the port
+    exists if one of them holds. ``integers_below`` (config keys) makes it an integer index. ``inside``: the forward
+    takes it as an item of this dict argument; ONNX names are flat.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Port:
     dtype: torch.dtype = torch.float32
     when: tuple[str, ...] = ()
     integers_below: tuple[str, ...] = ()
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,14 @@ class Mirror:
 
 
 @dataclass(frozen=True)
+class Known:
+    """The values (or items, if it is a list) of config key ``key`` that the table covers; others are refused."""
+
+    key: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class UNetAdapter:
     """One UNet class as a table; everything else is derived from it."""
 
@@ -78,23 +90,44 @@ class UNetAdapter:
     heads: tuple[Heads, ...] = ()
     pairs: tuple[Pairs, ...] = ()
     mirrors: tuple[Mirror, ...] = ()
+    known: tuple[Known, ...] = ()
+    words: tuple[tuple[str, int], ...] = ()  # sizes of dynamic axes other than batch, height and width, in examples
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
 
     def ports(self, unet: nn.Module) -> tuple[Port, ...]:
         """The inputs that this UNet's config asks for."""
-        return tuple(p for p in self.inputs if not p.when or any(config_value(unet, key) for key in p.when))
+        return tuple(p for p in self.inputs if not p.when or any(holds(unet, condition) for condition in p.when))
 
     def example_inputs(
-        self, unet: nn.Module, batch: int = 1, size: tuple[int, int] | None = None, seed: int = 0
+        self,
+        unet: nn.Module,
+        batch: int = 1,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+        words: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of a forward: `flat_inputs`, with those that the UNet takes inside a dict put there."""
+        return self.nested(self.flat_inputs(unet, batch, size, seed, words))
+
+    def flat_inputs(
+        self,
+        unet: nn.Module,
+        batch: int = 1,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+        words: Mapping[str, int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Seeded inputs by name: ``batch`` samples of ``size`` (height, width), by default the config's."""
+        """Seeded inputs by name: ``batch`` samples of ``size`` (height, width), by default the config's.
+
+        ``words``: sizes of other dynamic axes, by default the table's.
+        """
         generator = torch.Generator().manual_seed(seed)
         height, width = size or sample_size(unet)
         parameter = next(unet.parameters())
-        words = {"batch": batch, "height": height, "width": width}
+        sizes = {"batch": batch, "height": height, "width": width, **dict(self.words), **(words or {})}
         inputs = {}
         for port in self.ports(unet):
-            shape = [axis_size(unet, axis, words) for axis in port.axes.split()]
+            shape = [axis_size(unet, axis, sizes) for axis in port.axes.split()]
             if port.integers_below:
                 top = next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
                 tensor = torch.randint(0, top, shape, generator=generator, dtype=port.dtype)
@@ -104,6 +137,19 @@ class UNetAdapter:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
             inputs[port.name] = tensor.to(parameter.device)
         return inputs
+
+    def nested(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs by port name as the forward takes them: some inside a dict argument."""
+        inside = {port.name: port.inside for port in self.inputs if port.inside}
+        arguments = {name: value for name, value in inputs.items() if name not in inside}
+        for name, holder in inside.items():
+            if name in inputs:
+                arguments[holder] = arguments.get(holder, {}) | {name: inputs[name]}
+        return arguments
+
+    def trace_inputs(self, unet: nn.Module) -> dict[str, Any]:
+        """The smallest inputs that pass through every layer."""
+        return self.example_inputs(unet, size=self.trace_size(unet), words={word: 2 for word, _ in self.words})
 
     def trace_size(self, unet: nn.Module) -> tuple[int, int]:
         """The smallest (height, width) whose bottom level still has two pixels a side: cheap to trace through."""
@@ -142,8 +188,22 @@ class UNetAdapter:
         }
 
     def check(self, unet: nn.Module) -> None:
-        """Raises BadInput for an attention processor that the table does not know, by name."""
+        """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA."""
+        for row in self.known:
+            value = config_value(unet, row.key)
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if item not in row.values:
+                    raise BadInput(
+                        f"{row.key}: {item!r} is not covered by the adapter for {self.model_class}, "
+                        f"which knows {', '.join(map(str, row.values))}; see README, 'A new UNet'"
+                    )
         for name, module in unet.named_modules():
+            if hasattr(module, "base_layer"):
+                adapters = ", ".join(getattr(unet, "peft_config", {})) or type(module).__name__
+                raise BadInput(
+                    f"{name} carries a loaded LoRA or other adapter ({adapters}); "
+                    "call pipeline.fuse_lora() and pipeline.unload_lora_weights() first, or load it after pruning"
+                )
             processor = type(getattr(module, "processor", None)).__name__
             if processor not in (*self.processors, "NoneType"):
                 raise BadInput(
@@ -210,6 +270,23 @@ def sample_size(unet: nn.Module) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def axis_size(unet: nn.Module, axis: str, words: dict[str, int]) -> int:
-    """The size of one axis of a port: a config key in braces, or a word with its size."""
-    return int(config_value(unet, axis[1:-1])) if axis.startswith("{") else words[axis]
+def holds(unet: nn.Module, condition: str) -> bool:
+    """Whether a condition of a port holds: ``key`` (it is set) or ``key=value``."""
+    key, equals, value = condition.partition("=")
+    found = config_value(unet, key)
+    return str(found) == value if equals else bool(found)
+
+
+def axis_size(unet: nn.Module, axis: str, words: Mapping[str, int]) -> int:
+    """The size of one axis of a port: a number, a word with its size, or config keys in braces."""
+    found = re.fullmatch(r"\{(\w+)(?:-(\d+)\*(\w+))?\}", axis)
+    if not found:
+        return int(axis) if axis.isdigit() else words[axis]
+    key, times, other = found.groups()
+    return config_size(unet, key) - (int(times) * config_size(unet, other) if times else 0)
+
+
+def config_size(unet: nn.Module, key: str) -> int:
+    """A width in the config; of one per block, which share their input, the first."""
+    value = config_value(unet, key)
+    return int(value[0] if isinstance(value, (list, tuple)) else value)

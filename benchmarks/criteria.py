@@ -24,9 +24,7 @@ CRITERIA = {
     "taylor (all timesteps)": ("diff_taylor", {}, {"threshold": 0.0}),
     "diff_taylor (paper)": ("diff_taylor", {}, {"threshold": 0.05}),
     "diff_taylor, threshold 0.02": ("diff_taylor", {}, {"threshold": 0.02}),
-    "diff_taylor, threshold 0.1": ("diff_taylor", {}, {"threshold": 0.1}),
     "diff_taylor, squared": ("diff_taylor", {"power": 2}, {"threshold": 0.05}),
-    "diff_taylor, norms count": ("diff_taylor", {"norms": True}, {"threshold": 0.05}),
     "ddpm_exp (authors' loop)": ("diff_taylor", {"preset": "ddpm_exp"}, {"sampling": "reference"}),
 }
 

@@ -13,6 +13,7 @@ if not (Path(__file__).parent / "adapters").exists():
 if TYPE_CHECKING:
     from diffprune_plugin.calibration import Calibration, calibrate
     from diffprune_plugin.checkpoint import load, save
+    from diffprune_plugin.compensate import compensate_
     from diffprune_plugin.config import PruningConfig
     from diffprune_plugin.hookspecs import hookimpl
     from diffprune_plugin.plan import PruningPlan, make_plan
@@ -25,6 +26,7 @@ _HOME = {
     "PruningConfig": "config",
     "PruningPlan": "plan",
     "calibrate": "calibration",
+    "compensate_": "compensate",
     "hookimpl": "hookspecs",
     "importance": "plugins",
     "load": "checkpoint",
@@ -39,6 +41,7 @@ __all__ = [
     "PruningConfig",
     "PruningPlan",
     "calibrate",
+    "compensate_",
     "hookimpl",
     "importance",
     "load",

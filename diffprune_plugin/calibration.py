@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import DDPMScheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.data import Samples, load_samples
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.files import new_directory, new_file
-from diffprune_plugin.plan import architecture_hash, first_line
+from diffprune_plugin.groups import differentiable
+from diffprune_plugin.plan import first_line
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
 from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
 
 Curve = npt.NDArray[np.float64]
@@ -41,6 +42,7 @@ class Calibration:
         error per element, ``stderr`` the standard error of its mean over samples, ``counts`` whether it counts.
     gradients: d(sum over counting timesteps of L_t) / d(parameter), float32 on the CPU, by parameter name.
     forward, backward: samples that went through the UNet each way.
+    weights, images: SHA-256 of the UNet's parameters and of the samples.
     """
 
     sweep: Sweep
@@ -52,14 +54,27 @@ class Calibration:
     forward: int
     backward: int
     seed: int
-    architecture: str
+    batch_size: int
     weights: str
+    images: str
+
+    def matching(self, options: Mapping[str, Any]) -> Calibration:
+        """The same for these options of a sweep; raises BadInput if its gradients are not what they ask for."""
+        for key, value in options.items():
+            stated = getattr(self.sweep, key)
+            if key != "threshold" and value != stated:
+                raise BadInput(f"importance: {key} {value!r}, but calibrated with {stated!r}; calibrate again")
+        return self.with_threshold(options.get("threshold", self.sweep.threshold))
 
     def with_threshold(self, threshold: float) -> Calibration:
         """The same for another threshold, if the stored gradients are those of the timesteps that it keeps.
 
-        Raises BadInput if it keeps other timesteps.
+        Raises BadInput if it keeps other timesteps, or for the authors' loop, which the threshold ended.
         """
+        if threshold == self.sweep.threshold:
+            return self
+        if self.sweep.sampling != "stratified":
+            raise BadInput(f"the loop ended at threshold {self.sweep.threshold}, not {threshold}; calibrate again")
         counts = above_threshold(self.loss, threshold)
         if not np.array_equal(counts, self.counts):
             raise BadInput(
@@ -79,11 +94,12 @@ class Calibration:
             "forward": self.forward,
             "backward": self.backward,
             "seed": self.seed,
-            "architecture": self.architecture,
+            "batch_size": self.batch_size,
             "weights": self.weights,
+            "images": self.images,
         }
         with new_directory(Path(directory), overwrite) as temporary:
-            save_file(self.gradients, temporary / "gradients.safetensors")
+            save_tensors(self.gradients, temporary / "gradients.safetensors")
             (temporary / "calibration.json").write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -92,13 +108,13 @@ class Calibration:
         directory = Path(directory)
         try:
             content = json.loads((directory / "calibration.json").read_text())
-            gradients = load_file(directory / "gradients.safetensors")
+            gradients, _ = load_tensors(directory / "gradients.safetensors")
             sweep = Sweep(**content.pop("sweep"))
             curves: dict[str, Any] = {
                 key: np.asarray(content.pop(key)) for key in ("timesteps", "loss", "stderr", "counts")
             }
             return cls(sweep=sweep, gradients=gradients, **curves, **content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{directory}: not a calibration, or damaged: {first_line(error)}") from None
 
 
@@ -113,6 +129,7 @@ def calibrate(
     seed: int = 0,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 15.0,
+    keep_progress: bool = False,
     progress: bool = True,
     adapter: UNetAdapter | None = None,
 ) -> Calibration:
@@ -121,14 +138,15 @@ def calibrate(
     ``scheduler`` is the pipeline's own (epsilon, v_prediction or sample); ``images`` whatever `load_samples` takes.
     ``timesteps`` is the number of points of the loss curve, spread evenly (100; all of them for ``reference``).
     With stratified sampling each sample has its own seed, so that ``batch_size`` changes no result beyond float
-    rounding. With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits.
+    rounding. With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
+    progress is cleared at the end unless ``keep_progress``.
     The UNet is left as it was.
 
     Raises BadInput for images that do not fit the UNet or an unknown prediction type, CheckFailed for a loss that is
     not finite.
     """
     adapter, sweep, samples = adapter or find_adapter(unet), sweep or Sweep(), load_samples(images)
-    check_samples(samples, unet, adapter)
+    samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
     total = int(scheduler.config.num_train_timesteps)
     points = timesteps if timesteps is not None else default_points(sweep, total)
     if not 1 <= points <= total:
@@ -145,7 +163,9 @@ def calibrate(
         else:
             run.reference_loop(bar)
         calibration = run.result()
-    run.forget_progress()
+        run.checkpoint(now=keep_progress)
+    if not keep_progress:
+        run.forget_progress()
     return calibration
 
 
@@ -256,7 +276,8 @@ class Run:
         rows, timesteps = torch.tensor([d[0] for d in draws]), torch.tensor([d[1] for d in draws])
         sample = self.samples.sample(rows).to(self.parameter)
         noise = torch.stack([d[2] for d in draws]).to(self.parameter)
-        extra = {key: value[rows].to(self.parameter.device) for key, value in self.samples.extra.items()}
+        rest = {key: value[rows].to(self.parameter.device) for key, value in self.samples.extra.items()}
+        extra = self.adapter.nested(rest)
         loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
         finite = torch.isfinite(loss)
         if not bool(finite.all()):
@@ -285,20 +306,22 @@ class Run:
             loss=losses.mean(axis=1),
             stderr=stderr,
             counts=self.counts()[measured],
-            gradients={name: p.grad.float().cpu() for name, p in parameters.items() if p.grad is not None},
+            gradients={name: p.grad.float().cpu().contiguous() for name, p in parameters.items() if p.grad is not None},
             forward=int(losses.size) + (self.sweep.samples if self.sweep.sampling == "stratified" else 0),
             backward=self.sweep.samples
             if self.sweep.sampling == "stratified"
             else int(self.counts().sum()) * self.batch_size,
             seed=self.seed,
-            architecture=architecture_hash(self.unet),
+            batch_size=self.batch_size,
             weights=self.weights,
+            images=self.samples.sha256,
         )
 
     def fingerprint(self) -> str:
         """Of everything that the result depends on: progress of other settings is never taken up."""
         scheduler = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
         facts = [
+            [str(self.parameter.device), str(self.parameter.dtype), torch.__version__],
             self.sweep.as_dict(),
             self.batch_size,
             self.seed,
@@ -313,7 +336,7 @@ class Run:
         """Take up the progress stored in ``directory``, if it is of these settings, and store progress there."""
         self.file, self.every = directory / f"progress-{self.fingerprint()[:16]}.safetensors", every
         if self.file.exists():
-            tensors = load_file(self.file)
+            tensors, _ = load_tensors(self.file)
             self.losses = tensors.pop("losses").numpy()
             stage, done = tensors.pop("position").tolist()
             self.stage, self.done = list(STAGES)[stage], done
@@ -324,15 +347,15 @@ class Run:
             if name in self.saved_gradients:
                 parameter.grad = self.saved_gradients[name].to(parameter)
 
-    def checkpoint(self) -> None:
-        """Store the progress, if the last time is long enough ago."""
-        if self.file is None or time.monotonic() - self.saved_at < self.every:
+    def checkpoint(self, now: bool = False) -> None:
+        """Store the progress, if the last time is long enough ago, or ``now``."""
+        if self.file is None or (time.monotonic() - self.saved_at < self.every and not now):
             return
         tensors = {f"grad.{n}": p.grad.cpu() for n, p in self.unet.named_parameters() if p.grad is not None}
         tensors["losses"] = torch.from_numpy(self.losses)
         tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
         with new_file(self.file) as temporary:
-            save_file(tensors, temporary)
+            save_tensors(tensors, temporary)
         self.saved_at = time.monotonic()
 
     def forget_progress(self) -> None:
@@ -341,7 +364,7 @@ class Run:
 
 
 def noise_prediction_loss(
-    unet: nn.Module, scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, extra: Mapping[str, Tensor]
+    unet: nn.Module, scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, extra: Mapping[str, Any]
 ) -> Tensor:
     """Mean squared error of the UNet's prediction for each sample, shape (batch,), in float32.
 
@@ -363,9 +386,26 @@ def noise_prediction_loss(
     return loss
 
 
-def check_samples(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> None:
-    """Raises BadInput for samples of another size than the UNet takes, or without an input that it needs."""
-    example = adapter.example_inputs(unet)
+def training_scheduler(scheduler: Any) -> Any:
+    """The scheduler whose add_noise is the training objective's: sqrt(alpha) sample + sqrt(1 - alpha) noise.
+
+    Samplers that work in sigmas (Euler, DPM) share their betas with the DDPM scheduler and are replaced by it.
+
+    Raises BadInput for a scheduler without alphas (variance exploding, flow matching).
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise BadInput(
+            f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; save the pipeline with a DDPM or DDIM"
+        )
+    return DDPMScheduler.from_config(scheduler.config) if hasattr(scheduler, "sigmas") else scheduler
+
+
+def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:
+    """The samples with just the further inputs that the UNet takes.
+
+    Raises BadInput for samples of another size than the UNet takes, or without an input that it needs.
+    """
+    example = adapter.flat_inputs(unet)
     expected = tuple(example["sample"].shape[1:])
     if samples.shape != expected:
         raise BadInput(
@@ -376,34 +416,21 @@ def check_samples(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> No
         raise BadInput(
             f"data: the UNet needs {sorted(needed - set(samples.extra))}; add an array of that name to the .npz"
         )
+    return replace(samples, extra={key: samples.extra[key] for key in needed})
 
 
 @contextlib.contextmanager
 def gradients_of(unet: nn.Module) -> Iterator[None]:
     """Every parameter collects gradients, from none on, in eval mode; afterwards all is as it was."""
-    training = unet.training
-    before = [(p, p.requires_grad, p.grad) for p in unet.parameters()]
-    for parameter, _, _ in before:
-        parameter.requires_grad_(True)
+    before = [(parameter, parameter.grad) for parameter in unet.parameters()]
+    for parameter, _ in before:
         parameter.grad = None
-    unet.eval()
     try:
-        with torch.enable_grad():
+        with differentiable(unet):
             yield
     finally:
-        unet.train(training)
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
+        for parameter, gradient in before:
             parameter.grad = gradient
-
-
-def weights_hash(unet: nn.Module) -> str:
-    """SHA-256 of all parameters, in order."""
-    digest = hashlib.sha256()
-    for name, parameter in unet.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def progress_bar(show: bool) -> Progress:

@@ -13,14 +13,14 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import nn
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.files import new_directory
 from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash, first_line
 from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
+from diffprune_plugin.tensors import load_tensors, save_tensors
 
 PREFIX = "Pruned"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -95,22 +95,27 @@ def write_unet(unet: Any, directory: Path) -> None:
     """config.json, the weights and, for a pruned UNet, its plan."""
     directory.mkdir(parents=True, exist_ok=True)
     unet.save_config(str(directory))
-    metadata = {"format": "pt"}
+    metadata = {}
     if isinstance(unet, PrunedModelMixin):
         unet.pruning_plan.write(directory / PLAN_FILE)
         metadata["plan"] = unet.pruning_plan.sha256
-    state = {name: tensor.contiguous().cpu() for name, tensor in unet.state_dict().items()}
-    save_file(state, directory / WEIGHTS, metadata=metadata)
+    save_tensors(unet.state_dict(), directory / WEIGHTS, metadata)
 
 
 def read_pruned(cls: type, directory: Path, dtype: torch.dtype) -> Any:
     """Rebuild the pruned architecture from the dense config and the plan's sizes, then fill in the weights."""
     plan = PruningPlan.read(directory / PLAN_FILE)
-    state = {k: v.to(dtype) for k, v in read_weights(directory / WEIGHTS, plan).items()}
-    base = next(c for c in cls.__mro__ if c.__name__ == plan.model_class)
+    # Copied: tensors as the file maps them may lie unaligned, and then some kernels round differently.
+    state = {k: v.to(dtype, copy=True) for k, v in read_weights(directory / WEIGHTS, plan).items()}
+    base = next((c for c in cls.__mro__ if c.__name__ == plan.model_class), None)
+    if base is None:
+        raise BadInput(f"{directory / PLAN_FILE}: a plan for {plan.model_class}, beside a {cls.__name__}")
     config = {key: value for key, value in read_json(directory / "config.json").items() if not key.startswith("_")}
-    with init_empty_weights():
-        unet: Any = base(**config)
+    try:
+        with init_empty_weights():
+            unet: Any = base(**config)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise BadInput(f"{directory / 'config.json'}: no {plan.model_class}: {first_line(error)}") from None
     check_architecture(unet, plan, str(directory))
     resize_(unet, plan)
     try:
@@ -152,16 +157,9 @@ def resize_(unet: nn.Module, plan: PruningPlan) -> None:
 
 
 def read_weights(path: Path, plan: PruningPlan) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; raises BadInput if it is missing, damaged or belongs to another plan."""
-    try:
-        with safe_open(path, "pt") as file:
-            stated = (file.metadata() or {}).get("plan")
-        state: dict[str, torch.Tensor] = load_file(path)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; save the model again") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: truncated or damaged: {first_line(error)}") from None
-    if stated != plan.sha256:
+    """The tensors of a weights file; raises BadInput if it is missing, damaged, altered or belongs to another plan."""
+    state, metadata = load_tensors(path)
+    if metadata.get("plan") != plan.sha256:
         raise BadInput(f"{path}: belongs to another plan than {path.parent / PLAN_FILE}; restore both files")
     return state
 
@@ -189,14 +187,14 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
     if name.startswith(PREFIX):
         cls = getattr_or_bad(name, folder)
         return cls.from_pretrained(folder, torch_dtype=torch_dtype)
-    base = getattr(diffusers, name, None)
-    if base is None or not issubclass(base, ModelMixin):
+    base: Any = getattr(diffusers, name, None)
+    if not isinstance(base, type) or not issubclass(base, ModelMixin):
         raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model")
     adapter_for(base)
     try:
         unet = base.from_pretrained(folder, use_safetensors=True).eval()
         return unet.to(torch_dtype) if torch_dtype not in (None, unet.dtype) else unet
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise BadInput(f"{folder}: cannot be loaded as {name}: {first_line(error)}") from error
 
 
@@ -239,7 +237,7 @@ def load_pipeline(directory: Path, torch_dtype: torch.dtype | None = None) -> An
     diffusers.utils.logging.disable_progress_bar()
     try:
         return DiffusionPipeline.from_pretrained(directory, use_safetensors=True, **given)
-    except (OSError, ValueError, SafetensorError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise BadInput(f"{directory}: cannot be loaded as a pipeline: {first_line(error)}") from error
     finally:
         diffusers.utils.logging.enable_progress_bar()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from diffprune_plugin.errors import BadInput
@@ -28,7 +29,7 @@ app = typer.Typer(
 console = Console()
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 
 
 @app.callback()
@@ -55,8 +56,8 @@ def prune(
     show_plan(result.plan, json)
     if not json and not dry_run:
         console.print(compensation_line(result.compensation))
-        console.print(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
-        console.print(f"DiffusionPipeline.from_pretrained({settled.output!r})", markup=False)
+        say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
+        say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
 
 
 @app.command(epilog="Example: diffprune inspect pruned")
@@ -95,7 +96,7 @@ def sample(
         " " * i: images[8 * i : 8 * i + 8] for i in range(1, -(-count // 8))
     }
     save_image(image_grid(rows), output)
-    console.print(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 @app.command(epilog="Example: diffprune plugins")
@@ -118,7 +119,7 @@ def plugins(json: Json = False) -> None:
         return
     table = Table("plugin", "package", "version", "offers", "failed to load because")
     for row in rows:
-        table.add_row(row["plugin"], row["package"], row["version"], "\n".join(row["offers"]), row["failure"])
+        table.add_row(row["plugin"], row["package"], row["version"], "\n".join(row["offers"]), escape(row["failure"]))
     console.print(table)
 
 
@@ -132,10 +133,15 @@ def demo(
     from diffprune_plugin.demo import run
 
     report = run(output, seed=seed, overwrite=overwrite, console=console)
-    console.print(f"wrote {report}")
+    say(f"wrote {report}")
 
 
 app.command(epilog="Example: diffprune bench dense.onnx pruned.onnx --batch 1,4")(bench)
+
+
+def say(line: str, end: str = "\n") -> None:
+    """A line as it is: names that users chose are no markup."""
+    console.print(line, end=end, markup=False, soft_wrap=True)
 
 
 def show_provenance(path: Path, json: bool) -> None:
@@ -148,7 +154,7 @@ def show_provenance(path: Path, json: bool) -> None:
         return
     table = Table("key", "value")
     for key, value in provenance.items():
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     console.print(table)
 
 
@@ -169,7 +175,7 @@ def show_plan(plan: PruningPlan, json: bool) -> None:
     else:
         console.print(plan_table(plan))
     for line in plan.shortfalls():
-        Console(stderr=True).print(f"[yellow]fell short:[/] {line}")
+        Console(stderr=True).print(f"[yellow]fell short:[/] {escape(line)}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,20 +8,18 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from rich.progress import Progress
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.calibration import Calibration, check_samples, progress_bar, weights_hash
+from diffprune_plugin.calibration import Calibration, fitting, progress_bar, training_scheduler
 from diffprune_plugin.checkpoint import PrunedModelMixin, check_architecture
 from diffprune_plugin.data import Samples, load_samples
 from diffprune_plugin.errors import BadInput
@@ -30,7 +28,9 @@ from diffprune_plugin.groups import removed_channels, trace_groups
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.removal import check_groups
-from diffprune_plugin.ridge import Part, Repair, System, by_position, refusal
+from diffprune_plugin.residual import residual_sum, trace, unpacked
+from diffprune_plugin.ridge import Part, Repair, System, refusal
+from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
 from diffprune_plugin.timesteps import share
 
 Passes = Literal["one", "layer"]
@@ -79,7 +79,7 @@ def compensate_(
     ``passes="one"`` holds all samples' activations at once and goes through the UNet once; ``"layer"`` goes through
     it again for each repair, ``batch_size`` samples at a time: slower, in memory that depends on the layers' widths
     alone. With ``checkpoint`` (a directory) an interrupted call, given the same UNets again, goes on and gives
-    identical bits.
+    identical bits; whatever ends a call, the layers refitted so far stay so.
 
     Raises BadInput for another dense UNet, a UNet not pruned by this plan, or images that do not fit; CheckFailed for
     activations that are not finite.
@@ -87,13 +87,13 @@ def compensate_(
     started = time.monotonic()
     adapter, data = adapter or find_adapter(dense), load_samples(images)
     check_models(unet, dense, plan)
-    check_samples(data, dense, adapter)
+    data, scheduler = fitting(data, dense, adapter), training_scheduler(scheduler)
     if passes not in get_args(Passes) or batch_size < 1:
         raise BadInput(f"compensate: passes {passes!r} is not one or layer, or batch_size {batch_size} is below 1")
     total = int(scheduler.config.num_train_timesteps)
     timesteps = np.arange(total) if calibration is None else calibration.timesteps[calibration.counts]
     with evaluating(unet, dense):
-        draws = draw(data, scheduler, timesteps, samples, seed, next(unet.parameters()))
+        draws = draw(data, scheduler, timesteps, samples, seed, next(unet.parameters()), adapter)
         systems, left = find_systems(unet, dense, plan, adapter)
         run = Run(unet, dense, systems, draws, batch_size, seed, strengths, passes)
         if checkpoint is not None:
@@ -138,16 +138,19 @@ class Draws:
     timesteps: Tensor
     extra: dict[str, Tensor]
     held_out: Tensor
+    adapter: UNetAdapter
 
     def batches(self, size: int) -> list[slice]:
         return [slice(first, first + size) for first in range(0, len(self.noisy), size)]
 
     def forward(self, unet: nn.Module, batch: slice) -> None:
-        extra = {key: value[batch] for key, value in self.extra.items()}
+        extra = self.adapter.nested({key: value[batch] for key, value in self.extra.items()})
         unet(self.noisy[batch], self.timesteps[batch], **extra, return_dict=False)
 
 
-def draw(data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, like: Tensor) -> Draws:
+def draw(
+    data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, like: Tensor, adapter: UNetAdapter
+) -> Draws:
     """``count`` noisy samples, timesteps spread evenly; held out are all samples of every eighth image.
 
     Raises BadInput for fewer than two images or samples.
@@ -162,76 +165,8 @@ def draw(data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, l
     noise = torch.randn((count, *data.shape), generator=torch.Generator().manual_seed(seed))
     noisy = scheduler.add_noise(data.sample(rows), noise, chosen).to(like)
     extra = {key: value[rows].to(like.device) for key, value in data.extra.items()}
-    return Draws(noisy, chosen.to(like.device), extra, torch.from_numpy(image % fold == fold - 1).to(like.device))
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module while the UNet was traced."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-
-def trace(unet: nn.Module, adapter: UNetAdapter) -> tuple[dict[str, Call], set[str]]:
-    """The call of each module on small inputs, in the order in which they ended, and the modules called repeatedly."""
-    calls: dict[str, Call] = {}
-    repeated: set[str] = set()
-
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name in calls:
-                repeated.add(name)
-            calls[name] = Call(args, kwargs, output)
-
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for name, module in unet.named_modules():
-            hooks.enter_context(module.register_forward_hook(record(name), with_kwargs=True))
-        unet(**adapter.example_inputs(unet, size=adapter.trace_size(unet)))
-    return calls, repeated
-
-
-def residual_sum(unet: nn.Module, calls: Mapping[str, Call], layer: str) -> tuple[str, float]:
-    """The outermost module whose output is a sum that the layer's output is added to, and its coefficient there.
-
-    The layer itself and 1 where there is none, or where nothing but the layer's output is in the sum.
-    """
-    found, coefficient = layer, 1.0
-    for depth in range(layer.count("."), 0, -1):
-        block = ".".join(layer.split(".")[:depth])
-        if block not in calls:  # a list of modules is never called
-            continue
-        added = coefficient_in(unet.get_submodule(block), calls[block], unet.get_submodule(layer))
-        if added is None:
-            break
-        same = torch.equal(by_position(calls[block].output), by_position(calls[found].output))
-        if not same:
-            found, coefficient = block, added
-    return found, coefficient
-
-
-def coefficient_in(block: nn.Module, call: Call, layer: nn.Module) -> float | None:
-    """How often a layer's output is contained in a block's, found by shifting it at random; None if not linearly."""
-    shifts: list[Tensor] = []
-
-    def shift(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        shifts.append(torch.randn(output.shape, generator=generator).to(output))
-        return output + shifts[0]
-
-    if not isinstance(call.output, Tensor):
-        return None
-    with layer.register_forward_hook(shift):
-        moved = block(*call.args, **call.kwargs)
-    change, given = by_position(moved - call.output).double(), by_position(shifts[0]).double()
-    if change.shape != given.shape:
-        return None
-    coefficient = round(float((change * given).sum() / given.square().sum()), 6)  # float noise must not tell sums apart
-    linear = bool((change - coefficient * given).norm() <= 1e-3 * abs(coefficient) * given.norm())
-    return coefficient if linear and coefficient else None
+    held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
+    return Draws(noisy, chosen.to(like.device), extra, held_out, adapter)
 
 
 def find_systems(
@@ -292,25 +227,21 @@ class Stop(Exception):
     """Ends a forward pass that has gone far enough."""
 
 
+@dataclass
 class Run:
     """One compensation under way; everything that a resumed run needs is in ``repairs`` and the layers' weights."""
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        dense: nn.Module,
-        systems: list[System],
-        draws: Draws,
-        batch_size: int,
-        seed: int,
-        strengths: Sequence[float],
-        passes: Passes,
-    ) -> None:
-        self.unet, self.dense, self.systems, self.draws, self.seed = unet, dense, systems, draws, seed
-        self.batch_size, self.strengths, self.passes = batch_size, strengths, passes
-        self.repairs: list[Repair] = []
-        self.folder: Path | None = None
-        self.rerunning = False
+    unet: nn.Module
+    dense: nn.Module
+    systems: list[System]
+    draws: Draws
+    batch_size: int
+    seed: int
+    strengths: Sequence[float]
+    passes: Passes
+    repairs: list[Repair] = field(default_factory=list)
+    folder: Path | None = None
+    rerunning: bool = False
 
     def keep_targets(self, bar: Progress) -> None:
         """One pass of the dense UNet over all samples, which keeps what each open system is fitted to."""
@@ -323,8 +254,8 @@ class Run:
                 self.draws.forward(self.dense, batch)
 
     def keeper(self, number: int, system: System, batch: slice) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            system.keep_target(output, batch, len(self.draws.noisy), self.seed * 1_000_003 + number)
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            system.keep_target(unpacked(output), batch, len(self.draws.noisy), self.seed * 1_000_003 + number)
 
         return hook
 
@@ -355,10 +286,10 @@ class Run:
 
             return hook
 
-        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.rerunning:
                 return output
-            system.collect(output, batch, self.draws.held_out)
+            system.collect(unpacked(output), batch, self.draws.held_out)
             if self.passes == "layer":
                 raise Stop
             self.finish(system, bar, task)
@@ -382,12 +313,10 @@ class Run:
         self.repairs.append(system.solve(self.strengths, self.draws.held_out))
         if self.folder is not None:
             tensors = {
-                f"{part.name}.{key}": value.detach().cpu().contiguous()
-                for part in system.parts
-                for key, value in part.layer.named_parameters()
+                f"{part.name}.{key}": value for part in system.parts for key, value in part.layer.named_parameters()
             }
             with new_file(self.folder / f"{len(self.repairs) - 1:04d}.safetensors") as path:
-                save_file(tensors, path, metadata={"repair": json.dumps(asdict(self.repairs[-1]))})
+                save_tensors(tensors, path, {"repair": json.dumps(asdict(self.repairs[-1]))})
         bar.advance(task)
 
     def resume(self, directory: Path, facts: Any) -> None:
@@ -395,9 +324,9 @@ class Run:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = directory / f"compensate-{digest[:16]}"
         while (file := self.folder / f"{len(self.repairs):04d}.safetensors").exists():
-            self.unet.load_state_dict(load_file(file), strict=False)
-            with safe_open(file, "pt") as opened:
-                stored = json.loads(opened.metadata()["repair"])
+            tensors, metadata = load_tensors(file)
+            self.unet.load_state_dict(tensors, strict=False)
+            stored = json.loads(metadata["repair"])
             self.repairs.append(Repair(**{**stored, "layers": tuple(stored["layers"])}))
 
     def forget_progress(self) -> None:

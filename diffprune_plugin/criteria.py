@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffprune_plugin.errors import BadInput, MissingGradients, nearest
 from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
-from diffprune_plugin.timesteps import Sweep
+from diffprune_plugin.timesteps import Sweep, check_option
 
 if TYPE_CHECKING:
     from diffprune_plugin.calibration import Calibration
@@ -48,6 +48,12 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
         round_to: int | None = None,
         calibration: Calibration | None = None,
     ) -> None:
+        check_option("power", power, int)
+        check_option("norms", norms, bool)
+        if round_to is not None:
+            check_option("round_to", round_to, int)
+            if round_to < 1:
+                raise BadInput(f"importance: round_to {round_to} is below 1")
         if power not in (1, 2):
             raise BadInput(f"importance: power {power} is neither 1 (absolute value) nor 2 (square)")
         if normalizer not in ("mean", None):
@@ -82,15 +88,14 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
             axis = 0 if group._DG.is_out_channel_pruning_fn(dep.handler) else 1
             return self._saliency(layer, "weight", group).transpose(0, axis).flatten(1).sum(1)
         if self.norms and isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None:
-            return self._saliency(layer, "weight", group) + self._saliency(layer, "bias", group)
+            score = self._saliency(layer, "weight", group)
+            return score if layer.bias is None else score + self._saliency(layer, "bias", group)
         return None
 
     def _saliency(self, layer: nn.Module, name: str, group: Any) -> Tensor:
         weight: nn.Parameter = getattr(layer, name)
-        gradient = weight.grad
-        if self.calibration is not None:
-            gradient = self.calibration.gradients.get(f"{group._DG._module2name[layer]}.{name}")
         where = f"{group._DG._module2name[layer]}.{name}"
+        gradient = weight.grad if self.calibration is None else self.calibration.gradients.get(where)
         if gradient is None:
             raise MissingGradients(f"{where} has no gradient; pass importance(..., calibration=calibrate(...))")
         if gradient.shape != weight.shape:
@@ -105,6 +110,7 @@ class RandomImportance(tp.importance.Importance):  # type: ignore[misc]
     """Uniform scores that depend on the seed and the root layer's name only, not on the order of the groups."""
 
     def __init__(self, seed: int = 0) -> None:
+        check_option("seed", seed, int)
         self.seed = seed
 
     def __call__(self, group: Any) -> Tensor:
@@ -118,7 +124,7 @@ class RandomImportance(tp.importance.Importance):  # type: ignore[misc]
 
 def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
     """The thresholded timestep Taylor score; presets are variants of the authors' code (README, 'Presets')."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise BadInput(f"importance: preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
     return make_taylor({**PRESETS[preset], **options})
 
@@ -137,12 +143,17 @@ def make_taylor(options: dict[str, Any]) -> TaylorImportance:
     for key in options:
         if key not in allowed:
             raise BadInput(f"importance: unknown option {key!r}{nearest(key, allowed)}; have {', '.join(allowed)}")
-    sweep = Sweep(**{key: value for key, value in options.items() if key in known})
+    given = {key: value for key, value in options.items() if key in known}
+    sweep, calibration = Sweep(**given), options.get("calibration")
+    if calibration is not None:
+        options["calibration"] = calibration = calibration.matching(given)
+        sweep = calibration.sweep
     return TaylorImportance(sweep, **{key: value for key, value in options.items() if key not in known})
 
 
 def magnitude(p: int = 2) -> Any:
-    """torch-pruning's group magnitude: sum of |w| ** p over the coupled weights."""
+    """torch-pruning's group magnitude: |w| ** p summed over a layer's weights, the mean over the coupled layers."""
+    check_option("p", p, int)
     return tp.importance.GroupMagnitudeImportance(p=p)
 
 

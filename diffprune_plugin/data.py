@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from diffprune_plugin.errors import BadInput
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-IMAGE_KEYS = ("image", "img", "pixel_values")
+IMAGE_KEYS = ("image", "img")
 LIMIT = 4096  # images held in memory; of more, every n-th is taken
 
 
@@ -67,6 +67,8 @@ def load_samples(source: Any) -> Samples:
             raise BadInput(f"data: {path}: no such folder or .npz file")
         return load_folder(path) if path.is_dir() else load_npz(path)
     if isinstance(source, Tensor):
+        if source.ndim != 4 or not source.is_floating_point():
+            raise BadInput(f"data: a tensor is {source.dtype} {tuple(source.shape)}, not float (count, channels, h, w)")
         return Samples(source.detach().cpu().float())
     if isinstance(source, np.ndarray):
         return from_array(source, "data")
@@ -83,7 +85,8 @@ def load_npz(path: Path) -> Samples:
     if "images" not in arrays:
         raise BadInput(f"data: {path}: has {sorted(arrays) or 'nothing'}, not an array 'images'")
     samples = from_array(arrays.pop("images"), str(path))
-    extra = {key: torch.from_numpy(value) for key, value in arrays.items() if len(value) == len(samples)}
+    numbers = {key: value for key, value in arrays.items() if value.dtype.kind in "iuf" and value.ndim}
+    extra = {key: torch.from_numpy(value) for key, value in numbers.items() if len(value) == len(samples)}
     return Samples(samples.values, extra)
 
 
@@ -109,7 +112,9 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             return to_array(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # Pillow raises whatever a broken file of some format leads to
         raise BadInput(f"data: {path}: damaged image: {error}; remove or replace it") from None
 
 
@@ -117,7 +122,8 @@ def from_sequence(rows: Sequence[Any]) -> Samples:
     """Rows as the datasets library gives them: a PIL image or array, alone or under the key ``image``."""
     try:
         count = len(rows)
-    except TypeError:
+        rows[0] if count else None
+    except (TypeError, KeyError):
         raise BadInput(f"data: a {type(rows).__name__} is no folder, .npz, array or sequence of images") from None
     if not count:
         raise BadInput("data: the sequence of images is empty")
@@ -135,10 +141,12 @@ def image_of(row: Any, number: int) -> Any:
 
 
 def to_array(image: Any) -> npt.NDArray[np.uint8]:
-    """uint8 (height, width, channels); palettes and 16-bit images become RGB and 8-bit grey."""
-    if isinstance(image, Image.Image) and image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGB" if image.mode in ("P", "CMYK") else "L")
+    """uint8 (height, width, channels); palettes become RGB, 16-bit grey 8-bit."""
+    if isinstance(image, Image.Image) and image.mode in ("P", "CMYK", "1"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
     array = np.asarray(image)
+    if array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise BadInput(f"data: an image is {array.dtype} {array.shape}, not uint8 (height, width, channels)")
     return array if array.ndim == 3 else array[..., None]

@@ -33,8 +33,8 @@ class MissingGradients(BadInput):
     """A gradient-based criterion was asked for a score before calibration (exit code 2)."""
 
 
-class Interrupted(DiffPruneError):
-    """The user pressed Ctrl-C (exit code 130, as shells have it)."""
+class Interrupted(BaseException):
+    """The user pressed Ctrl-C (exit code 130, as shells have it); no ``except Exception`` may swallow it."""
 
     exit_code = 130
 

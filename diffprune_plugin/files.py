@@ -12,6 +12,8 @@ from pathlib import Path
 
 from diffprune_plugin.errors import BadInput
 
+OURS = ("model_index.json", "config.json", "calibration.json", "config.yaml")  # one of them is in all that we write
+
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
@@ -44,6 +46,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises BadInput if ``path`` exists and ``overwrite`` is not set, the disk is full or the place not writable.
     """
+    path = path.resolve()
     check_absent(path, overwrite)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~current_umask())
-            if path.exists():
+            if overwrite and path.exists():
                 exchange(temporary, path)
             else:
                 temporary.rename(path)
@@ -65,6 +68,8 @@ def check_absent(path: Path, overwrite: bool = False) -> None:
         raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path} is a file, not a directory; choose another output")
+    if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in OURS):
+        raise BadInput(f"{path} holds other files, which --overwrite would delete; choose another output")
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -17,7 +17,7 @@ def matching(pattern: str, names: Sequence[str], key: str) -> list[str]:
     if pattern.startswith("{re}"):
         try:
             expression = re.compile(pattern[4:])
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise BadInput(f"{key}: {pattern!r} is no valid expression: {error}") from None
         found = [name for name in names if expression.fullmatch(name)]
     else:

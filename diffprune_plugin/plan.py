@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,8 @@ class GroupPlan(Frozen):
     """One coupled group: its root layer, what is coupled to it, and which of its units go.
 
     A unit is a channel of the root, with its twins where the layer's output comes in ``pairs``. The units fall into
-    ``parts`` that lose equally many. ``requested`` units were asked to go; ``reason`` says why fewer went.
+    ``parts`` that lose equally many, so that, with ``round_to``, ``step`` go at a time. ``requested`` units were asked
+    to go; ``reason`` says why fewer went.
     """
 
     root: str
@@ -44,6 +46,7 @@ class GroupPlan(Frozen):
     units: int
     pairs: int
     parts: int
+    step: int
     requested: int
     removed: tuple[int, ...]
     reason: str = ""
@@ -52,11 +55,6 @@ class GroupPlan(Frozen):
     def short(self) -> bool:
         """Whether the group lost nothing, or a whole step less, than it was asked to."""
         return self.requested > 0 and (not self.removed or self.requested - len(self.removed) >= self.step)
-
-    @property
-    def step(self) -> int:
-        """Units that can go at a time."""
-        return self.parts
 
 
 class LayerSize(Frozen):
@@ -115,7 +113,7 @@ class PruningPlan(Frozen):
             plan = cls.model_validate(content)
         except FileNotFoundError:
             raise BadInput(f"{path}: no such file; is the directory a pruned model?") from None
-        except (ValidationError, ValueError, KeyError, AttributeError) as error:
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{path}: not a pruning plan: {first_line(error)}") from None
         if plan.sha256 != stated:
             raise BadInput(f"{path}: altered since it was written (its sha256 differs); restore it or prune again")
@@ -240,9 +238,9 @@ def unit_scores(group: CoupledGroup, criterion: Criterion) -> Scores:
 def requested_units(
     groups: Sequence[CoupledGroup], asked: Mapping[str, float | str], scores: Mapping[str, Scores], global_pruning: bool
 ) -> dict[str, int]:
-    """How many units each group is asked to lose: C - int(C * (1 - ratio)); globally, those below a common score.
+    """How many units each group is asked to lose: C - int(C * (1 - ratio)).
 
-    Groups with a ratio of their own, and all without ``global_pruning``, are ranked by themselves.
+    With ``global_pruning`` all groups of one ratio are ranked together, and each loses those below a common score.
     """
     counts = {}
     shared: dict[float, list[CoupledGroup]] = {}
@@ -268,9 +266,9 @@ def plan_group(
 ) -> GroupPlan:
     """Choose the units that go: in each part those with the lowest scores."""
     requested, removed, reason = 0, [], asked if isinstance(asked, str) else ""
+    step = math.lcm(group.parts, round_to)
     if not reason:
         requested = counts[group.root]
-        step = math.lcm(group.parts, round_to)
         kept = min(max(math.ceil((group.units - requested) / step), 1) * step, group.units)
         size = group.units // group.parts
         order = np.argsort(scores[group.root].reshape(group.parts, size), axis=1, kind="stable")
@@ -283,6 +281,7 @@ def plan_group(
         units=group.units,
         pairs=group.pairs,
         parts=group.parts,
+        step=step,
         requested=requested,
         removed=tuple(removed),
         reason=reason,
@@ -315,9 +314,19 @@ def sizes(
 
 
 def architecture_hash(unet: Any) -> str:
-    """SHA-256 of the dense config without what diffusers adds (keys with an underscore)."""
-    config = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
+    """SHA-256 of what the dense config says beyond the defaults: a key that a later diffusers adds changes nothing."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(type(unet)).parameters.items()}
+    config = {
+        key: value
+        for key, value in dict(unet.config).items()
+        if not key.startswith("_") and plain(value) != plain(defaults.get(key))
+    }
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A tuple as the list that it becomes in JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pluggy
@@ -93,7 +93,13 @@ def collect(plugins: Plugins, hook: str, name_of: Any = None) -> dict[str, Regis
                 raise BadInput(f"{name!r} is offered by both {found[name].plugin} and {owner}; uninstall one")
             found[name] = Registered(value, owner)
 
-        implementation.function(register=register)
+        try:
+            implementation.function(register=register)
+        except BadInput:
+            raise
+        except Exception as error:  # one plugin's fault: recorded, and the others go on
+            failure = f"{type(error).__name__}: {error}"
+            plugins.found = [replace(p, failure=failure) if p.name == owner else p for p in plugins.found]
     return found
 
 

@@ -16,13 +16,17 @@ def run_app(application: typer.Typer, arguments: list[str] | None = None) -> Non
     """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved."""
     given = sys.argv[1:] if arguments is None else arguments
     debug, words = "--debug" in given, [word for word in given if word != "--debug"]
-    signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         application(words)
-    except DiffPruneError as error:
+    except (DiffPruneError, Interrupted) as error:
         finish(error, str(error), error.exit_code, debug)
-    except MemoryError as error:
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's own
+            raise
         finish(error, "out of memory; use a smaller batch_size", 2, debug)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupt(*_: object) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich.markup import escape
 from rich.table import Table
 
 from diffprune_plugin.errors import MissingExtra
@@ -39,7 +40,7 @@ def plan_table(plan: PruningPlan) -> Table:
     """The plan for a terminal."""
     table = Table(*COLUMNS, title=summary(plan))
     for row in plan_rows(plan):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -29,6 +29,10 @@ def sample_images(
     if count < 1 or steps < 1:
         raise BadInput(f"--count {count} and --steps {steps} have to be at least 1")
     before = pipeline.scheduler
+    if steps > before.config.num_train_timesteps:
+        raise BadInput(
+            f"--steps {steps} is more than the {before.config.num_train_timesteps} the model was trained for"
+        )
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(before.config)
     pipeline.set_progress_bar_config(disable=not progress)
     try:

@@ -36,6 +36,8 @@ class Sweep:
     curve_samples: int = 16
 
     def __post_init__(self) -> None:
+        for key, expected in (("threshold", float), ("include_last", bool), ("samples", int), ("curve_samples", int)):
+            check_option(key, getattr(self, key), expected)
         if not 0 <= self.threshold <= 1:
             raise BadInput(f"importance: threshold {self.threshold} is outside [0, 1]; useful values are 0.01 to 0.1")
         if self.sampling not in SAMPLINGS:
@@ -53,9 +55,20 @@ class Sweep:
         return asdict(self)
 
 
+def check_option(key: str, value: Any, expected: type) -> None:
+    """Raises BadInput unless an option has the type it needs; a whole number is a float too, a truth value neither."""
+    fits = isinstance(value, (int, float) if expected is float else expected)
+    if not fits or (isinstance(value, bool) and expected is not bool):
+        raise BadInput(f"importance: {key} {value!r} is no {expected.__name__}")
+
+
 def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
-    """Which points of a loss curve count: L_t / L_max > threshold (Eq. 9-10 of arXiv 2305.10924); all of them at 0."""
-    return np.asarray(loss / loss.max() > threshold) | (threshold == 0)
+    """Which points of a loss curve count: L_t / L_max > threshold (Eq. 9-10 of arXiv 2305.10924).
+
+    All of them at threshold 0; the largest always.
+    """
+    counts: npt.NDArray[np.bool_] = (loss / loss.max() > threshold) | (threshold == 0) | (loss == loss.max())
+    return counts
 
 
 def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:

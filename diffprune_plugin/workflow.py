@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import yaml
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffprune_plugin.calibration import Calibration, calibrate, weights_hash
-from diffprune_plugin.checkpoint import load, load_pipeline, save
+from diffprune_plugin.calibration import Calibration, calibrate
+from diffprune_plugin.checkpoint import PrunedModelMixin, load, load_pipeline, save
 from diffprune_plugin.compensate import CompensationReport, compensate_
 from diffprune_plugin.config import PruningConfig
 from diffprune_plugin.data import load_samples
@@ -25,6 +25,7 @@ from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.plan import PruningPlan, check_patterns, make_plan
 from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.removal import remove_
+from diffprune_plugin.tensors import weights_hash
 
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
@@ -48,11 +49,16 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     output = Path(config.output)
     if not dry_run:
         check_absent(output, overwrite)
+        check_apart(output, config)
     name, options = config.criterion()
+    for key in {"plugins", "calibration"} & set(options):
+        raise BadInput(f"importance: unknown option {key!r}; 'calibration' is a key of its own")
     if name == "random":
         options.setdefault("seed", config.seed)
     criterion = importance(name, **options)
     model, unet = load_model(config)
+    if isinstance(unet, PrunedModelMixin):
+        raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(unet)
     check_patterns(unet, config.pruning_ratio_dict, config.ignored_layers)
     compensating = wants_compensation(config, model)
@@ -79,9 +85,17 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
     save(model, output, overwrite=overwrite, extra=extra)
-    with contextlib.suppress(OSError):  # never made, or another run's progress is in it
-        progress_directory(config).rmdir()
+    shutil.rmtree(progress_directory(config), ignore_errors=True)
     return Pruned(model, plan, calibration, compensation)
+
+
+def check_apart(output: Path, config: PruningConfig) -> None:
+    """Raises BadInput if writing the output would replace what it is made from."""
+    place = output.resolve()
+    for key in ("model", "data", "calibration"):
+        source = Path(value).resolve() if (value := getattr(config, key)) else None
+        if source and (source == place or place in source.parents or source in place.parents):
+            raise BadInput(f"output: {output} and {key}: {value} lie inside each other; choose another output")
 
 
 def wants_compensation(config: PruningConfig, model: Any) -> bool:
@@ -123,7 +137,8 @@ def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
 
     Raises HardwareUnproved if the device is not there.
     """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    number = int(config.device.partition(":")[2] or 0)
+    if config.device != "cpu" and (not torch.cuda.is_available() or number >= torch.cuda.device_count()):
         raise HardwareUnproved(
             f"device: {config.device}, but torch sees no GPU; use device: cpu or install a CUDA build"
         )
@@ -151,7 +166,7 @@ def calibration_for(
         return None
     stored = Path(config.calibration) if config.calibration else None
     if stored is not None and stored.exists():
-        return stored_calibration(stored, unet, sweep)
+        return stored_calibration(stored, unet, sweep, config)
     if config.data is None:
         raise BadInput(f"data is missing: {config.importance['name']} needs images; add 'data: FOLDER' or an .npz")
     if not isinstance(model, DiffusionPipeline):
@@ -168,6 +183,7 @@ def calibration_for(
         timesteps=config.timesteps,
         seed=config.seed,
         checkpoint=progress_directory(config) if store else None,
+        keep_progress=store,
         progress=progress,
     )
     if stored is not None and store:
@@ -175,11 +191,19 @@ def calibration_for(
     return calibration
 
 
-def stored_calibration(directory: Path, unet: nn.Module, sweep: Any) -> Calibration:
-    """A calibration from disk; raises BadInput if it is of other weights, another sampling or other timesteps."""
+def stored_calibration(directory: Path, unet: nn.Module, sweep: Any, config: PruningConfig) -> Calibration:
+    """A calibration from disk; raises BadInput if it is not what the config asks for."""
     calibration = Calibration.load(directory)
-    if calibration.weights != weights_hash(unet):
-        raise BadInput(f"{directory}: calibrated with other weights; remove it or name another calibration directory")
+    points = config.timesteps or len(calibration.timesteps)
+    same = {
+        "weights": calibration.weights == weights_hash(unet),
+        "seed": calibration.seed == config.seed,
+        "timesteps": sweep.sampling != "stratified" or points == len(calibration.timesteps),
+        "batch_size": sweep.sampling == "stratified" or calibration.batch_size == config.batch_size,
+    }
+    for key, fits in same.items():
+        if not fits:
+            raise BadInput(f"{directory}: calibrated with other {key}; remove it or name another calibration directory")
     calibration = calibration.with_threshold(sweep.threshold)
     if calibration.sweep != sweep:
         raise BadInput(f"{directory}: calibrated with {calibration.sweep}, asked is {sweep}; name another directory")

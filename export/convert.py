@@ -46,18 +46,19 @@ class ExportReport:
 class Flat(nn.Module):
     """A UNet with its inputs in a row and one tensor out: what the graph's names and order come from."""
 
-    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, unet: nn.Module, adapter: UNetAdapter) -> None:
         super().__init__()
         self.unet = unet
-        self.names = tuple(names)
+        self.adapter = adapter
+        self.names = tuple(port.name for port in adapter.ports(unet))
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        return denoise(self.unet, dict(zip(self.names, values, strict=True)))
+        return denoise(self.unet, dict(zip(self.names, values, strict=True)), self.adapter)
 
 
-def denoise(unet: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The UNet's output for inputs by port name."""
-    output: torch.Tensor = unet(**inputs, return_dict=False)[0]
+def denoise(unet: nn.Module, inputs: dict[str, Any], adapter: UNetAdapter | None = None) -> torch.Tensor:
+    """The UNet's output for inputs by port name; with an adapter, some go inside a dict argument."""
+    output: torch.Tensor = unet(**(adapter.nested(inputs) if adapter else inputs), return_dict=False)[0]
     return output
 
 
@@ -133,8 +134,8 @@ def dense_twin(unet: Any) -> nn.Module | None:
 
 
 def words_of(port: Port) -> dict[int, str]:
-    """The axes of a port that are words, not config values, by position."""
-    return {index: axis for index, axis in enumerate(port.axes.split()) if not axis.startswith("{")}
+    """The axes of a port that are words, neither numbers nor config values, by position."""
+    return {index: axis for index, axis in enumerate(port.axes.split()) if axis.isidentifier()}
 
 
 def check_dynamic(ports: Sequence[Port], dynamic: Sequence[str]) -> None:
@@ -150,12 +151,12 @@ def traced(unet: nn.Module, adapter: UNetAdapter, opset: int, dynamic: tuple[str
     The example batch is 2: with 1 the exporter writes a file that says dynamic and works at batch 1 only.
     """
     ports = adapter.ports(unet)
-    inputs = adapter.example_inputs(unet, batch=2 if "batch" in dynamic else 1)
+    inputs = adapter.flat_inputs(unet, batch=2 if "batch" in dynamic else 1)
     shapes = tuple({i: word for i, word in words_of(port).items() if word in dynamic} for port in ports)
     with quiet():
         try:
             return torch.onnx.export(
-                Flat(unet, [port.name for port in ports]).eval(),
+                Flat(unet, adapter).eval(),
                 tuple(inputs[port.name] for port in ports),
                 dynamo=True,
                 input_names=[port.name for port in ports],
@@ -209,7 +210,7 @@ def provenance(unet: Any, adapter: UNetAdapter, options: dict[str, str]) -> dict
 
 def default_axes(unet: nn.Module, adapter: UNetAdapter) -> dict[str, int]:
     """The size of each axis, by word, for one sample of the config's size."""
-    inputs = adapter.example_inputs(unet)
+    inputs = adapter.flat_inputs(unet)
     return {word: inputs[p.name].shape[i] for p in adapter.ports(unet) for i, word in words_of(p).items()}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration import Calibration, noise_prediction_loss
@@ -133,6 +133,15 @@ def test_an_unknown_prediction_type_is_refused(unet, images) -> None:
         dp.calibrate(unet, DDPMScheduler(num_train_timesteps=10, prediction_type="score"), images, **FAST)
 
 
+def test_a_sampler_in_sigmas_is_calibrated_with_its_training_noise_and_flow_matching_refused(unet, images) -> None:
+    settings = {"num_train_timesteps": 100}
+    euler, ddpm = (cls(**settings) for cls in (EulerDiscreteScheduler, DDPMScheduler))
+    first, second = (dp.calibrate(unet, scheduler, images, SMALL, **FAST) for scheduler in (euler, ddpm))
+    assert same_bits(first, second)
+    with pytest.raises(BadInput, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        dp.calibrate(unet, FlowMatchEulerDiscreteScheduler(**settings), images, SMALL, **FAST)
+
+
 def test_a_nan_stops_with_the_timestep_and_the_image(unet, scheduler, images) -> None:
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] = float("nan")
@@ -144,13 +153,17 @@ def test_a_nan_stops_with_the_timestep_and_the_image(unet, scheduler, images) ->
 
 def test_another_threshold_reuses_the_gradients_only_if_they_are_of_the_same_timesteps() -> None:
     curve = np.array([1.0, 0.2, 0.04])
-    nothing = {"gradients": {}, "forward": 0, "backward": 0, "seed": 0, "architecture": "", "weights": ""}
+    nothing = {"gradients": {}, "forward": 0, "backward": 0, "seed": 0, "batch_size": 1, "weights": "", "images": ""}
     calibration = Calibration(
         sweep=SMALL, timesteps=np.arange(3), loss=curve, stderr=curve, counts=above_threshold(curve, 0.05), **nothing
     )
     assert calibration.with_threshold(0.1).sweep.threshold == 0.1
     with pytest.raises(BadInput, match="keeps 1 of 3 points"):
         calibration.with_threshold(0.5)
+    with pytest.raises(BadInput, match="samples 7, but calibrated with 12"):
+        dp.importance("diff_taylor", calibration=calibration, samples=7)
+    with pytest.raises(BadInput, match="keeps 1 of 3 points"):
+        dp.importance("diff_taylor", calibration=calibration, threshold=0.9)
 
 
 def test_a_saved_calibration_is_the_same_when_loaded_and_damage_is_noticed(unet, scheduler, images, tmp_path) -> None:
@@ -161,7 +174,7 @@ def test_a_saved_calibration_is_the_same_when_loaded_and_damage_is_noticed(unet,
     assert loaded.sweep == SMALL
     weights = tmp_path / "stored" / "gradients.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="not a calibration, or damaged"):
+    with pytest.raises(BadInput, match="truncated or damaged"):
         Calibration.load(tmp_path / "stored")
 
 
@@ -195,6 +208,7 @@ def test_the_threshold_keeps_what_is_above_its_share_of_the_largest_loss() -> No
     loss = np.array([2.0, 1.0, 0.1, 0.05])
     assert above_threshold(loss, 0.05).tolist() == [True, True, False, False]
     assert above_threshold(loss, 0.0).all()
+    assert above_threshold(loss, 1.0).tolist() == [True, False, False, False]
 
 
 def test_strata_and_shares_cover_every_timestep_once() -> None:

@@ -92,12 +92,22 @@ def test_an_existing_directory_is_kept_unless_told_otherwise(pipeline, dense_dir
     with pytest.raises(BadInput, match="use --overwrite"):
         dp.save(pipeline, dense_dir)
     dp.save(pipeline, dense_dir, overwrite=True)
+    (dense_dir.parent / "other").mkdir()
+    (dense_dir.parent / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="holds other files"):
+        dp.save(pipeline, dense_dir.parent / "other", overwrite=True)
     with pytest.raises(BadInput, match="is a file"):
         dp.save(pipeline, dense_dir / "model_index.json", overwrite=True)
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
 
 
 def flip_plan(path: Path) -> None:
@@ -108,6 +118,9 @@ def flip_plan(path: Path) -> None:
     ("file", "damage", "words"),
     [
         (WEIGHTS, truncate, "truncated or damaged"),
+        (WEIGHTS, flip_a_bit, "altered since it was written"),
+        (PLAN_FILE, lambda p: p.write_text("[]"), "not a pruning plan"),
+        ("config.json", lambda p: p.write_text(p.read_text().replace('"silu"', "5")), "no UNet2DModel"),
         (WEIGHTS, Path.unlink, "no such file"),
         (PLAN_FILE, flip_plan, "altered since"),
         (PLAN_FILE, Path.unlink, "no such file"),
@@ -202,11 +215,35 @@ def test_where_directories_cannot_be_swapped_in_one_step_they_are_moved(tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["second"]
 
 
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import make_unet
+import diffprune_plugin as dp
+from diffprune_plugin.errors import BadInput
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+unet = make_unet()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    dp.save(unet, "out")
+except BadInput as error:
+    print(error)
+"""
+
+
+def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path) -> None:
+    command = [sys.executable, "-c", FULL, str(Path(__file__).parent)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "free space or choose another output" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_nothing_behind(pipeline, tmp_path, monkeypatch) -> None:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffprune_plugin.checkpoint.save_file", full)
+    monkeypatch.setattr("diffprune_plugin.tensors.save_file", full)
     dp.remove_(pipeline.unet, dp.make_plan(pipeline.unet, "magnitude"))
     with pytest.raises(BadInput, match="No space left on device; free space"):
         dp.save(pipeline, tmp_path / "out")

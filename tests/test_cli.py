@@ -101,6 +101,9 @@ def test_a_stored_calibration_is_used_again_and_refused_for_other_weights(
     code, _, err = run("prune", config_file, *stored, "--dry-run", "--set", "importance.samples=9")
     assert code == 2
     assert "name another directory" in err
+    code, _, err = run("prune", config_file, *stored, "--dry-run", "--set", "seed=5")
+    assert code == 2
+    assert "calibrated with other seed" in err
     unet = dp.load(tmp_path / "dense")
     with torch.no_grad():
         unet.conv_in.weight.mul_(2)
@@ -153,6 +156,8 @@ def nothing(tmp_path: Path) -> None:
         (nothing, ["model=nowhere"], "nowhere: no such directory"),
         (nothing, ["data=nowhere"], "nowhere: no such folder"),
         (nothing, ["data="], "data is missing"),
+        (nothing, ["importance={name: magnitude, plugins: 3}"], "unknown option 'plugins'"),
+        (nothing, ["ignored_layers=['{re}x{99999999999}']"], "no valid expression"),
         (nothing, ["data=", "importance=magnitude", "compensate=true"], "compensate: true needs 'data'"),
         (nothing, ["ignored_layers=[conv_inn]"], "did you mean 'conv_in'"),
         (nothing, ["timesteps=2000"], "outside 1..100"),
@@ -186,6 +191,29 @@ def test_a_check_that_fails_is_exit_code_1(run, config_file) -> None:
     code, _, err = run("prune", config_file, "--set", "strict=true", "--set", "pruning_ratio=0.1")
     assert code == 1
     assert "strict" in err
+
+
+def test_an_output_that_would_replace_what_it_is_made_from_is_refused(run, config_file, tmp_path) -> None:
+    for place in (tmp_path, tmp_path / "dense", tmp_path / "dense" / "unet" / "new"):
+        code, _, err = run("prune", config_file, "--overwrite", "--output", place)
+        assert code == 2
+        assert "lie inside each other" in err or "holds other files" in err
+    assert (tmp_path / "dense" / "model_index.json").exists()
+
+
+def test_a_pruned_model_is_refused_before_anything_is_calibrated(run, config_file, tmp_path) -> None:
+    assert run("prune", config_file, "--set", "importance=magnitude", "--set", "compensate=false")[0] == 0
+    again = ["--model", tmp_path / "pruned", "--output", tmp_path / "b", "--dry-run"]
+    code, _, err = run("prune", config_file, *again)
+    assert code == 2
+    assert "pruned already" in err
+    assert "loss curve" not in err
+
+
+def test_names_with_brackets_are_printed_as_they_are(run, config_file) -> None:
+    code, out, _ = run("prune", config_file, "--dry-run", "--set", "ignored_layers=['{re}conv_in|[/x]nothing']")
+    assert code == 0
+    assert "MACs" in out
 
 
 def test_debug_shows_the_traceback(run) -> None:

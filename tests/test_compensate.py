@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import diffprune_plugin as dp
 from diffprune_plugin import compensate, ridge
 from diffprune_plugin.adapters.unet_2d import UNET_2D
-from diffprune_plugin.calibration import weights_hash
-from diffprune_plugin.compensate import CompensationReport, compensate_, draw, find_systems, residual_sum, trace
+from diffprune_plugin.compensate import CompensationReport, compensate_, draw, find_systems
 from diffprune_plugin.data import Samples, load_samples
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.plan import PruningPlan
+from diffprune_plugin.residual import residual_sum, trace
 from diffprune_plugin.ridge import NormalEquations, Part, System, best_update, features_at
+from diffprune_plugin.tensors import weights_hash
 
 PLAIN: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "DownBlock2D"),
@@ -56,7 +57,7 @@ def relative(output: Tensor, expected: Tensor) -> float:
 def error(unet: Any, dense: Any, images: Any) -> float:
     """Relative error of the UNet's output against the dense one's, on noisy samples drawn anew."""
     scheduler = DDPMScheduler(num_train_timesteps=100)
-    draws = draw(load_samples(images), scheduler, np.arange(100), 32, 99, next(dense.parameters()))
+    draws = draw(load_samples(images), scheduler, np.arange(100), 32, 99, next(dense.parameters()), UNET_2D)
     outputs = [model(draws.noisy, draws.timesteps, **draws.extra).sample for model in (unet, dense)]
     return relative(*outputs)
 
@@ -352,12 +353,12 @@ def test_queries_are_refitted_with_the_factor_that_keeps_the_softmax_scale() -> 
 
 
 def test_no_held_out_sample_shares_its_image_with_the_others(images: np.ndarray) -> None:
-    draws = draw(load_samples(images), DDPMScheduler(), np.arange(1000), 40, 0, torch.zeros(1))
+    draws = draw(load_samples(images), DDPMScheduler(), np.arange(1000), 40, 0, torch.zeros(1), UNET_2D)
     drawn = sorted(draws.timesteps.tolist())
     assert int(draws.held_out.sum()) == 5
     assert drawn[0] < 25
     assert drawn[-1] >= 975
-    clean = draw(load_samples(images), DDPMScheduler(), np.array([0]), 40, 0, torch.zeros(1)).noisy > 0
+    clean = draw(load_samples(images), DDPMScheduler(), np.array([0]), 40, 0, torch.zeros(1), UNET_2D).noisy > 0
     held = {image.numpy().tobytes() for image in clean[draws.held_out]}
     assert not held & {image.numpy().tobytes() for image in clean[~draws.held_out]}
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.calibration import noise_prediction_loss
-from diffprune_plugin.criteria import PRESETS
 from diffprune_plugin.data import load_samples
 from diffprune_plugin.errors import BadInput, MissingGradients
 from diffprune_plugin.groups import trace_groups
@@ -104,8 +103,8 @@ def oracle_score(group, gradients: dict[str, Tensor], weights: dict[str, Tensor]
     return score
 
 
-@pytest.mark.parametrize("preset", ["ddpm_exp", "diffusers", "ldm", "paper"])
-def test_each_preset_equals_the_hand_written_loop(preset, images, capsys) -> None:
+@pytest.mark.parametrize(("preset", "power"), [("ddpm_exp", 2), ("diffusers", 1), ("ldm", 1), ("paper", 1)])
+def test_each_preset_equals_the_hand_written_loop(preset, power, images) -> None:
     """With the reference sampling, on a UNet whose loss falls with the timestep as a trained one's does."""
     unet, scheduler, samples = falling_loss(make_unet()), DDPMScheduler(num_train_timesteps=12), load_samples(images)
     batch, threshold = 4, 0.3
@@ -132,7 +131,7 @@ def test_each_preset_equals_the_hand_written_loop(preset, images, capsys) -> Non
     same_noise = torch.equal(seen[0][1], seen[1][1])
     assert same_noise == (preset != "ldm"), "one noise for all timesteps, except in the latent model's loop"
     for group in trace_groups(unet, UNET_2D):
-        expected = torch.tensor(oracle_score(group, gradients, weights, PRESETS[preset]["power"]))
+        expected = torch.tensor(oracle_score(group, gradients, weights, power))
         torch.testing.assert_close(criterion(group.graph_group), expected, rtol=0, atol=1e-6 * expected.max().item())
 
 
@@ -156,6 +155,17 @@ def test_the_default_sampling_sums_the_gradients_of_its_stratified_samples(image
     for name, parameter in unet.named_parameters():
         torch.testing.assert_close(calibration.gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
     assert len(samples) == 16
+
+
+def test_the_presets_differ_where_the_authors_code_does() -> None:
+    criteria = {name: dp.importance("diff_taylor", preset=name) for name in ("paper", "ddpm_exp", "diffusers", "ldm")}
+    rows = {n: (c.sweep.sampling, c.sweep.threshold, c.sweep.include_last, c.round_to) for n, c in criteria.items()}
+    assert rows == {
+        "paper": ("stratified", 0.05, False, None),
+        "ddpm_exp": ("reference", 0.05, False, None),
+        "diffusers": ("reference", 0.05, True, None),
+        "ldm": ("fresh", 0.1, False, 2),
+    }
 
 
 def test_taylor_keeps_all_timesteps_and_takes_no_threshold() -> None:
@@ -196,6 +206,12 @@ def test_a_score_without_gradients_names_the_layer_and_the_remedy(unet) -> None:
         ({"sampling": "stratify"}, "did you mean 'stratified'"),
         ({"power": 3}, "neither 1"),
         ({"samples": 0}, "below 1"),
+        ({"samples": 1.5}, "samples 1.5 is no int"),
+        ({"threshold": "x"}, "threshold 'x' is no float"),
+        ({"norms": "no"}, "norms 'no' is no bool"),
+        ({"power": True}, "power True is no int"),
+        ({"round_to": 0}, "below 1"),
+        ({"preset": [1]}, "is none of paper"),
         ({"normalizer": "max"}, "neither 'mean'"),
     ],
 )

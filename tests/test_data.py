@@ -40,6 +40,11 @@ def test_colour_and_palette_images_are_rgb(tmp_path) -> None:
     assert load_samples(tmp_path).shape == (3, 4, 4)
 
 
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    image = Image.fromarray(np.full((4, 4), 30000, np.uint16))
+    assert load_samples([image]).values.unique().tolist() == [116]
+
+
 def test_of_very_many_images_every_nth_is_taken(monkeypatch, images) -> None:
     monkeypatch.setattr("diffprune_plugin.data.LIMIT", 5)
     assert len(load_samples(list(images))) == 4
@@ -77,6 +82,9 @@ def test_a_spoilt_folder_is_named(folder, spoil, words) -> None:
         (np.zeros((0, 4, 4, 1), np.uint8), "not uint8"),
         ([], "empty"),
         (3, "a int is no folder"),
+        ({"a": 1}, "a dict is no folder"),
+        (torch.zeros(3, 4, 4), "not float"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "torch.uint8"),
         ([{"text": "a"}], r"row 0 has \['text'\]"),
         ([np.zeros((4, 4))], "float64"),
     ],
@@ -96,7 +104,7 @@ def test_a_damaged_npz_and_one_without_images_are_named(tmp_path) -> None:
 
 
 def test_further_arrays_of_the_npz_are_inputs_by_name(tmp_path, images) -> None:
-    np.savez(tmp_path / "a.npz", images=images, class_labels=np.arange(16), note=np.zeros(2))
+    np.savez(tmp_path / "a.npz", images=images, class_labels=np.arange(16), note=np.zeros(2), name=np.array("x"))
     samples = load_samples(tmp_path / "a.npz")
     assert isinstance(samples, Samples)
     assert samples.extra.keys() == {"class_labels"}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.calibration import noise_prediction_loss
 from diffprune_plugin.data import load_samples
+from diffprune_plugin.export import ORTUNet
 
 
 def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_path, run) -> None:
@@ -21,7 +23,7 @@ def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_pat
     assert code == 0
     assert "report.md" in out
     report = (output / "report.md").read_text()
-    for picture in ("samples.png", "loss_curve.png"):
+    for picture in ("samples.png", "loss_curve.png", "latency.png"):
         assert picture in report
         assert Image.open(output / picture).size[0] > 300
     assert "diffprune prune" in report
@@ -29,6 +31,25 @@ def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_pat
     assert 0.4 < 1 - plan.macs[1] / plan.macs[0] < 0.5
     assert type(DiffusionPipeline.from_pretrained(output / "pruned").unet).__name__ == "PrunedUNet2DModel"
     assert run("demo", "--output", output)[0] == 2
+    verdict = json.loads((output / "model.onnx.verdict.json").read_text())
+    assert verdict["passed"]
+    assert "dense / pruned" in report
+    assert run("inspect", output / "model.onnx", "--json")[0] == 0
+    assert_the_file_draws_what_pytorch_draws(output)
+
+
+def assert_the_file_draws_what_pytorch_draws(output: Path) -> None:
+    """The same uint8 images from the same seed, with ONNX Runtime in diffusers' DDIMPipeline."""
+    scheduler = DDIMScheduler.from_config(demo.MODEL / "scheduler")
+    unets = (dp.load(output / "pruned"), ORTUNet(output / "model.onnx"))
+    drawn = []
+    for unet in unets:
+        pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        images = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images
+        drawn.append((images * 255).round().astype(np.uint8))
+    assert np.array_equal(*drawn)
 
 
 def test_the_embedded_model_is_trained_and_small() -> None:

@@ -65,6 +65,13 @@ def test_a_plan_made_twice_is_the_same_and_does_not_touch_the_model(unet) -> Non
     assert type(unet).__name__ == "UNet2DModel"
 
 
+def test_a_frozen_unet_is_pruned_like_any_other_and_stays_frozen(unet) -> None:
+    expected = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    unet.requires_grad_(False)
+    assert dp.make_plan(unet, "magnitude", pruning_ratio=0.5).sha256 == expected.sha256
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
 def test_params_and_macs_are_those_of_the_pruned_model(unet) -> None:
     plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
     dp.remove_(unet, plan)
@@ -123,6 +130,7 @@ def test_what_could_not_go_is_reported_and_an_error_if_strict(unet) -> None:
     with pytest.raises(CheckFailed, match=r"strict: .*conv_in: 0 of 2"):
         dp.make_plan(unet, "magnitude", pruning_ratio=0.1, strict=True)
     assert not dp.make_plan(unet, "magnitude", pruning_ratio=0.5, strict=True).shortfalls()
+    assert not dp.make_plan(unet, "magnitude", pruning_ratio=0.6, round_to=8, strict=True).shortfalls()
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])

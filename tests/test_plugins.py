@@ -64,6 +64,17 @@ def test_a_plugin_that_fails_to_load_is_listed_with_why_and_the_rest_works(monke
     assert "UNet2DModel" in adapters(manager)
 
 
+def test_a_hook_that_raises_is_recorded_and_the_others_go_on() -> None:
+    @hookspecs.hookimpl
+    def diffprune_register_criteria(register):
+        raise KeyError("parts")
+
+    manager = plugin_manager(entry_points=False)
+    manager.register(SimpleNamespace(diffprune_register_criteria=diffprune_register_criteria), "faulty", "faulty", "1")
+    assert "diff_taylor" in criteria(manager)
+    assert {p.name: p.failure for p in manager.found}["faulty"] == "KeyError: 'parts'"
+
+
 def test_a_name_registered_twice_is_an_error_that_names_both_plugins() -> None:
     @hookspecs.hookimpl
     def diffprune_register_criteria(register):

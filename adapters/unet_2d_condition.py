@@ -1,0 +1,68 @@
+"""diffusers' UNet2DConditionModel: Stable Diffusion 1 and 2, SDXL, conditional latent diffusion."""
+
+from __future__ import annotations
+
+import torch
+
+from diffprune_plugin.adapters.table import Heads, Known, Mirror, Pairs, Port, UNetAdapter
+
+TEXT_TIME = ("addition_embed_type=text_time",)
+
+UNET_2D_CONDITION = UNetAdapter(
+    model_class="UNet2DConditionModel",
+    inputs=(
+        Port("sample", "batch {in_channels} height width"),
+        Port("timestep", "batch", torch.int64),
+        Port("encoder_hidden_states", "batch sequence {cross_attention_dim}"),
+        Port(
+            "class_labels",
+            "batch",
+            torch.int64,
+            when=("num_class_embeds",),
+            integers_below=("num_class_embeds",),
+        ),
+        Port("class_labels", "batch", torch.int64, when=("class_embed_type=timestep",)),
+        Port(
+            "class_labels",
+            "batch {projection_class_embeddings_input_dim}",
+            when=("class_embed_type=projection", "class_embed_type=simple_projection"),
+        ),
+        # SDXL: the pooled text embedding; original size, crop and target size, two numbers each.
+        Port(
+            "text_embeds",
+            "batch {projection_class_embeddings_input_dim-6*addition_time_embed_dim}",
+            when=TEXT_TIME,
+            inside="added_cond_kwargs",
+        ),
+        Port("time_ids", "batch 6", when=TEXT_TIME, inside="added_cond_kwargs"),
+    ),
+    outputs=(Port("out_sample", "batch {out_channels} height width"),),
+    keep=("conv_out",),
+    heads=(Heads("Attention", "heads", ("to_q", "to_k", "to_v"), query="to_q", scale="scale"),),
+    pairs=(
+        Pairs("GEGLU", "proj", 2),
+        Pairs("ResnetBlock2D", "time_emb_proj", 2, when=("time_embedding_norm", "scale_shift")),
+    ),
+    mirrors=(
+        Mirror("Upsample2D", "channels", "conv.in_channels"),
+        Mirror("Downsample2D", "channels", "conv.in_channels"),
+        Mirror("ResnetBlock2D", "upsample.channels", "conv1.in_channels"),
+        Mirror("ResnetBlock2D", "downsample.channels", "conv1.in_channels"),
+    ),
+    known=(
+        Known("addition_embed_type", (None, "text_time")),
+        Known("attention_type", (None, "default")),
+        # "identity" adds an input of the dense width to the time embedding.
+        Known("class_embed_type", (None, "timestep", "projection", "simple_projection")),
+        Known("dual_cross_attention", (None, False)),
+        Known("encoder_hid_dim_type", (None,)),
+        Known("mid_block_type", (None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
+        Known("time_cond_proj_dim", (None,)),
+        Known(
+            "down_block_types",
+            ("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        ),
+        Known("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D")),
+    ),
+    words=(("sequence", 77),),
+)

@@ -1,0 +1,307 @@
+"""Every row of the UNet2DConditionModel table is needed, for Stable Diffusion 1 and 2, SDXL and their relatives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import SlicedAttnProcessor
+
+import diffprune_plugin as dp
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.groups import CoupledGroup, Member, trace_groups
+
+SD: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+LINEAR = {**SD, "attention_head_dim": (2, 4), "use_linear_projection": True}
+LINEAR |= {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+SDXL = {**LINEAR, "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time"}
+SDXL |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+SDXL |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+SDXL |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+RESNET = {**SD, "layers_per_block": 2, "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D")}
+RESNET |= {"up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D")}
+CLASSES = {**SD, "num_class_embeds": 10}
+PROJECTED = {**SD, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
+FAMILIES = {"sd 1.5": SD, "sd 2.1": LINEAR, "sdxl": SDXL}
+RELATIVES = {
+    "class labels": CLASSES,
+    "class as a timestep": {**SD, "class_embed_type": "timestep"},
+    "class projected and concatenated": {**PROJECTED, "class_embeddings_concat": True},
+    "class in a linear layer": {**PROJECTED, "class_embed_type": "simple_projection"},
+    "scale and shift": {**SD, "resnet_time_scale_shift": "scale_shift"},
+    "resnet up and down": RESNET,
+    "cross-attention only": {**SD, "only_cross_attention": True, "upcast_attention": True},
+    "no middle": {**SD, "mid_block_type": None},
+}
+# The class-conditional latent diffusion model of ImageNet 256x256, arXiv 2112.10752.
+LDM4: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (192, 384, 576, 960),
+    "cross_attention_dim": 512,
+    "attention_head_dim": 1,
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+}
+
+
+def make_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    """A UNet with about a million random parameters; biases and norms are random too."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**config).eval()
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return unet
+
+
+def output_of(unet: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(**UNET_2D_CONDITION.example_inputs(unet, batch=2)).sample
+
+
+def pruned(config: dict[str, Any], ratio: float = 0.5, adapter: UNetAdapter = UNET_2D_CONDITION) -> Any:
+    unet = make_unet(config)
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=ratio, adapter=adapter), adapter=adapter)
+    return unet
+
+
+def without(field: str, row: Any) -> UNetAdapter:
+    rows = tuple(r for r in getattr(UNET_2D_CONDITION, field) if r is not row)
+    return dataclasses.replace(UNET_2D_CONDITION, **{field: rows})
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_every_group_loses_what_the_rule_says_and_the_pruned_unet_reloads_with_difference_0(
+    config: dict[str, Any], ratio: float, tmp_path: Any
+) -> None:
+    unet = make_unet(config)
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=ratio)
+    assert plan == dp.make_plan(unet, "magnitude", pruning_ratio=ratio)
+    for group in plan.groups:
+        asked = 0 if group.root == "conv_out" else group.units - int(group.units * (1 - ratio))
+        assert (group.requested, len(group.removed)) == (asked, asked // group.parts * group.parts), group.root
+    dp.remove_(unet, plan)
+    assert sum(p.numel() for p in unet.parameters()) == plan.params[1]
+    expected = output_of(unet)
+    assert expected.shape == (2, 4, 8, 8)
+    assert torch.isfinite(expected).all()
+    dp.save(unet, tmp_path / "pruned")
+    assert torch.equal(output_of(dp.load(tmp_path / "pruned")), expected)
+
+
+@pytest.mark.parametrize("config", RELATIVES.values(), ids=RELATIVES)
+def test_every_relative_runs_at_half_its_channels(config: dict[str, Any]) -> None:
+    assert torch.isfinite(output_of(pruned(config))).all()
+
+
+@pytest.mark.parametrize("config", [*FAMILIES.values(), RELATIVES["scale and shift"]], ids=[*FAMILIES, "scale_shift"])
+def test_the_units_of_a_group_can_change_places_without_any_effect(config: dict[str, Any]) -> None:
+    """An oracle for coupling: every layer that a unit touches, and no other, has to be in its group."""
+    unet = make_unet(config)
+    expected = output_of(unet)
+    for number, group in enumerate(trace_groups(unet, UNET_2D_CONDITION)):
+        if group.root != "conv_out":
+            permute_(unet, group, np.random.default_rng(number))
+    assert not torch.equal(output_of(unet), expected)
+    torch.testing.assert_close(output_of(unet), expected, rtol=0, atol=1e-4)
+
+
+def permute_(unet: torch.nn.Module, group: CoupledGroup, rng: np.random.Generator) -> None:
+    """Let the units of a group that share heads and norm groups change places, in all of its layers."""
+    order = np.arange(group.units)
+    places = [[unit * group.parts // group.units] for unit in range(group.units)]
+    for member in group.members:
+        layer = unet.get_submodule(member.layer)
+        if isinstance(layer, torch.nn.GroupNorm):  # those of a concatenation cut across the parts
+            for channel, root in zip(member.channels, member.roots, strict=True):
+                places[root % group.units].append(channel * layer.num_groups // layer.num_channels)
+    for place in {tuple(place) for place in places}:
+        same = np.array([unit for unit in range(group.units) if tuple(places[unit]) == place])
+        order[same] = rng.permutation(same)
+    roots = np.concatenate([half * group.units + order for half in range(group.pairs)])
+    for member in group.members:
+        layer = unet.get_submodule(member.layer)
+        for parameter in layer.parameters(recurse=False):
+            axis = 1 if parameter.dim() > 1 and (member.side == "in" or isinstance(layer, torch.nn.Embedding)) else 0
+            if member.side == "out" or parameter.dim() > 1 or is_norm(layer):
+                parameter.data = parameter.data.index_select(axis, new_places(member, roots, parameter.shape[axis]))
+
+
+def is_norm(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+
+
+def new_places(member: Member, roots: np.ndarray, size: int) -> torch.Tensor:
+    """For each channel of a layer's side, the one that takes its place: of the root that takes its root's place."""
+    places = np.arange(size)
+    for root in np.unique(member.roots):
+        mine, theirs = (np.sort(member.channels[member.roots == r]) for r in (root, roots[root]))
+        places[mine] = theirs
+    return torch.from_numpy(places)
+
+
+def test_the_inner_width_of_a_geglu_is_exact() -> None:
+    unet = make_unet(SD)
+    for ratio, kept in {0.1: 115, 0.3: 89, 0.5: 64, 0.7: 38}.items():
+        plan = dp.make_plan(unet, "magnitude", pruning_ratio=ratio)
+        name = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net"
+        assert plan.layers[f"{name}.0.proj"].before[1] == 2 * 128
+        assert plan.layers[f"{name}.0.proj"].after[1] == 2 * kept
+        assert plan.layers[f"{name}.2"].after[0] == kept
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_what_comes_from_the_text_encoder_keeps_its_width(config: dict[str, Any]) -> None:
+    unet = pruned(config)
+    crossed = [m for n, m in unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert {layer.in_features for layer in crossed} == {24}
+    assert len({layer.out_features for layer in crossed} & {32, 64}) < 2
+    if unet.config.addition_embed_type:
+        assert unet.add_embedding.linear_1.in_features == 80
+        assert unet.add_embedding.linear_2.out_features == unet.time_embedding.linear_2.out_features == 64
+
+
+def test_heads_are_counted_for_each_block_and_lose_equally_many_dimensions() -> None:
+    groups = {name: group for group in trace_groups(make_unet(LINEAR), UNET_2D_CONDITION) for name in group.layers}
+    for block, heads in {"down_blocks.0": 2, "down_blocks.1": 4, "mid_block": 4, "up_blocks.0": 4}.items():
+        for attention in ("attn1", "attn2"):
+            for layer in UNET_2D_CONDITION.heads[0].layers:
+                group = groups[f"{block}.attentions.0.transformer_blocks.0.{attention}.{layer}"]
+                assert group.parts == heads
+                assert len(group.layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "config"),
+    zip(UNET_2D_CONDITION.mirrors, (SD, SD, RESNET, RESNET), strict=True),
+    ids=lambda value: getattr(value, "attribute", ""),
+)
+def test_without_a_mirror_the_forward_fails_on_a_stale_size(row: Any, config: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        output_of(pruned(config, adapter=without("mirrors", row)))
+
+
+@pytest.mark.parametrize(
+    ("row", "config"),
+    zip(UNET_2D_CONDITION.pairs, (SD, RELATIVES["scale and shift"]), strict=True),
+    ids=lambda value: getattr(value, "owner", ""),
+)
+def test_without_a_pairs_row_the_halves_are_refused(row: Any, config: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="live and die together"):
+        pruned(config, adapter=without("pairs", row))
+
+
+def test_without_the_heads_row_heads_get_unequal_sizes() -> None:
+    with pytest.raises(RuntimeError):
+        output_of(pruned(SD, ratio=0.3, adapter=without("heads", UNET_2D_CONDITION.heads[0])))
+
+
+def test_without_the_kept_output_the_latent_loses_channels() -> None:
+    assert output_of(pruned(SD, adapter=dataclasses.replace(UNET_2D_CONDITION, keep=()))).shape[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("port", "config"),
+    zip(
+        UNET_2D_CONDITION.inputs,
+        (SD, SD, SD, CLASSES, RELATIVES["class as a timestep"], PROJECTED, SDXL, SDXL),
+        strict=True,
+    ),
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_without_an_input_port_the_forward_lacks_an_argument(port: Any, config: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        pruned(config, adapter=without("inputs", port))
+
+
+def test_sdxls_inputs_are_flat_by_name_and_nested_in_the_forward() -> None:
+    unet = make_unet(SDXL)
+    flat = UNET_2D_CONDITION.flat_inputs(unet, batch=3)
+    shapes = {name: tuple(tensor.shape) for name, tensor in flat.items()}
+    assert shapes["encoder_hidden_states"] == (3, 77, 24)
+    assert (shapes["text_embeds"], shapes["time_ids"]) == ((3, 32), (3, 6))
+    nested = UNET_2D_CONDITION.example_inputs(unet, batch=3)
+    assert set(nested) == {"sample", "timestep", "encoder_hidden_states", "added_cond_kwargs"}
+    assert torch.equal(nested["added_cond_kwargs"]["text_embeds"], flat["text_embeds"])
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"class_embed_type": "identity"}, "class_embed_type: 'identity'"),
+        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 2}, "addition_embed_type: 'text'"),
+        ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 6}, "encoder_hid_dim_type: 'text_proj'"),
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim: 8"),
+        ({"dual_cross_attention": True}, "dual_cross_attention: True"),
+        ({"attention_type": "gated"}, "attention_type: 'gated'"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "UNetMidBlock2DSimpleCrossAttn"),
+        ({"down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D")}, "SimpleCrossAttnDownBlock2D"),
+        ({"up_block_types": ("UpBlock2D", "SimpleCrossAttnUpBlock2D")}, "SimpleCrossAttnUpBlock2D"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_the_table_does_not_cover_is_refused_by_name(config: dict[str, Any], named: str) -> None:
+    assert next(iter(config)) in {row.key for row in UNET_2D_CONDITION.known}
+    with pytest.raises(BadInput, match=named):
+        dp.make_plan(make_unet({**SD, **config}), "magnitude")
+
+
+def test_another_attention_processor_is_refused_by_name() -> None:
+    unet = make_unet(SD)
+    unet.set_attn_processor(SlicedAttnProcessor(2))
+    with pytest.raises(BadInput, match="SlicedAttnProcessor"):
+        dp.make_plan(unet, "magnitude")
+    unet.set_default_attn_processor()
+    assert dp.make_plan(unet, "magnitude").groups
+
+
+def test_a_loaded_lora_is_refused_by_name() -> None:
+    """As peft leaves it: the layer wrapped in one that has it as ``base_layer``."""
+    unet = make_unet(SD)
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    wrapper = torch.nn.Module()
+    wrapper.base_layer = attention.to_q
+    attention.to_q = wrapper
+    unet.peft_config = {"watercolour": None}
+    with pytest.raises(BadInput, match=r"attn1.to_q carries a loaded LoRA .*watercolour"):
+        dp.make_plan(unet, "magnitude")
+
+
+def test_ldm4_has_its_published_sizes_dense_and_pruned() -> None:
+    """arXiv 2305.10924: 400.9 M / 99.8 G, at ratio 0.3 189.4 M / 52.7 G.
+
+    The published counts follow from the rule with GEGLU halves that were ranked apart: of each, 0.7 * 0.7 survived.
+    Its condition is one class embedding: a sequence of 1. On the meta device: sizes need no weights.
+    """
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**LDM4).eval()
+    adapter = dataclasses.replace(UNET_2D_CONDITION, words=(("sequence", 1),))
+    plan = dp.make_plan(
+        unet,
+        lambda group: torch.ones(len(group[0].idxs)),
+        pruning_ratio=0.3,
+        pruning_ratio_dict={"*.ff.net.0.proj": 0.51},
+        adapter=adapter,
+    )
+    assert np.array(plan.params) / 1e6 == pytest.approx([400.9, 189.4], rel=0.005)
+    assert np.array(plan.macs) / 1e9 == pytest.approx([99.8, 52.7], rel=0.005)
