@@ -28,10 +28,14 @@ bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/criteria.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/compensate.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/export_sd15.py
 
 bench-quick: $(READY)
 	$(BIN)/python benchmarks/criteria.py --quick
 	$(BIN)/python benchmarks/calibration.py --quick
+	$(BIN)/python benchmarks/compensate.py --quick
 
 clean:
 	rm -rf .venv build dist diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

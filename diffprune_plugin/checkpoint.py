@@ -187,9 +187,10 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
     if name.startswith(PREFIX):
         cls = getattr_or_bad(name, folder)
         return cls.from_pretrained(folder, torch_dtype=torch_dtype)
-    base: Any = getattr(diffusers, name, None)
-    if not isinstance(base, type) or not issubclass(base, ModelMixin):
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model")
+    base: Any = found
     adapter_for(base)
     try:
         unet = base.from_pretrained(folder, use_safetensors=True).eval()
