@@ -10,39 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tiny import make_unet
 
 import diffprune_plugin as dp
-from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.cli import main
 
 torch.set_num_threads(1)
-TINY = {
-    "sample_size": 16,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 8,
-    "norm_num_groups": 8,
-}
-
-
-def make_unet(seed: int = 0, **changes: Any) -> UNet2DModel:
-    """A UNet with 0.2 M random parameters; biases and norms are random too, so that nothing hides behind zeros."""
-    torch.manual_seed(seed)
-    unet = UNet2DModel(**{**TINY, **changes}).eval()
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return unet
-
-
-def output_of(unet: torch.nn.Module, seed: int = 0) -> torch.Tensor:
-    with torch.no_grad():
-        return unet(**UNET_2D.example_inputs(unet, batch=2, seed=seed)).sample
 
 
 @pytest.fixture

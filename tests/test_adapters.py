@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_unet, output_of
 from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
+from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.table import UNetAdapter

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration import Calibration, noise_prediction_loss

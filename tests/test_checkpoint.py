@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet, output_of
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
 from diffprune_plugin import files
@@ -179,7 +179,7 @@ def test_a_class_that_diffusers_does_not_have_is_named(tmp_path) -> None:
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from conftest import make_unet
+from tiny import make_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from pathlib import Path
 import diffprune_plugin as dp
@@ -218,7 +218,7 @@ def test_where_directories_cannot_be_swapped_in_one_step_they_are_moved(tmp_path
 FULL = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
-from conftest import make_unet
+from tiny import make_unet
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

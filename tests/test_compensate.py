@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_unet, output_of
 from diffusers import DDPMScheduler, UNet2DModel
+from tiny import make_unet, output_of
 from torch import Tensor, nn
 
 import diffprune_plugin as dp

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch_pruning as tp
-from conftest import make_unet
 from diffusers import DDPMScheduler
+from tiny import make_unet
 from torch import Tensor, nn
 
 import diffprune_plugin as dp

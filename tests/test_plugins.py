@@ -7,7 +7,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_unet
+from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin import hookspecs

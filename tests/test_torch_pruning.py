@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch_pruning as tp
-from conftest import make_unet, output_of
+from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
