@@ -169,15 +169,17 @@ def eager_run(unet: Any, path: Path, dims: Mapping[str, int], threads: int) -> R
     import torch
 
     from diffprune_plugin.export.convert import denoise
+    from diffprune_plugin.plugins import find_adapter
 
     torch.set_num_threads(threads)
+    adapter = find_adapter(unet)
     parameter = next(unet.parameters())
     inputs = {name: torch.from_numpy(value).to(parameter.device) for name, value in example_feeds(path, dims).items()}
     inputs = {name: v.to(parameter.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
 
     def run() -> None:
         with torch.inference_mode():
-            denoise(unet, inputs)
+            denoise(unet, inputs, adapter)
             if parameter.device.type == "cuda":
                 torch.cuda.synchronize()
 

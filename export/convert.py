@@ -56,9 +56,9 @@ class Flat(nn.Module):
         return denoise(self.unet, dict(zip(self.names, values, strict=True)), self.adapter)
 
 
-def denoise(unet: nn.Module, inputs: dict[str, Any], adapter: UNetAdapter | None = None) -> torch.Tensor:
-    """The UNet's output for inputs by port name; with an adapter, some go inside a dict argument."""
-    output: torch.Tensor = unet(**(adapter.nested(inputs) if adapter else inputs), return_dict=False)[0]
+def denoise(unet: nn.Module, inputs: dict[str, Any], adapter: UNetAdapter) -> torch.Tensor:
+    """The UNet's output for inputs by port name; the adapter says which go inside a dict argument."""
+    output: torch.Tensor = unet(**adapter.nested(inputs), return_dict=False)[0]
     return output
 
 

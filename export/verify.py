@@ -103,7 +103,7 @@ def verify_onnx(
         session = OrtDenoiser(path, provider, threads)
         with torch.no_grad():
             for name, inputs in all_cases(subject, path, batches):
-                result.cases.append(compared(name, session, unet, inputs, result.tolerance))
+                result.cases.append(compared(name, session, subject, inputs, result.tolerance))
             if any(case.absolute < math.inf for case in result.cases):
                 result.cases += dependence(session, subject, result.tolerance)
             if scheduler is not None and result.passed:
@@ -123,7 +123,10 @@ class Subject:
     size: tuple[int, int] | None
 
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
-        return self.adapter.example_inputs(self.unet, batch=batch, size=self.size, seed=seed)
+        return self.adapter.flat_inputs(self.unet, batch=batch, size=self.size, seed=seed)
+
+    def denoise(self, inputs: Inputs) -> torch.Tensor:
+        return denoise(self.unet, inputs, self.adapter)
 
     def axes(self) -> Iterator[tuple[str, int, str]]:
         """(input, position, word) of each axis that may be dynamic."""
@@ -171,9 +174,9 @@ def resized(subject: Subject, word: str, size: int) -> Inputs:
     return inputs
 
 
-def compared(name: str, session: OrtDenoiser, unet: nn.Module, inputs: Inputs, tolerance: Tolerance) -> Case:
+def compared(name: str, session: OrtDenoiser, subject: Subject, inputs: Inputs, tolerance: Tolerance) -> Case:
     """The file's output against PyTorch's for the same inputs; an output that is not finite or fails has missed."""
-    expected = denoise(unet, inputs).float().cpu()
+    expected = subject.denoise(inputs).float().cpu()
     try:
         found = session(inputs)
     except Exception as error:
@@ -196,15 +199,15 @@ def judged(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: To
 
 def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> Iterator[Case]:
     """Whether the file's output changes with each input that PyTorch's output changes with."""
-    unet, inputs, others = subject.unet, subject.example(), subject.example(seed=1)
-    others[TIMESTEP] = torch.full_like(inputs[TIMESTEP], max_timestep(unet))
-    found, expected = session(inputs), denoise(unet, inputs)
+    inputs, others = subject.example(), subject.example(seed=1)
+    others[TIMESTEP] = torch.full_like(inputs[TIMESTEP], max_timestep(subject.unet))
+    found, expected = session(inputs), subject.denoise(inputs)
     for name, tensor in others.items():
         if bool((tensor == inputs[name]).all()):
             others[name] = tensor = inputs[name].flip(-1) if tensor.is_floating_point() else (inputs[name] + 1) % 2
         changed = inputs | {name: tensor}
         moved = float((session(changed) - found).abs().max())
-        meant = float((denoise(unet, changed) - expected).abs().max())
+        meant = float((subject.denoise(changed) - expected).abs().max())
         limit = tolerance.absolute + tolerance.relative * float(expected.abs().max())
         depends = moved > meant / 2 or meant <= limit
         yield Case(f"output depends on {name}", 0.0 if depends else meant, 0.0, depends)
@@ -220,7 +223,7 @@ def sample(result: Verification, session: OrtDenoiser, subject: Subject, schedul
     ours = theirs = inputs["sample"]
     for timestep in ddim.timesteps:
         rows = timestep.expand(theirs.shape[0]).to(inputs[TIMESTEP])
-        expected = denoise(subject.unet, inputs | {"sample": theirs, TIMESTEP: rows})
+        expected = subject.denoise(inputs | {"sample": theirs, TIMESTEP: rows})
         found = session(inputs | {"sample": theirs, TIMESTEP: rows})
         result.cases.append(
             judged(f"sampling, timestep {int(timestep)}", found, expected.float().cpu(), result.tolerance)
