@@ -15,9 +15,10 @@ import torch
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.calibration import Calibration, noise_prediction_loss
+from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.objective import noise_prediction_loss
 from diffprune_plugin.plan import PruningPlan
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,7 +11,8 @@ if not (Path(__file__).parent / "adapters").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from diffprune_plugin.calibration import Calibration, calibrate
+    from diffprune_plugin.calibrating import calibrate
+    from diffprune_plugin.calibration import Calibration
     from diffprune_plugin.checkpoint import load, save
     from diffprune_plugin.compensate import compensate_
     from diffprune_plugin.config import PruningConfig
@@ -25,7 +26,7 @@ _HOME = {
     "Calibration": "calibration",
     "PruningConfig": "config",
     "PruningPlan": "plan",
-    "calibrate": "calibration",
+    "calibrate": "calibrating",
     "compensate_": "compensate",
     "hookimpl": "hookspecs",
     "importance": "plugins",

@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.files import new_directory
-from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash, first_line
+from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
 from diffprune_plugin.tensors import load_tensors, save_tensors
 

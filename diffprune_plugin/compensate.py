@@ -19,14 +19,16 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.calibration import Calibration, fitting, progress_bar, training_scheduler
+from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, check_architecture
 from diffprune_plugin.data import Samples, load_samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import removed_channels, trace_groups
+from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.removal import check_groups
 from diffprune_plugin.residual import residual_sum, trace, unpacked
 from diffprune_plugin.ridge import Part, Repair, System, refusal

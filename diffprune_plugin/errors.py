@@ -49,3 +49,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest of the known names, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """Another library's error in one line, cut to what fits."""
+    return " ".join(str(error).split())[:200]

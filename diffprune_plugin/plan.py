@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.files import write_text
 from diffprune_plugin.groups import CoupledGroup, LayerCost, layer_costs, removed_channels, trace_groups
 from diffprune_plugin.hookspecs import Criterion
@@ -327,7 +327,3 @@ def architecture_hash(unet: Any) -> str:
 def plain(value: Any) -> Any:
     """A tuple as the list that it becomes in JSON."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

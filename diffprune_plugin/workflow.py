@@ -14,7 +14,8 @@ import yaml
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffprune_plugin.calibration import Calibration, calibrate
+from diffprune_plugin.calibrating import calibrate
+from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, load, load_pipeline, save
 from diffprune_plugin.compensate import CompensationReport, compensate_
 from diffprune_plugin.config import PruningConfig

@@ -20,10 +20,10 @@ from torch import nn
 
 from diffprune_plugin.adapters.table import Port, UNetAdapter
 from diffprune_plugin.checkpoint import load
-from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.errors import BadInput, first_line, nearest
 from diffprune_plugin.export.integrity import PREFIX, Files, check_output, need, new_model, read_manifest
 from diffprune_plugin.groups import layer_costs
-from diffprune_plugin.plan import architecture_hash, first_line
+from diffprune_plugin.plan import architecture_hash
 from diffprune_plugin.plugins import find_adapter
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

@@ -16,8 +16,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 from tiny import make_unet
 
 import diffprune_plugin as dp
-from diffprune_plugin.calibration import Calibration, noise_prediction_loss
+from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.objective import noise_prediction_loss
 from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
 
 SMALL = Sweep(samples=12, curve_samples=2)

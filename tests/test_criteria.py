@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
-from diffprune_plugin.calibration import noise_prediction_loss
 from diffprune_plugin.data import load_samples
 from diffprune_plugin.errors import BadInput, MissingGradients
 from diffprune_plugin.groups import trace_groups
+from diffprune_plugin.objective import noise_prediction_loss
 from diffprune_plugin.timesteps import Sweep, above_threshold
 
 

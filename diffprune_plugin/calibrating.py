@@ -1,0 +1,291 @@
+"""How a calibration is made: the sweep over timesteps, resumable to identical bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.calibration import Calibration
+from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.files import new_file
+from diffprune_plugin.groups import differentiable
+from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.progress import progress_bar
+from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
+from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
+
+STAGES = {"curve": 0, "gradients": 1}
+
+
+def calibrate(
+    unet: nn.Module,
+    scheduler: Any,
+    images: Any,
+    sweep: Sweep | None = None,
+    *,
+    batch_size: int = 32,
+    timesteps: int | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 15.0,
+    keep_progress: bool = False,
+    progress: bool = True,
+    adapter: UNetAdapter | None = None,
+) -> Calibration:
+    """Measure the UNet's noise-prediction loss over timesteps and sum its gradients over those that count.
+
+    ``scheduler`` is the pipeline's own (epsilon, v_prediction or sample); ``images`` whatever `load_samples` takes.
+    ``timesteps`` is the number of points of the loss curve, spread evenly (100; all of them for ``reference``).
+    With stratified sampling each sample has its own seed, so that ``batch_size`` changes no result beyond float
+    rounding. With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
+    progress is cleared at the end unless ``keep_progress``.
+    The UNet is left as it was.
+
+    Raises BadInput for images that do not fit the UNet or an unknown prediction type, CheckFailed for a loss that is
+    not finite.
+    """
+    adapter, sweep, samples = adapter or find_adapter(unet), sweep or Sweep(), load_samples(images)
+    samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
+    total = int(scheduler.config.num_train_timesteps)
+    points = timesteps if timesteps is not None else default_points(sweep, total)
+    if not 1 <= points <= total:
+        raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
+    if batch_size < 1:
+        raise BadInput(f"batch_size: {batch_size} is below 1")
+    run = Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter)
+    if checkpoint is not None:
+        run.resume(Path(checkpoint), checkpoint_seconds)
+    with gradients_of(unet), progress_bar(progress) as bar:
+        if sweep.sampling == "stratified":
+            run.measure_curve(bar)
+            run.sum_gradients(bar)
+        else:
+            run.reference_loop(bar)
+        calibration = run.result()
+        run.checkpoint(now=keep_progress)
+    if not keep_progress:
+        run.forget_progress()
+    return calibration
+
+
+def default_points(sweep: Sweep, total: int) -> int:
+    """A hundred points of the loss curve, or every timestep for the authors' loop."""
+    return min(100, total) if sweep.sampling == "stratified" else total
+
+
+class Run:
+    """One calibration under way; ``losses``, ``stage``, ``done`` and the gradients are all that a resumed run needs."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        samples: Samples,
+        sweep: Sweep,
+        batch_size: int,
+        points: list[npt.NDArray[np.int64]],
+        seed: int,
+        adapter: UNetAdapter,
+    ) -> None:
+        self.unet, self.scheduler, self.samples, self.sweep = unet, scheduler, samples, sweep
+        self.batch_size, self.points, self.seed, self.adapter = batch_size, points, seed, adapter
+        self.parameter = next(unet.parameters())
+        self.weights = weights_hash(unet)
+        stratified = sweep.sampling == "stratified"
+        self.losses = np.full((len(points), sweep.curve_samples if stratified else batch_size), np.nan)
+        self.stage, self.done = ("curve" if stratified else "gradients"), 0
+        self.file: Path | None = None
+        self.saved_at, self.every = time.monotonic(), 0.0
+        self.saved_gradients: dict[str, Tensor] = {}
+
+    def measure_curve(self, bar: Progress) -> None:
+        """Fill ``losses`` (points, curve_samples): samples of random timesteps of each stratum, without gradients."""
+        pairs = [(point, k) for k in range(self.sweep.curve_samples) for point in range(len(self.points))]
+        task = bar.add_task("loss curve", total=len(pairs))
+        if self.stage != "curve":
+            bar.update(task, completed=len(pairs))
+            return
+        while self.done < len(pairs):
+            bar.update(task, completed=self.done)
+            part = pairs[self.done : self.done + self.batch_size]
+            draws = [self.draw("curve", self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
+            with torch.no_grad():
+                loss = self.loss(draws)
+            self.losses[tuple(zip(*part, strict=True))] = loss.cpu().numpy()
+            self.done += len(part)
+            self.checkpoint()
+        bar.update(task, completed=len(pairs))
+        self.stage, self.done = "gradients", 0
+
+    def sum_gradients(self, bar: Progress) -> None:
+        """Accumulate the gradients of batches that mix the timesteps that count, spread evenly over them."""
+        counting = np.concatenate([p for p, counts in zip(self.points, self.counts(), strict=True) if counts])
+        self.restore_gradients()
+        count = self.sweep.samples
+        order = np.random.default_rng([self.seed, 2]).permutation(count)
+        task = bar.add_task("gradients", total=count)
+        while self.done < count:
+            bar.update(task, completed=self.done)
+            part = order[self.done : self.done + self.batch_size]
+            draws = [self.draw("gradients", int(i), share(counting, int(i), count)) for i in part]
+            torch.autograd.backward(self.loss(draws).sum() * (len(counting) / count))
+            self.done += len(part)
+            self.checkpoint()
+        bar.update(task, completed=count)
+
+    def reference_loop(self, bar: Progress) -> None:
+        """The authors' loop: one timestep a pass from 0 on, until the batch's loss falls below T times the largest."""
+        self.restore_gradients()
+        task = bar.add_task("gradients (reference loop)", total=len(self.points))
+        while self.done < len(self.points):
+            bar.update(task, completed=self.done)
+            timestep = self.points[self.done][:1]
+            fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
+            loss = self.loss([self.draw("gradients", fresh + i, timestep) for i in range(self.batch_size)])
+            self.losses[self.done] = loss.detach().cpu().numpy()
+            means = self.losses[: self.done + 1].mean(axis=1)
+            below = means[-1] < self.sweep.threshold * means.max()
+            if not below or self.sweep.include_last:
+                torch.autograd.backward(loss.mean())
+            self.done = self.done + 1 if not below else len(self.points)
+            self.checkpoint()
+        bar.update(task, completed=len(self.points))
+
+    def counts(self) -> npt.NDArray[np.bool_]:
+        """Which points of the curve count."""
+        loss = self.losses.mean(axis=1)
+        if self.sweep.sampling == "stratified":
+            return above_threshold(loss, self.sweep.threshold)
+        measured = ~np.isnan(loss)
+        largest = np.fmax.accumulate(loss)
+        counts: npt.NDArray[np.bool_] = measured & ((loss >= self.sweep.threshold * largest) | self.sweep.include_last)
+        return counts
+
+    def draw(self, stage: str, index: int, timesteps: npt.NDArray[np.int64]) -> tuple[int, int, Tensor]:
+        """Image row, timestep and noise of one sample; they depend on the seed, the stage and its index alone."""
+        epoch, position = divmod(index, len(self.samples))
+        rows = np.random.default_rng([self.seed, STAGES[stage], epoch]).permutation(len(self.samples))
+        source = np.random.default_rng([self.seed, STAGES[stage], index, 1])
+        generator = torch.Generator().manual_seed(int(source.integers(2**62)))
+        noise = torch.randn(self.samples.shape, generator=generator)
+        return int(rows[position]), int(source.choice(timesteps)), noise
+
+    def loss(self, draws: list[tuple[int, int, Tensor]]) -> Tensor:
+        """Loss of each sample, shape (len(draws),); raises CheckFailed if one is not finite."""
+        rows, timesteps = torch.tensor([d[0] for d in draws]), torch.tensor([d[1] for d in draws])
+        sample = self.samples.sample(rows).to(self.parameter)
+        noise = torch.stack([d[2] for d in draws]).to(self.parameter)
+        rest = {key: value[rows].to(self.parameter.device) for key, value in self.samples.extra.items()}
+        extra = self.adapter.nested(rest)
+        loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
+        finite = torch.isfinite(loss)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            place = f"batch at sample {self.done} of stage {self.stage}"
+            raise CheckFailed(
+                f"calibration: the loss is {loss[bad].item()} at timestep {timesteps[bad].item()}, "
+                f"image {rows[bad].item()} ({place}); check the model's weights and the images"
+            )
+        return loss
+
+    def result(self) -> Calibration:
+        parameters = dict(self.unet.named_parameters())
+        measured = ~np.isnan(self.losses).any(axis=1)
+        losses = self.losses[measured]
+        stderr = (
+            losses.std(axis=1, ddof=1) / math.sqrt(losses.shape[1])
+            if losses.shape[1] > 1
+            else np.full(len(losses), np.nan)
+        )
+        return Calibration(
+            sweep=self.sweep,
+            timesteps=np.array(
+                [part[len(part) // 2] if self.sweep.sampling == "stratified" else part[0] for part in self.points]
+            )[measured],
+            loss=losses.mean(axis=1),
+            stderr=stderr,
+            counts=self.counts()[measured],
+            gradients={name: p.grad.float().cpu().contiguous() for name, p in parameters.items() if p.grad is not None},
+            forward=int(losses.size) + (self.sweep.samples if self.sweep.sampling == "stratified" else 0),
+            backward=self.sweep.samples
+            if self.sweep.sampling == "stratified"
+            else int(self.counts().sum()) * self.batch_size,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            weights=self.weights,
+            images=self.samples.sha256,
+        )
+
+    def fingerprint(self) -> str:
+        """Of everything that the result depends on: progress of other settings is never taken up."""
+        scheduler = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
+        facts = [
+            [str(self.parameter.device), str(self.parameter.dtype), torch.__version__],
+            self.sweep.as_dict(),
+            self.batch_size,
+            self.seed,
+            len(self.points),
+            scheduler,
+            self.weights,
+            self.samples.sha256,
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def resume(self, directory: Path, every: float) -> None:
+        """Take up the progress stored in ``directory``, if it is of these settings, and store progress there."""
+        self.file, self.every = directory / f"progress-{self.fingerprint()[:16]}.safetensors", every
+        if self.file.exists():
+            tensors, _ = load_tensors(self.file)
+            self.losses = tensors.pop("losses").numpy()
+            stage, done = tensors.pop("position").tolist()
+            self.stage, self.done = list(STAGES)[stage], done
+            self.saved_gradients = {name.removeprefix("grad."): tensor for name, tensor in tensors.items()}
+
+    def restore_gradients(self) -> None:
+        for name, parameter in self.unet.named_parameters():
+            if name in self.saved_gradients:
+                parameter.grad = self.saved_gradients[name].to(parameter)
+
+    def checkpoint(self, now: bool = False) -> None:
+        """Store the progress, if the last time is long enough ago, or ``now``."""
+        if self.file is None or (time.monotonic() - self.saved_at < self.every and not now):
+            return
+        tensors = {f"grad.{n}": p.grad.cpu() for n, p in self.unet.named_parameters() if p.grad is not None}
+        tensors["losses"] = torch.from_numpy(self.losses)
+        tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
+        with new_file(self.file) as temporary:
+            save_tensors(tensors, temporary)
+        self.saved_at = time.monotonic()
+
+    def forget_progress(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def gradients_of(unet: nn.Module) -> Iterator[None]:
+    """Every parameter collects gradients, from none on, in eval mode; afterwards all is as it was."""
+    before = [(parameter, parameter.grad) for parameter in unet.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        with differentiable(unet):
+            yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
