@@ -219,6 +219,22 @@ class UNetAdapter:
             for name, owner in modules_of(unet, row.owner)
         }
 
+    def head_layers(self, unet: nn.Module) -> dict[str, str]:
+        """For each layer whose outputs are split into heads the attention that it belongs to."""
+        return {
+            f"{name}.{layer}": name
+            for row in self.heads
+            for name, _ in modules_of(unet, row.owner)
+            for layer in row.layers
+        }
+
+    def set_heads_(self, unet: nn.Module, heads: Mapping[str, tuple[int, int]]) -> None:
+        """Tell each attention that lost whole heads how many (before, after) it has now."""
+        for row in self.heads:
+            for name, owner in modules_of(unet, row.owner):
+                if name in heads:
+                    setattr(owner, row.count, heads[name][1])
+
     def mend_(self, unet: nn.Module) -> None:
         """Set every attribute that repeats a size from the layer it repeats."""
         for mirror in self.mirrors:

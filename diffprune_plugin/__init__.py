@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from diffprune_plugin.compensate import compensate_
     from diffprune_plugin.config import PruningConfig
     from diffprune_plugin.hookspecs import hookimpl
-    from diffprune_plugin.plan import PruningPlan, make_plan
+    from diffprune_plugin.plan import PruningPlan
+    from diffprune_plugin.planning import make_plan
     from diffprune_plugin.plugins import importance, plugin_manager
     from diffprune_plugin.removal import remove_
 
@@ -31,7 +32,7 @@ _HOME = {
     "hookimpl": "hookspecs",
     "importance": "plugins",
     "load": "checkpoint",
-    "make_plan": "plan",
+    "make_plan": "planning",
     "plugin_manager": "plugins",
     "remove_": "removal",
     "save": "checkpoint",

@@ -122,7 +122,9 @@ def read_pruned(cls: type, directory: Path, dtype: torch.dtype) -> Any:
         unet.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise BadInput(f"{directory / WEIGHTS}: does not fit the plan beside it: {first_line(error)}") from None
-    find_adapter(unet).mend_(unet)
+    adapter = find_adapter(unet)
+    adapter.set_heads_(unet, plan.heads)
+    adapter.mend_(unet)
     as_pruned_(unet, plan)
     unet.register_to_config(_name_or_path=str(directory))
     return unet.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diffprune_plugin.errors import BadInput, nearest
 
@@ -24,6 +24,7 @@ class PruningConfig(BaseModel):
 
     model, output: directories of the dense model (a pipeline or a UNet) and of the result.
     importance: a criterion's name, or a mapping of ``name`` and its options.
+    pruning_ratio (0.3), or macs_target or params_target: the share of the dense UNet's that is to be left.
     data: images for calibration, a folder or an .npz with ``images``; needed by criteria that use gradients.
     calibration: a directory; read if it exists, else written, so that another ratio needs no new gradients.
     compensate: refit the layers behind the cuts (no training); by default if there is ``data`` and a scheduler.
@@ -36,11 +37,17 @@ class PruningConfig(BaseModel):
     model: str
     output: str = "pruned"
     importance: dict[str, Any] = Field(default_factory=lambda: {"name": "diff_taylor"})
-    pruning_ratio: float = Field(default=0.3, ge=0, lt=1)
+    pruning_ratio: float | None = Field(default=None, ge=0, lt=1)
     pruning_ratio_dict: dict[str, float] = Field(default_factory=dict)
+    macs_target: float | None = Field(default=None, gt=0, le=1)
+    params_target: float | None = Field(default=None, gt=0, le=1)
+    max_pruning_ratio: float = Field(default=1.0, gt=0, le=1)
+    head_pruning_ratio: float | None = Field(default=None, ge=0, lt=1)
     ignored_layers: tuple[str, ...] = ()
     global_pruning: bool = False
+    isomorphic: bool = False
     round_to: int | None = Field(default=None, ge=1)
+    halves: Literal["together", "apart"] | None = None
     strict: bool = False
     compensate: bool | None = None
     data: str | None = None
@@ -50,6 +57,12 @@ class PruningConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio(cls, values: Any) -> Any:
+        sized = {"pruning_ratio", "macs_target", "params_target"} & {k for k, v in values.items() if v is not None}
+        return values if sized else {**values, "pruning_ratio": 0.3}
 
     @field_validator("importance", mode="before")
     @classmethod
@@ -64,7 +77,7 @@ class PruningConfig(BaseModel):
     def _patterns(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
-    @field_validator("pruning_ratio", mode="before")
+    @field_validator("pruning_ratio", "macs_target", "params_target", "max_pruning_ratio", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"power": 1},
     "ddpm_exp": {"power": 2, "sampling": "reference"},
     "diffusers": {"power": 1, "sampling": "reference", "include_last": True},
-    "ldm": {"power": 1, "sampling": "fresh", "threshold": 0.1, "round_to": 2},
+    "ldm": {"power": 1, "sampling": "fresh", "threshold": 0.1, "round_to": 2, "halves": "apart"},
 }
 
 
@@ -35,7 +35,8 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
     g is the gradient of the loss, summed over the timesteps that the calibration kept before the absolute value is
     taken (Eq. 7-10 of arXiv 2305.10924). Convolutions and linear layers count, norm affine parameters if ``norms``.
     ``normalizer="mean"`` divides by the group's mean, so that groups can be ranked together; the order inside a group
-    is the same. Without a calibration, gradients accumulated in ``.grad`` are used.
+    is the same. ``round_to`` and ``halves`` are what `make_plan` takes where it is not told otherwise. Without a
+    calibration, gradients accumulated in ``.grad`` are used.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
         norms: bool = False,
         normalizer: Normalizer = "mean",
         round_to: int | None = None,
+        halves: Literal["together", "apart"] | None = None,
         calibration: Calibration | None = None,
     ) -> None:
         check_option("power", power, int)
@@ -54,12 +56,14 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
             check_option("round_to", round_to, int)
             if round_to < 1:
                 raise BadInput(f"importance: round_to {round_to} is below 1")
+        if halves not in ("together", "apart", None):
+            raise BadInput(f"importance: halves {halves!r} is neither 'together' nor 'apart'")
         if power not in (1, 2):
             raise BadInput(f"importance: power {power} is neither 1 (absolute value) nor 2 (square)")
         if normalizer not in ("mean", None):
             raise BadInput(f"importance: normalizer {normalizer!r} is neither 'mean' nor null")
         self.sweep, self.power, self.norms, self.normalizer = sweep, power, norms, normalizer
-        self.round_to, self.calibration = round_to, calibration
+        self.round_to, self.halves, self.calibration = round_to, halves, calibration
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

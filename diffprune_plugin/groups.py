@@ -53,6 +53,12 @@ class CoupledGroup:
         return self.channels // self.pairs
 
     @property
+    def family(self) -> tuple[Any, ...]:
+        """What makes groups alike: the kinds of their layers, in the graph's order, and how their units are tied."""
+        kinds = ((type(i.dep.target.module).__name__, i.dep.handler.__name__) for i in self.graph_group.items)
+        return (self.pairs, self.parts, *kinds)
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers whose output channels are coupled, the root first."""
         return tuple(dict.fromkeys(m.layer for m in self.members if m.side == "out"))

@@ -41,6 +41,7 @@ def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None =
     check_groups(groups, plan)
     heads = adapter.head_sizes(unet)
     remove_channels_(unet, groups, plan)
+    adapter.set_heads_(unet, plan.heads)
     adapter.mend_(unet)
     adapter.keep_softmax_scale_(unet, heads)
     as_pruned_(unet, plan)

@@ -23,12 +23,28 @@ from diffprune_plugin.data import load_samples
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.plan import PruningPlan, check_patterns, make_plan
+from diffprune_plugin.plan import PruningPlan
+from diffprune_plugin.planning import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.removal import remove_
 from diffprune_plugin.tensors import weights_hash
 
 CONFIG_FILE = "diffprune.yaml"
+# Keys of the config that are options of make_plan.
+PLANNING = (
+    "pruning_ratio",
+    "pruning_ratio_dict",
+    "macs_target",
+    "params_target",
+    "max_pruning_ratio",
+    "head_pruning_ratio",
+    "ignored_layers",
+    "global_pruning",
+    "isomorphic",
+    "round_to",
+    "halves",
+    "strict",
+)
 COMPENSATION_FILE = "compensation.json"
 
 
@@ -61,6 +77,8 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     if isinstance(unet, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(unet)
+    asked = {key: getattr(config, key) for key in PLANNING}
+    check_asked(asked)
     check_patterns(unet, config.pruning_ratio_dict, config.ignored_layers)
     compensating = wants_compensation(config, model)
     calibration = calibration_for(criterion, model, unet, config, progress, store=not dry_run)
@@ -69,12 +87,7 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     plan = make_plan(
         unet,
         criterion,
-        pruning_ratio=config.pruning_ratio,
-        pruning_ratio_dict=config.pruning_ratio_dict,
-        ignored_layers=config.ignored_layers,
-        global_pruning=config.global_pruning,
-        round_to=config.round_to,
-        strict=config.strict,
+        **asked,
         description=describe(criterion, config),
     )
     if dry_run:

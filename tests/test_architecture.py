@@ -24,6 +24,8 @@ ORDER = [
     "data",
     "groups",
     "plan",
+    "selection",
+    "planning",
     "calibration",
     "objective",
     "calibrating",

@@ -13,7 +13,8 @@ import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.groups import CoupledGroup, Member, meta_copy
-from diffprune_plugin.plan import PruningPlan, plan_group
+from diffprune_plugin.plan import PruningPlan
+from diffprune_plugin.selection import AskedGroup, Rules, plan_group
 
 
 def group_of(units: int, parts: int, pairs: int = 1) -> CoupledGroup:
@@ -22,8 +23,8 @@ def group_of(units: int, parts: int, pairs: int = 1) -> CoupledGroup:
 
 
 def kept(units: int, parts: int, requested: int, round_to: int = 1) -> int:
-    scores = {"layer": np.arange(float(units))}
-    plan = plan_group(group_of(units, parts), 0.5, {"layer": requested}, scores, round_to)
+    item = AskedGroup(group_of(units, parts), None, np.arange(float(units)))
+    plan = plan_group(item, requested, Rules(round_to=round_to))
     return plan.units - len(plan.removed)
 
 
@@ -48,8 +49,8 @@ def test_counts_follow_the_published_rule_and_rounding_never_removes_more_than_a
 
 
 def test_each_part_loses_its_own_lowest_channels() -> None:
-    scores = {"layer": np.array([5.0, 1.0, 2.0, 8.0, 7.0, 9.0])}
-    assert plan_group(group_of(6, 2), 0.3, {"layer": 2}, scores, 1).removed == (1, 4)
+    item = AskedGroup(group_of(6, 2), None, np.array([5.0, 1.0, 2.0, 8.0, 7.0, 9.0]))
+    assert plan_group(item, 2, Rules()).removed == (1, 4)
 
 
 def test_paired_halves_go_together() -> None:

@@ -1,0 +1,176 @@
+"""Which units of the scored groups go: how many each is asked to lose, ranked over what, and what stops it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from diffprune_plugin.groups import CoupledGroup
+from diffprune_plugin.plan import GroupPlan
+
+Scores = npt.NDArray[np.float64]
+Halves = Literal["together", "apart"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How units are counted, ranked and rounded: the options of `make_plan`."""
+
+    global_pruning: bool = False
+    isomorphic: bool = False
+    round_to: int = 1
+    max_pruning_ratio: float = 1.0
+    halves: Halves = "together"
+
+
+@dataclass(frozen=True)
+class AskedGroup:
+    """A coupled group with what is asked of it.
+
+    ``asked``: its ratio; None for the common one; or in words why it stays as it is. ``scores``: one for each unit,
+    shape (units,). ``heads``: name of the attention whose whole heads are its units' fate, or nothing.
+    """
+
+    group: CoupledGroup
+    asked: float | str | None
+    scores: Scores
+    heads: str = ""
+
+    def ratio(self, common: float, rules: Rules) -> float | None:
+        """The share of its units that is asked to go; None if it stays or loses heads.
+
+        Halves that are ranked apart leave a unit only where both stay: 1 - (1 - ratio) ** pairs of the units go.
+        """
+        if isinstance(self.asked, str) or self.heads:
+            return None
+        ratio = common if self.asked is None else self.asked
+        return 1 - (1 - ratio) ** self.group.pairs if rules.halves == "apart" else ratio
+
+
+def select(groups: Sequence[AskedGroup], common: float, head_ratio: float | None, rules: Rules) -> list[GroupPlan]:
+    """The plan of every group, ``common`` being the ratio of those that have none of their own."""
+    counts = requested_units(groups, common, rules)
+    chosen = chosen_heads(groups, head_ratio) if head_ratio is not None else {}
+    return [
+        plan_heads(item, chosen[item.heads]) if item.heads else plan_group(item, counts.get(item.group.root, 0), rules)
+        for item in groups
+    ]
+
+
+def requested_units(groups: Sequence[AskedGroup], common: float, rules: Rules) -> dict[str, int]:
+    """How many units each group is asked to lose: C - int(C * (1 - ratio)).
+
+    With ``global_pruning`` the groups of one ratio (and with ``isomorphic`` of one family) are ranked together, and
+    each loses those below a common score.
+    """
+    counts = {}
+    shared: dict[object, list[AskedGroup]] = {}
+    for item in groups:
+        ratio = item.ratio(common, rules)
+        if ratio is not None:
+            counts[item.group.root] = asked_of(item.group.units, ratio)
+            shared.setdefault((ratio, item.group.family if rules.isomorphic else ""), []).append(item)
+    for ranked in shared.values() if rules.global_pruning else ():
+        everything = np.sort(np.concatenate([item.scores for item in ranked]))
+        ratio = ranked[0].ratio(common, rules)
+        total = asked_of(len(everything), ratio or 0.0)
+        if total:
+            counts |= {item.group.root: int((item.scores <= everything[total - 1]).sum()) for item in ranked}
+    return counts
+
+
+def asked_of(units: int, ratio: float) -> int:
+    """The published count: C - int(C * (1 - ratio))."""
+    return units - int(units * (1 - ratio))
+
+
+def plan_group(item: AskedGroup, requested: int, rules: Rules) -> GroupPlan:
+    """Choose the units that go: in each part those with the lowest scores."""
+    group = item.group
+    step = math.lcm(group.parts, rules.round_to)
+    if isinstance(item.asked, str):
+        return group_plan(group, group.parts, step, 0, [], item.asked)
+    allowed = min(requested, int(group.units * rules.max_pruning_ratio))
+    kept = min(max(math.ceil((group.units - allowed) / step), 1) * step, group.units)
+    size = group.units // group.parts
+    order = np.argsort(item.scores.reshape(group.parts, size), axis=1, kind="stable")
+    lowest = order[:, : (group.units - kept) // group.parts] + np.arange(group.parts)[:, None] * size
+    removed = sorted(lowest.ravel().tolist())
+    limits = [f"max_pruning_ratio {rules.max_pruning_ratio}"] if allowed < requested else []
+    reason = why_fewer(requested - len(removed), group, rules.round_to, step, limits)
+    return group_plan(group, group.parts, step, requested, removed, reason)
+
+
+def chosen_heads(groups: Sequence[AskedGroup], ratio: float) -> dict[str, list[int]]:
+    """For each attention the heads that go: of H heads H - int(H * (1 - ratio)), one at least stays.
+
+    A head's score is the sum over its queries, keys and values, each group's divided by the group's mean.
+    """
+    totals: dict[str, Scores] = {}
+    for item in groups:
+        if item.heads:
+            score = item.scores.reshape(item.group.parts, -1).sum(1) / max(item.scores.mean(), 1e-300)
+            totals[item.heads] = totals.get(item.heads, np.zeros(1)) + score
+    return {
+        name: sorted(np.argsort(score, kind="stable")[: min(asked_of(len(score), ratio), len(score) - 1)].tolist())
+        for name, score in totals.items()
+    }
+
+
+def plan_heads(item: AskedGroup, heads: Sequence[int]) -> GroupPlan:
+    """The same whole heads of every group of one attention."""
+    size = item.group.units // item.group.parts
+    removed = [head * size + place for head in heads for place in range(size)]
+    reason = "" if heads else f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
+    return group_plan(item.group, 1, size, len(removed), removed, reason)
+
+
+def group_plan(
+    group: CoupledGroup, parts: int, step: int, requested: int, removed: Sequence[int], reason: str
+) -> GroupPlan:
+    return GroupPlan(
+        root=group.root,
+        layers=group.layers,
+        units=group.units,
+        pairs=group.pairs,
+        parts=parts,
+        step=step,
+        requested=requested,
+        removed=tuple(removed),
+        reason=reason,
+    )
+
+
+def why_fewer(missing: int, group: CoupledGroup, round_to: int, step: int, limits: list[str]) -> str:
+    """In words, the constraint that kept a group from losing what was asked; empty if nothing is missing."""
+    if not missing:
+        return ""
+    limits = limits + ([f"{group.parts} norm groups or heads lose equally many"] if group.parts > 1 else [])
+    limits += [f"round_to {round_to}"] if round_to > 1 else []
+    return f"{' and '.join(limits) or 'one channel has to stay'}: {step} at a time"
+
+
+def ratio_for(size: Callable[[float], int], wanted: float, steps: int = 24) -> float:
+    """The ratio in [0, 1) at which ``size``, which falls with it, comes nearest to ``wanted``: bisection."""
+    low, high = 0.0, 1.0
+    tried = {0.0: size(0.0)}
+    for _ in range(steps):
+        middle = (low + high) / 2
+        tried[middle] = size(middle)
+        low, high = (middle, high) if tried[middle] > wanted else (low, middle)
+    return min(tried, key=lambda ratio: (abs(tried[ratio] - wanted), ratio))
+
+
+def head_groups(groups: Sequence[CoupledGroup], owners: Mapping[str, str]) -> dict[str, str]:
+    """For each group that consists of one attention's heads its root and the attention's name."""
+    found = {}
+    for group in groups:
+        names = {owners[layer] for layer in group.layers if layer in owners}
+        if len(names) == 1 and all(layer in owners for layer in group.layers):
+            found[group.root] = names.pop()
+    return found
