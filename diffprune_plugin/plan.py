@@ -81,8 +81,10 @@ class PruningPlan(Frozen):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def shortfalls(self) -> list[str]:
-        """A line for each group that could not lose what was asked, and for a target that was missed."""
-        lines = [f"{g.root}: {len(g.removed)} of {g.requested} went: {g.reason}" for g in self.groups if g.short]
+        """A line for each group that could not lose what was asked; for a target only whether that was missed."""
+        if not self.target:
+            return [f"{g.root}: {len(g.removed)} of {g.requested} went: {g.reason}" for g in self.groups if g.short]
+        lines = []
         for key, share in self.target.items():
             before, after = self.macs if key == "macs_target" else self.params
             if abs(after - share * before) > WITHIN * share * before:

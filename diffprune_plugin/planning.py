@@ -17,7 +17,7 @@ from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.patterns import matching
 from diffprune_plugin.plan import GroupPlan, LayerSize, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import find_adapter, importance
-from diffprune_plugin.selection import AskedGroup, Halves, Rules, Scores, head_groups, ratio_for, select
+from diffprune_plugin.selection import AskedGroup, Halves, Rules, Scores, head_groups, nearest_to, select
 
 DEFAULT_RATIO = 0.3
 TARGETS = ("macs_target", "params_target")
@@ -74,8 +74,9 @@ def make_plan(
     costs = layer_costs(unet, adapter)
     ratio = DEFAULT_RATIO if pruning_ratio is None else float(pruning_ratio)
     if target:
-        ratio = searched(items, costs, target, head_pruning_ratio, rules)
-    planned = tuple(select(items, ratio, head_pruning_ratio, rules))
+        ratio, planned = searched(items, costs, target, head_pruning_ratio, rules)
+    else:
+        planned = select(items, ratio, head_pruning_ratio, rules)
     layers, params, macs = sizes(groups, planned, costs)
     plan = PruningPlan(
         model_class=adapter.model_class,
@@ -83,7 +84,7 @@ def make_plan(
         criterion=description or {"name": type(criterion).__name__},
         pruning_ratio=ratio,
         target=target,
-        groups=planned,
+        groups=tuple(planned),
         heads=heads_left(heads, planned, groups),
         layers=layers,
         params=params,
@@ -190,23 +191,23 @@ def searched(
     target: Mapping[str, float],
     head_ratio: float | None,
     rules: Rules,
-) -> float:
-    """The common ratio that comes nearest to the target.
+) -> tuple[float, list[GroupPlan]]:
+    """The common ratio, and the plans, that come nearest to the target.
 
     Raises BadInput if the target is less than what is left when every group loses all it can.
     """
     ((key, share),) = target.items()
     groups = [item.group for item in items]
 
-    def size(ratio: float) -> int:
-        _, params, macs = sizes(groups, select(items, ratio, head_ratio, rules), costs)
+    def size(plans: Sequence[GroupPlan]) -> int:
+        _, params, macs = sizes(groups, plans, costs)
         return (macs if key == "macs_target" else params)[1]
 
     dense = sum(cost.after(0, 0)[key == "macs_target"] for cost in costs.values())
-    least = size(1.0)
+    least = size(select(items, 1.0, head_ratio, rules))
     if least > share * dense:
         raise BadInput(f"{key}: {share} is below {least / dense:.3f}, all that these settings can reach; raise it")
-    return ratio_for(size, share * dense)
+    return nearest_to(share * dense, items, head_ratio, rules, size)
 
 
 def heads_left(

@@ -15,6 +15,7 @@ from diffprune_plugin.plan import GroupPlan
 
 Scores = npt.NDArray[np.float64]
 Halves = Literal["together", "apart"]
+Size = Callable[[Sequence[GroupPlan]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +156,41 @@ def why_fewer(missing: int, group: CoupledGroup, round_to: int, step: int, limit
     return f"{' and '.join(limits) or 'one channel has to stay'}: {step} at a time"
 
 
-def ratio_for(size: Callable[[float], int], wanted: float, steps: int = 24) -> float:
-    """The ratio in [0, 1) at which ``size``, which falls with it, comes nearest to ``wanted``: bisection."""
+def nearest_to(
+    wanted: float, groups: Sequence[AskedGroup], head_ratio: float | None, rules: Rules, size: Size, steps: int = 24
+) -> tuple[float, list[GroupPlan]]:
+    """The common ratio, and the plans, whose ``size``, which falls with the ratio, is nearest to ``wanted``.
+
+    Groups of one width jump together where a whole channel of each norm group goes, too coarse a step for a target:
+    bisection finds that jump, and then the groups take it one by one, those first whose share of the group's score is
+    lowest, each only if that comes nearer; and again, back or forth, until nothing does.
+    """
     low, high = 0.0, 1.0
-    tried = {0.0: size(0.0)}
     for _ in range(steps):
         middle = (low + high) / 2
-        tried[middle] = size(middle)
-        low, high = (middle, high) if tried[middle] > wanted else (low, middle)
-    return min(tried, key=lambda ratio: (abs(tried[ratio] - wanted), ratio))
+        above = size(select(groups, middle, head_ratio, rules)) > wanted
+        low, high = (middle, high) if above else (low, middle)
+    before, after = (select(groups, ratio, head_ratio, rules) for ratio in (low, high))
+    order, best, last = by_harm(groups, before, after), list(before), []
+    while best != last:
+        last = best
+        for place in order:
+            other = before[place] if best[place] == after[place] else after[place]
+            tried = [*best[:place], other, *best[place + 1 :]]
+            if abs(size(tried) - wanted) < abs(size(best) - wanted):
+                best = tried
+    return high, best
+
+
+def by_harm(groups: Sequence[AskedGroup], before: Sequence[GroupPlan], after: Sequence[GroupPlan]) -> list[int]:
+    """Places of the groups that differ between two plans, those first that lose the lower share of their score."""
+
+    def harm(place: int) -> float:
+        more = sorted(set(after[place].removed) - set(before[place].removed))
+        scores = groups[place].scores
+        return float(scores[more].sum() / max(scores.sum(), 1e-300))
+
+    return sorted((place for place in range(len(groups)) if before[place] != after[place]), key=harm)
 
 
 def head_groups(groups: Sequence[CoupledGroup], owners: Mapping[str, str]) -> dict[str, str]:
