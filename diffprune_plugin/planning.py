@@ -70,6 +70,7 @@ def make_plan(
     groups = trace_groups(unet, adapter)
     asked = requested_ratios(groups, unet, adapter, pruning_ratio_dict or {}, ignored_layers)
     heads = {} if head_pruning_ratio is None else head_groups(groups, adapter.head_layers(unet))
+    asked = asked_of_heads(asked, heads)
     items = [asked_group(g, asked[g.root], criterion, heads.get(g.root, "")) for g in groups]
     costs = layer_costs(unet, adapter)
     ratio = DEFAULT_RATIO if pruning_ratio is None else float(pruning_ratio)
@@ -161,6 +162,18 @@ def requested_ratio(
         wishes = " and ".join(f"{pattern!r} asks {value}" for value, pattern in asked.items())
         raise BadInput(f"pruning_ratio_dict: the group of {group.root} is coupled, but {wishes}; give it one ratio")
     return next(iter(asked), None)
+
+
+def asked_of_heads(asked: Mapping[str, float | str | None], heads: Mapping[str, str]) -> dict[str, float | str | None]:
+    """What is asked of each group, where attentions lose whole heads: if one group of an attention stays, all do.
+
+    Raises BadInput for a group of heads with a ratio of its own.
+    """
+    stays = {heads[root]: why for root, why in asked.items() if root in heads and isinstance(why, str)}
+    for root, why in asked.items():
+        if root in heads and isinstance(why, float):
+            raise BadInput(f"pruning_ratio_dict: {root} gets {why}, but head_pruning_ratio takes whole heads; drop one")
+    return {root: stays.get(heads.get(root, ""), why) for root, why in asked.items()}
 
 
 def asked_group(group: CoupledGroup, asked: float | str | None, criterion: Criterion, heads: str) -> AskedGroup:

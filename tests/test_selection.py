@@ -144,3 +144,17 @@ def test_halves_ranked_apart_leave_a_pair_only_where_both_stay() -> None:
     (apart,) = select([item], 0.3, None, Rules(halves="apart"))
     assert (len(together.removed), len(apart.removed)) == (30, 51)
     assert dp.importance("diff_taylor", preset="ldm").halves == "apart"
+
+
+def test_an_attention_with_an_ignored_layer_keeps_all_its_heads(unet) -> None:
+    plan = dp.make_plan(unet, "magnitude", head_pruning_ratio=0.5, ignored_layers=["mid_block.attentions.0.to_v"])
+    assert "mid_block.attentions.0" not in plan.heads
+    assert len(plan.heads) == 3
+    kept = [group for group in plan.groups if group.root.startswith("mid_block.attentions.0.to_")]
+    assert kept
+    assert not any(group.removed for group in kept if "to_out" not in group.root)
+
+
+def test_a_ratio_for_a_layer_whose_whole_heads_go_is_refused(unet) -> None:
+    with pytest.raises(BadInput, match="head_pruning_ratio takes whole heads; drop one"):
+        dp.make_plan(unet, "magnitude", head_pruning_ratio=0.5, pruning_ratio_dict={"*.to_v": 0.2})
