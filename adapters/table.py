@@ -138,14 +138,17 @@ class UNetAdapter:
         for port in self.ports(unet):
             shape = [axis_size(unet, axis, sizes) for axis in port.axes.split()]
             if port.integers_below:
-                top = next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
-                tensor = torch.randint(0, top, shape, generator=generator, dtype=port.dtype)
+                tensor = torch.randint(0, self.classes(unet, port), shape, generator=generator, dtype=port.dtype)
             elif port.dtype is torch.int64:
                 tensor = torch.arange(1, batch + 1)
             else:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
             inputs[port.name] = tensor.to(parameter.device)
         return inputs
+
+    def classes(self, unet: nn.Module, port: Port) -> int:
+        """How many values an integer index has."""
+        return next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
 
     def shapes(self, unet: nn.Module) -> dict[str, tuple[int | str, ...]]:
         """The shape of each input by name: numbers, and words for dynamic axes."""
@@ -293,7 +296,7 @@ def sample_size(unet: nn.Module) -> tuple[int, int]:
 
 
 def holds(unet: nn.Module, condition: str) -> bool:
-    """Whether all parts of a condition hold: ``key`` (it is set), ``key=value``, ``{size}!={size}``; joined by ``&``."""
+    """Whether all parts of a port's condition hold."""
     return all(part_holds(unet, part) for part in condition.split(" & "))
 
 

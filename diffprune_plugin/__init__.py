@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffprune_plugin.checkpoint import load, save
     from diffprune_plugin.compensate import compensate_
     from diffprune_plugin.config import PruningConfig
+    from diffprune_plugin.encoding import encode
     from diffprune_plugin.hookspecs import hookimpl
     from diffprune_plugin.plan import PruningPlan, make_plan
     from diffprune_plugin.plugins import importance, plugin_manager
@@ -28,6 +29,7 @@ _HOME = {
     "PruningPlan": "plan",
     "calibrate": "calibrating",
     "compensate_": "compensate",
+    "encode": "encoding",
     "hookimpl": "hookspecs",
     "importance": "plugins",
     "load": "checkpoint",
@@ -43,6 +45,7 @@ __all__ = [
     "PruningPlan",
     "calibrate",
     "compensate_",
+    "encode",
     "hookimpl",
     "importance",
     "load",

@@ -166,7 +166,7 @@ def draw(
     chosen = torch.tensor([int(rng.choice(share(timesteps, int(i), count))) for i in rng.permutation(count)])
     noise = torch.randn((count, *data.shape), generator=torch.Generator().manual_seed(seed))
     noisy = scheduler.add_noise(data.sample(rows), noise, chosen).to(like)
-    extra = {key: value[rows].to(like.device) for key, value in data.extra.items()}
+    extra = data.inputs(rows, like)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
     return Draws(noisy, chosen.to(like.device), extra, held_out, adapter)
 
