@@ -52,15 +52,16 @@ def latents_of(pipeline: Any, samples: Samples) -> Tensor:
             f"data: images are {samples.shape} (channels, height, width), the pipeline takes {expected}: its UNet's "
             f"sample_size times {scale}; set 'resolution: {expected[1]}' or convert them"
         )
-    dtype = encoder.dtype
-    if dtype is torch.float16 and encoder.config.get("force_upcast"):
+    upcast = encoder.dtype is torch.float16 and encoder.config.get("force_upcast")
+    if upcast:
         encoder.to(torch.float32)  # as the pipelines do: in half precision it overflows
     parts = []
     for rows in torch.split(torch.arange(len(samples)), max(PIXELS // (height * width), 1)):
         encoded = encoder.encode(samples.sample(rows).to(encoder.device, encoder.dtype))
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-        parts.append(normalized(latents.float(), encoder.config).cpu())
-    encoder.to(dtype)
+        parts.append(normalized(latents.float(), encoder.config).cpu().contiguous())
+    if upcast:
+        encoder.to(torch.float16)
     return torch.cat(parts)
 
 
