@@ -224,7 +224,7 @@ class UNetAdapter:
                 adapters = ", ".join(getattr(unet, "peft_config", {})) or type(module).__name__
                 raise BadInput(
                     f"{name} carries a loaded LoRA or other adapter ({adapters}); "
-                    "call pipeline.fuse_lora() and pipeline.unload_lora_weights() first, or load it after pruning"
+                    "call pipeline.unload_lora_weights() first, and before that pipeline.fuse_lora() to keep its effect"
                 )
             processor = type(getattr(module, "processor", None)).__name__
             if getattr(module, "fused_projections", False):

@@ -13,8 +13,9 @@ from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
+from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.config import PruningConfig
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
 from diffprune_plugin.workflow import prune, unet_of
 
@@ -74,6 +75,14 @@ def test_a_pruned_conditional_unet_is_exported_verified_and_draws_in_the_pipelin
         images = images_of(pipeline)
         pipeline.unet = ORTUNet(path)
         np.testing.assert_allclose(images_of(pipeline), images, rtol=0, atol=1e-3)
+
+
+def test_a_pipeline_with_a_text_encoder_needs_the_extra(tmp_path, monkeypatch) -> None:
+    dp.save(PIPELINES["stable diffusion"][0](tmp_path), tmp_path / "dense")
+    load_pipeline(tmp_path / "dense")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'diffprune-plugin\[text\]'"):
+        load_pipeline(tmp_path / "dense")
 
 
 @pytest.mark.parametrize("component", ["controlnet", "adapter"])

@@ -10,7 +10,12 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import ControlNetModel, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.table import UNetAdapter
@@ -289,6 +294,13 @@ def test_another_attention_processor_is_refused_by_name_and_the_remedy_helps() -
         dp.make_plan(unet, "magnitude")
     unet.set_default_attn_processor()
     assert dp.make_plan(unet, "magnitude").groups
+
+
+def test_an_ip_adapter_is_refused_by_name() -> None:
+    unet = make_unet(SD)
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = IPAdapterAttnProcessor2_0(64, 24)
+    with pytest.raises(BadInput, match=r"attn2 uses IPAdapterAttnProcessor2_0; .* call pipeline.unload_ip_adapter\(\)"):
+        dp.make_plan(unet, "magnitude")
 
 
 def test_fused_projections_are_refused_even_when_unfused_again() -> None:
