@@ -28,6 +28,7 @@ FRAME = "frame"  # of resized images, a row each: height and width before, top a
 LATENTS = ("latents", "sample")
 NULL = "null_"  # before an input's name: the row that stands for no condition
 LIMIT = 4096  # images held in memory; of more, every n-th is taken
+BYTES = 2**31  # of pixels, likewise
 
 Pixels = npt.NDArray[np.uint8]
 Frame = tuple[int, int, int, int]
@@ -187,23 +188,29 @@ def from_array(images: npt.NDArray[Any], where: str) -> Samples:
 def load_folder(path: Path, resolution: int | None = None) -> Samples:
     """The images that metadata.jsonl lists, with their captions; else every image below a folder, in the order of
     their names, labelled by class where each lies in a folder of its class."""
-    captions = read_captions(path / CAPTIONS) if (path / CAPTIONS).exists() else {}
-    files = list(captions) or sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    captions = read_captions(path / CAPTIONS) if (path / CAPTIONS).exists() else []
+    files = [file for file, _ in captions]
+    files = files or sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise BadInput(f"data: {path}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
-    step = -(-len(files) // LIMIT)
+    step = every(len(files), read_image(files[0], resolution)[0])
     samples = stack([(str(file), *read_image(file, resolution)) for file in files[::step]], resolution)
     if captions:
-        return replace(samples, captions=tuple(captions.values())[::step])
+        return replace(samples, captions=tuple(text for _, text in captions[::step]))
     if any(file.parent == path for file in files):
         return samples
     labels, classes = class_labels([file.relative_to(path).parts[0] for file in files])
     return replace(samples, extra=samples.extra | {"class_labels": labels[::step]}, classes=classes)
 
 
-def read_captions(path: Path) -> dict[Path, str]:
+def every(count: int, first: Pixels) -> int:
+    """The n of "every n-th" that keeps so many images like the first within what is held in memory."""
+    return max(-(-count // LIMIT), -(-count * first.nbytes // BYTES))
+
+
+def read_captions(path: Path) -> list[tuple[Path, str]]:
     """Image file and text of each line of a metadata.jsonl, as the datasets library's image folders have it."""
-    captions = {}
+    captions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -214,7 +221,7 @@ def read_captions(path: Path) -> dict[Path, str]:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise BadInput(f"data: {path}: line {number} has {keys}, not a 'file_name' and a 'text'")
-        captions[path.parent / row["file_name"]] = row["text"]
+        captions.append((path.parent / row["file_name"], row["text"]))
     if not captions:
         raise BadInput(f"data: {path}: no line in it; add one for each image, or remove the file")
     return captions
@@ -251,8 +258,7 @@ def from_sequence(rows: Sequence[Any], resolution: int | None = None) -> Samples
         raise BadInput(f"data: a {type(rows).__name__} is no folder, .npz, array or sequence of images") from None
     if not count:
         raise BadInput("data: the sequence of images is empty")
-    picked = range(0, count, -(-count // LIMIT))
-    taken = {i: rows[i] for i in picked}
+    taken = {i: rows[i] for i in range(0, count, every(count, framed(image_of(rows[0], 0), resolution)[0]))}
     samples = stack([(f"row {i}", *framed(image_of(row, i), resolution)) for i, row in taken.items()], resolution)
     texts = [row.get("text") if isinstance(row, Mapping) else None for row in taken.values()]
     return replace(samples, captions=tuple(texts)) if all(isinstance(text, str) for text in texts) else samples

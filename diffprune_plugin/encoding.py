@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ PIXELS = 8 * 256 * 256  # that go through the autoencoder at once
 CAPTIONS = 8  # captions that go through a text encoder at once
 WORDS = 77  # tokens a caption that LDMTextToImagePipeline takes
 AESTHETIC_SCORE = 6.0  # what SDXL's refiner pipeline takes for its prompts
+ENCODERS = ("vae", "vqvae", "bert", "text_encoder", "text_encoder_2")
 STATES, POOLED, NUMBERS = "encoder_hidden_states", "text_embeds", "time_ids"
 
 
@@ -31,12 +33,28 @@ def encode(pipeline: Any, source: Any, resolution: int | None = None) -> Samples
     samples, adapter = load_samples(source, resolution), find_adapter(pipeline.unet)
     needed = set(adapter.shapes(pipeline.unet)) - set(samples.extra)
     images = samples.values.dtype is torch.uint8
-    if images and (needed & {NUMBERS}):
+    if images and NUMBERS in needed:
         samples = replace(samples, extra=samples.extra | {NUMBERS: time_ids(samples, pipeline, adapter)})
-    if samples.captions and STATES in needed:
-        embeddings, null = texts_encoded(pipeline, samples.captions)
-        samples = replace(samples, extra=samples.extra | embeddings, null=samples.null | null)
-    return replace(samples, values=latents_of(pipeline, samples)) if images else samples
+    with beside_the_unet(pipeline):
+        if samples.captions and STATES in needed:
+            embeddings, null = texts_encoded(pipeline, samples.captions)
+            samples = replace(samples, extra=samples.extra | embeddings, null=samples.null | null)
+        return replace(samples, values=latents_of(pipeline, samples)) if images else samples
+
+
+@contextlib.contextmanager
+def beside_the_unet(pipeline: Any) -> Iterator[None]:
+    """The encoders on the UNet's device, afterwards where they were: they take no room there while it is calibrated."""
+    found = (getattr(pipeline, name, None) for name in ENCODERS)
+    before = [(encoder, encoder.device) for encoder in found if encoder is not None]
+    away = [(encoder, device) for encoder, device in before if device != pipeline.unet.device]
+    for encoder, _ in away:
+        encoder.to(pipeline.unet.device)
+    try:
+        yield
+    finally:
+        for encoder, device in away:
+            encoder.to(device)
 
 
 def latents_of(pipeline: Any, samples: Samples) -> Tensor:
@@ -112,11 +130,10 @@ def batches(captions: Sequence[str]) -> Iterator[list[str]]:
 
 def prompt_encoded(pipeline: Any, texts: list[str] | None) -> dict[str, Tensor]:
     """By the pipeline's own encode_prompt; for None what it takes for no prompt (SDXL: zeros)."""
-    device = pipeline._execution_device
     # Stable Diffusion returns embeddings and negative ones, SDXL the pooled of both too.
     found = pipeline.encode_prompt(
         prompt=texts or [""],
-        device=device,
+        device=pipeline.unet.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=texts is None,
     )

@@ -93,6 +93,7 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
     save(model, output, overwrite=overwrite, extra=extra)
     shutil.rmtree(progress_directory(config), ignore_errors=True)
+    model.to(config.device)
     return Pruned(model, plan, calibration, compensation)
 
 
@@ -145,7 +146,7 @@ def progress_directory(config: PruningConfig) -> Path:
 
 
 def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
-    """The pipeline or UNet of the config's directory, and its UNet, on the config's device.
+    """The pipeline or UNet of the config's directory, and its UNet, that one on the config's device.
 
     Raises HardwareUnproved if the device is not there.
     """
@@ -156,8 +157,8 @@ def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
         )
     directory, dtype = Path(config.model), getattr(torch, config.dtype)
     if (directory / "model_index.json").exists():
-        pipeline = load_pipeline(directory, dtype).to(config.device)
-        return pipeline, unet_of(pipeline, directory)
+        pipeline = load_pipeline(directory, dtype)
+        return pipeline, unet_of(pipeline, directory).to(config.device)
     unet = load(directory, dtype).to(config.device)
     return unet, unet
 

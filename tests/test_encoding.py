@@ -210,6 +210,15 @@ def test_spoilt_captions_are_named(folder, text, words) -> None:
         load_samples(folder)
 
 
+def test_an_image_may_have_several_captions_and_of_too_many_pixels_every_nth_is_taken(folder, monkeypatch) -> None:
+    lines = [json.dumps({"file_name": "0.png", "text": text}) for text in "abcd"]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert load_samples(folder).captions == ("a", "b", "c", "d")
+    monkeypatch.setattr("diffprune_plugin.data.BYTES", 3 * 16 * 16 * 3)
+    samples = load_samples(folder)
+    assert (len(samples), samples.captions) == (2, ("a", "c"))
+
+
 def test_a_sequence_may_carry_captions_too(folder) -> None:
     rows = [{"image": Image.open(folder / f"{i}.png"), "text": text} for i, text in enumerate(CAPTIONS)]
     first, second = load_samples(rows), load_samples(folder)
