@@ -11,6 +11,12 @@ from diffprune_plugin.hookspecs import hookimpl
 
 BUILT_IN = (UNET_2D, UNET_2D_CONDITION)
 
+# Models that people try and that cannot be pruned on their own, and why.
+REFUSED = {
+    "ControlNetModel": "its outputs are added to the skip connections of a UNet, whose widths they have to keep: "
+    "pruning it needs the plan of that UNet; prune the UNet of a pipeline without it",
+}
+
 
 @hookimpl
 def diffprune_register_adapters(register: Callable[[UNetAdapter], None]) -> None:

@@ -79,6 +79,15 @@ class Known:
     values: tuple[Any, ...]
 
 
+# What to do about attention processors that no adapter covers, by the beginning of their names; the first that fits.
+REMEDIES = (
+    ("Fused", "load the model again without fuse_qkv_projections() (unfusing keeps the fused layers)"),
+    ("IPAdapter", "call pipeline.unload_ip_adapter() first"),
+    ("CustomDiffusion", "load the model again without the custom diffusion weights"),
+    ("", "call unet.set_default_attn_processor() first"),
+)
+
+
 @dataclass(frozen=True)
 class UNetAdapter:
     """One UNet class as a table; everything else is derived from it."""
@@ -129,14 +138,27 @@ class UNetAdapter:
         for port in self.ports(unet):
             shape = [axis_size(unet, axis, sizes) for axis in port.axes.split()]
             if port.integers_below:
-                top = next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
-                tensor = torch.randint(0, top, shape, generator=generator, dtype=port.dtype)
+                tensor = torch.randint(0, self.classes(unet, port), shape, generator=generator, dtype=port.dtype)
             elif port.dtype is torch.int64:
                 tensor = torch.arange(1, batch + 1)
             else:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
             inputs[port.name] = tensor.to(parameter.device)
         return inputs
+
+    def classes(self, unet: nn.Module, port: Port) -> int:
+        """How many values an integer index has."""
+        return next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
+
+    def shapes(self, unet: nn.Module) -> dict[str, tuple[int | str, ...]]:
+        """The shape of each input by name: numbers, and words for dynamic axes."""
+        return {
+            port.name: tuple(
+                axis_size(unet, axis, {}) if axis.isdigit() or axis.startswith("{") else axis
+                for axis in port.axes.split()
+            )
+            for port in self.ports(unet)
+        }
 
     def nested(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs by port name as the forward takes them: some inside a dict argument."""
@@ -202,13 +224,16 @@ class UNetAdapter:
                 adapters = ", ".join(getattr(unet, "peft_config", {})) or type(module).__name__
                 raise BadInput(
                     f"{name} carries a loaded LoRA or other adapter ({adapters}); "
-                    "call pipeline.fuse_lora() and pipeline.unload_lora_weights() first, or load it after pruning"
+                    "call pipeline.unload_lora_weights() first, and before that pipeline.fuse_lora() to keep its effect"
                 )
             processor = type(getattr(module, "processor", None)).__name__
+            if getattr(module, "fused_projections", False):
+                processor = "FusedAttnProcessor2_0"
             if processor not in (*self.processors, "NoneType"):
+                remedy = next(remedy for start, remedy in REMEDIES if processor.startswith(start))
                 raise BadInput(
                     f"{name} uses {processor}; the adapter for {self.model_class} knows {', '.join(self.processors)}; "
-                    "call unet.set_default_attn_processor() first"
+                    f"{remedy}"
                 )
 
     def head_sizes(self, unet: nn.Module) -> dict[str, int]:
@@ -287,10 +312,18 @@ def sample_size(unet: nn.Module) -> tuple[int, int]:
 
 
 def holds(unet: nn.Module, condition: str) -> bool:
-    """Whether a condition of a port holds: ``key`` (it is set) or ``key=value``."""
-    key, equals, value = condition.partition("=")
-    found = config_value(unet, key)
-    return str(found) == value if equals else bool(found)
+    """Whether all parts of a port's condition hold."""
+    return all(part_holds(unet, part) for part in condition.split(" & "))
+
+
+def part_holds(unet: nn.Module, part: str) -> bool:
+    found = re.fullmatch(r"(.+?)(!?=)(.+)", part)
+    if not found:
+        return bool(config_value(unet, part))
+    left, sign, right = found.groups()
+    value = axis_size(unet, left, {}) if left.startswith("{") else config_value(unet, left)
+    other = axis_size(unet, right, {}) if right.startswith("{") else right
+    return (str(value) == str(other)) is (sign == "=")
 
 
 def axis_size(unet: nn.Module, axis: str, words: Mapping[str, int]) -> int:

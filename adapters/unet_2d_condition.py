@@ -6,7 +6,10 @@ import torch
 
 from diffprune_plugin.adapters.table import Heads, Known, Mirror, Pairs, Port, UNetAdapter
 
-TEXT_TIME = ("addition_embed_type=text_time",)
+# SDXL adds the pooled text embedding and a row of numbers: original size, crop and target size, two each. Its refiner
+# has an aesthetic score for the target size, five numbers, and one text encoder, whose width the pooled embedding has.
+POOLED = "addition_embed_type=text_time & {projection_class_embeddings_input_dim-5*addition_time_embed_dim}"
+BASE, REFINER = POOLED + "!={cross_attention_dim}", POOLED + "={cross_attention_dim}"
 
 UNET_2D_CONDITION = UNetAdapter(
     model_class="UNet2DConditionModel",
@@ -27,14 +30,15 @@ UNET_2D_CONDITION = UNetAdapter(
             "batch {projection_class_embeddings_input_dim}",
             when=("class_embed_type=projection", "class_embed_type=simple_projection"),
         ),
-        # SDXL: the pooled text embedding; original size, crop and target size, two numbers each.
         Port(
             "text_embeds",
             "batch {projection_class_embeddings_input_dim-6*addition_time_embed_dim}",
-            when=TEXT_TIME,
+            when=(BASE,),
             inside="added_cond_kwargs",
         ),
-        Port("time_ids", "batch 6", when=TEXT_TIME, inside="added_cond_kwargs"),
+        Port("time_ids", "batch 6", when=(BASE,), inside="added_cond_kwargs"),
+        Port("text_embeds", "batch {cross_attention_dim}", when=(REFINER,), inside="added_cond_kwargs"),
+        Port("time_ids", "batch 5", when=(REFINER,), inside="added_cond_kwargs"),
     ),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=("conv_out",),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffprune_plugin.checkpoint import load, save
     from diffprune_plugin.compensate import compensate_
     from diffprune_plugin.config import PruningConfig
+    from diffprune_plugin.encoding import encode
     from diffprune_plugin.hookspecs import hookimpl
     from diffprune_plugin.plan import PruningPlan
     from diffprune_plugin.planning import make_plan
@@ -29,6 +30,7 @@ _HOME = {
     "PruningPlan": "plan",
     "calibrate": "calibrating",
     "compensate_": "compensate",
+    "encode": "encoding",
     "hookimpl": "hookspecs",
     "importance": "plugins",
     "load": "checkpoint",
@@ -44,6 +46,7 @@ __all__ = [
     "PruningPlan",
     "calibrate",
     "compensate_",
+    "encode",
     "hookimpl",
     "importance",
     "load",

@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,22 @@ from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import differentiable
 from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
+from diffprune_plugin.passes import GradientSums, Passes, checkpointing
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
-from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
+from diffprune_plugin.timesteps import CONDITION_DROPOUT, Sweep, above_threshold, share, strata
 
 STAGES = {"curve": 0, "gradients": 1}
+
+
+class Draw(NamedTuple):
+    """A row of the samples, a timestep, a noise, and whether the row's condition is dropped."""
+
+    row: int
+    timestep: int
+    noise: Tensor
+    dropped: bool
 
 
 def calibrate(
@@ -41,6 +52,8 @@ def calibrate(
     batch_size: int = 32,
     timesteps: int | None = None,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
+    autocast: bool = False,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 15.0,
     keep_progress: bool = False,
@@ -52,25 +65,33 @@ def calibrate(
     ``scheduler`` is the pipeline's own (epsilon, v_prediction or sample); ``images`` whatever `load_samples` takes.
     ``timesteps`` is the number of points of the loss curve, spread evenly (100; all of them for ``reference``).
     With stratified sampling each sample has its own seed, so that ``batch_size`` changes no result beyond float
-    rounding. With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
+    rounding; gradients add up in float32. Where memory runs out, half as many samples go through the UNet at once, with
+    the same result. ``gradient_checkpointing`` trades time for memory; ``autocast`` computes in bfloat16.
+    With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
     progress is cleared at the end unless ``keep_progress``.
     The UNet is left as it was.
 
-    Raises BadInput for images that do not fit the UNet or an unknown prediction type, CheckFailed for a loss that is
-    not finite.
+    Raises BadInput for images that do not fit the UNet, an unknown prediction type, or too little memory for a single
+    sample; CheckFailed for a loss that is not finite.
     """
-    adapter, sweep, samples = adapter or find_adapter(unet), sweep or Sweep(), load_samples(images)
+    adapter, samples = adapter or find_adapter(unet), load_samples(images)
     samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
+    sweep = with_dropout(sweep or Sweep(), samples)
     total = int(scheduler.config.num_train_timesteps)
     points = timesteps if timesteps is not None else default_points(sweep, total)
     if not 1 <= points <= total:
         raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
     if batch_size < 1:
         raise BadInput(f"batch_size: {batch_size} is below 1")
-    run = Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter)
+    run = Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter, autocast)
     if checkpoint is not None:
         run.resume(Path(checkpoint), checkpoint_seconds)
-    with gradients_of(unet), progress_bar(progress) as bar:
+    with (
+        gradients_of(unet),
+        run.sums.collecting(),
+        checkpointing(unet, gradient_checkpointing),
+        progress_bar(progress) as bar,
+    ):
         if sweep.sampling == "stratified":
             run.measure_curve(bar)
             run.sum_gradients(bar)
@@ -88,6 +109,22 @@ def default_points(sweep: Sweep, total: int) -> int:
     return min(100, total) if sweep.sampling == "stratified" else total
 
 
+def with_dropout(sweep: Sweep, samples: Samples) -> Sweep:
+    """The sweep with its condition_dropout settled for these samples.
+
+    Raises BadInput if conditions are to be dropped and nothing is known to stand for none.
+    """
+    if sweep.condition_dropout is None:
+        return replace(sweep, condition_dropout=CONDITION_DROPOUT if samples.null else 0.0)
+    if sweep.condition_dropout and not samples.null:
+        have = ", ".join(sorted(samples.extra)) or "no conditions"
+        raise BadInput(
+            f"importance: condition_dropout {sweep.condition_dropout}, but the data ({have}) has no null condition; "
+            f"add null_... to the file, or set it to 0"
+        )
+    return sweep
+
+
 class Run:
     """One calibration under way; ``losses``, ``stage``, ``done`` and the gradients are all that a resumed run needs."""
 
@@ -101,9 +138,11 @@ class Run:
         points: list[npt.NDArray[np.int64]],
         seed: int,
         adapter: UNetAdapter,
+        autocast: bool = False,
     ) -> None:
         self.unet, self.scheduler, self.samples, self.sweep = unet, scheduler, samples, sweep
         self.batch_size, self.points, self.seed, self.adapter = batch_size, points, seed, adapter
+        self.autocast, self.passes, self.sums = autocast, Passes(batch_size), GradientSums(unet)
         self.parameter = next(unet.parameters())
         self.weights = weights_hash(unet)
         stratified = sweep.sampling == "stratified"
@@ -111,7 +150,6 @@ class Run:
         self.stage, self.done = ("curve" if stratified else "gradients"), 0
         self.file: Path | None = None
         self.saved_at, self.every = time.monotonic(), 0.0
-        self.saved_gradients: dict[str, Tensor] = {}
 
     def measure_curve(self, bar: Progress) -> None:
         """Fill ``losses`` (points, curve_samples): samples of random timesteps of each stratum, without gradients."""
@@ -125,7 +163,7 @@ class Run:
             part = pairs[self.done : self.done + self.batch_size]
             draws = [self.draw("curve", self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
             with torch.no_grad():
-                loss = self.loss(draws)
+                loss = torch.cat(self.passes.over(draws, self.loss))
             self.losses[tuple(zip(*part, strict=True))] = loss.cpu().numpy()
             self.done += len(part)
             self.checkpoint()
@@ -135,7 +173,6 @@ class Run:
     def sum_gradients(self, bar: Progress) -> None:
         """Accumulate the gradients of batches that mix the timesteps that count, spread evenly over them."""
         counting = np.concatenate([p for p, counts in zip(self.points, self.counts(), strict=True) if counts])
-        self.restore_gradients()
         count = self.sweep.samples
         order = np.random.default_rng([self.seed, 2]).permutation(count)
         task = bar.add_task("gradients", total=count)
@@ -143,28 +180,42 @@ class Run:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
             draws = [self.draw("gradients", int(i), share(counting, int(i), count)) for i in part]
-            torch.autograd.backward(self.loss(draws).sum() * (len(counting) / count))
+            self.add_gradients(draws, len(counting) / count)
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=count)
 
     def reference_loop(self, bar: Progress) -> None:
         """The authors' loop: one timestep a pass from 0 on, until the batch's loss falls below T times the largest."""
-        self.restore_gradients()
         task = bar.add_task("gradients (reference loop)", total=len(self.points))
         while self.done < len(self.points):
             bar.update(task, completed=self.done)
             timestep = self.points[self.done][:1]
             fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
-            loss = self.loss([self.draw("gradients", fresh + i, timestep) for i in range(self.batch_size)])
-            self.losses[self.done] = loss.detach().cpu().numpy()
+            draws = [self.draw("gradients", fresh + i, timestep) for i in range(self.batch_size)]
+            graph = self.passes.over(draws, self.kept_loss)
+            self.losses[self.done] = torch.cat(graph).detach().cpu().numpy()
             means = self.losses[: self.done + 1].mean(axis=1)
             below = means[-1] < self.sweep.threshold * means.max()
             if not below or self.sweep.include_last:
-                torch.autograd.backward(loss.mean())
+                self.add_gradients(draws, 1 / self.batch_size, graph if len(graph) == 1 else None)
             self.done = self.done + 1 if not below else len(self.points)
             self.checkpoint()
         bar.update(task, completed=len(self.points))
+
+    def kept_loss(self, draws: Sequence[Draw]) -> Tensor:
+        """The loss with its graph if the whole batch fits in one pass, else without."""
+        loss = self.loss(draws)
+        return loss if len(draws) == self.batch_size else loss.detach()
+
+    def add_gradients(self, draws: Sequence[Draw], scale: float, known: list[Tensor] | None = None) -> None:
+        """Add the gradients of the samples' losses times ``scale``; ``known``: the whole batch's losses, used up."""
+
+        def run(part: Sequence[Draw]) -> None:
+            loss = known.pop() if known else self.loss(part)
+            self.sums.backward(loss.sum() * scale)
+
+        self.passes.over(draws, run, self.sums.repeating)
 
     def counts(self) -> npt.NDArray[np.bool_]:
         """Which points of the curve count."""
@@ -176,23 +227,25 @@ class Run:
         counts: npt.NDArray[np.bool_] = measured & ((loss >= self.sweep.threshold * largest) | self.sweep.include_last)
         return counts
 
-    def draw(self, stage: str, index: int, timesteps: npt.NDArray[np.int64]) -> tuple[int, int, Tensor]:
-        """Image row, timestep and noise of one sample; they depend on the seed, the stage and its index alone."""
+    def draw(self, stage: str, index: int, timesteps: npt.NDArray[np.int64]) -> Draw:
+        """One sample; all of it depends on the seed, the stage and its index alone."""
         epoch, position = divmod(index, len(self.samples))
         rows = np.random.default_rng([self.seed, STAGES[stage], epoch]).permutation(len(self.samples))
         source = np.random.default_rng([self.seed, STAGES[stage], index, 1])
         generator = torch.Generator().manual_seed(int(source.integers(2**62)))
         noise = torch.randn(self.samples.shape, generator=generator)
-        return int(rows[position]), int(source.choice(timesteps)), noise
+        dropped = np.random.default_rng([self.seed, STAGES[stage], index, 2]).random() < self.sweep.condition_dropout
+        return Draw(int(rows[position]), int(source.choice(timesteps)), noise, bool(dropped))
 
-    def loss(self, draws: list[tuple[int, int, Tensor]]) -> Tensor:
+    def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Loss of each sample, shape (len(draws),); raises CheckFailed if one is not finite."""
-        rows, timesteps = torch.tensor([d[0] for d in draws]), torch.tensor([d[1] for d in draws])
+        rows, timesteps = torch.tensor([d.row for d in draws]), torch.tensor([d.timestep for d in draws])
         sample = self.samples.sample(rows).to(self.parameter)
-        noise = torch.stack([d[2] for d in draws]).to(self.parameter)
-        rest = {key: value[rows].to(self.parameter.device) for key, value in self.samples.extra.items()}
-        extra = self.adapter.nested(rest)
-        loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
+        noise = torch.stack([d.noise for d in draws]).to(self.parameter)
+        dropped = torch.tensor([d.dropped for d in draws])
+        extra = self.adapter.nested(self.samples.inputs(rows, self.parameter, dropped))
+        with torch.autocast(sample.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
         finite = torch.isfinite(loss)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -204,7 +257,6 @@ class Run:
         return loss
 
     def result(self) -> Calibration:
-        parameters = dict(self.unet.named_parameters())
         measured = ~np.isnan(self.losses).any(axis=1)
         losses = self.losses[measured]
         stderr = (
@@ -220,13 +272,18 @@ class Run:
             loss=losses.mean(axis=1),
             stderr=stderr,
             counts=self.counts()[measured],
-            gradients={name: p.grad.float().cpu().contiguous() for name, p in parameters.items() if p.grad is not None},
+            gradients={
+                name: self.sums.totals[name].cpu().contiguous()
+                for name, _ in self.unet.named_parameters()
+                if name in self.sums.totals
+            },
             forward=int(losses.size) + (self.sweep.samples if self.sweep.sampling == "stratified" else 0),
             backward=self.sweep.samples
             if self.sweep.sampling == "stratified"
             else int(self.counts().sum()) * self.batch_size,
             seed=self.seed,
             batch_size=self.batch_size,
+            autocast=self.autocast,
             weights=self.weights,
             images=self.samples.sha256,
         )
@@ -235,7 +292,7 @@ class Run:
         """Of everything that the result depends on: progress of other settings is never taken up."""
         scheduler = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
         facts = [
-            [str(self.parameter.device), str(self.parameter.dtype), torch.__version__],
+            [str(self.parameter.device), str(self.parameter.dtype), self.autocast, torch.__version__],
             self.sweep.as_dict(),
             self.batch_size,
             self.seed,
@@ -254,18 +311,14 @@ class Run:
             self.losses = tensors.pop("losses").numpy()
             stage, done = tensors.pop("position").tolist()
             self.stage, self.done = list(STAGES)[stage], done
-            self.saved_gradients = {name.removeprefix("grad."): tensor for name, tensor in tensors.items()}
-
-    def restore_gradients(self) -> None:
-        for name, parameter in self.unet.named_parameters():
-            if name in self.saved_gradients:
-                parameter.grad = self.saved_gradients[name].to(parameter)
+            device = self.parameter.device
+            self.sums.totals = {name.removeprefix("grad."): tensor.to(device) for name, tensor in tensors.items()}
 
     def checkpoint(self, now: bool = False) -> None:
         """Store the progress, if the last time is long enough ago, or ``now``."""
         if self.file is None or (time.monotonic() - self.saved_at < self.every and not now):
             return
-        tensors = {f"grad.{n}": p.grad.cpu() for n, p in self.unet.named_parameters() if p.grad is not None}
+        tensors = {f"grad.{name}": total.cpu() for name, total in self.sums.totals.items()}
         tensors["losses"] = torch.from_numpy(self.losses)
         tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
         with new_file(self.file) as temporary:

@@ -28,7 +28,7 @@ class Calibration:
         error per element, ``stderr`` the standard error of its mean over samples, ``counts`` whether it counts.
     gradients: d(sum over counting timesteps of L_t) / d(parameter), float32 on the CPU, by parameter name.
     forward, backward: samples that went through the UNet each way.
-    weights, images: SHA-256 of the UNet's parameters and of the samples.
+    weights, images: SHA-256 of the UNet's parameters and of the samples. autocast: computed in bfloat16.
     """
 
     sweep: Sweep
@@ -43,6 +43,7 @@ class Calibration:
     batch_size: int
     weights: str
     images: str
+    autocast: bool = False
 
     def matching(self, options: Mapping[str, Any]) -> Calibration:
         """The same for these options of a sweep; raises BadInput if its gradients are not what they ask for."""
@@ -83,6 +84,7 @@ class Calibration:
             "batch_size": self.batch_size,
             "weights": self.weights,
             "images": self.images,
+            "autocast": self.autocast,
         }
         with new_directory(Path(directory), overwrite) as temporary:
             save_tensors(self.gradients, temporary / "gradients.safetensors")

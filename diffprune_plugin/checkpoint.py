@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.errors import BadInput, MissingExtra, first_line
 from diffprune_plugin.files import new_directory
 from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
@@ -234,6 +235,9 @@ def load_pipeline(directory: Path, torch_dtype: torch.dtype | None = None) -> An
     """The whole pipeline of a directory, float32 unless told otherwise; raises BadInput if it is none or damaged."""
     if not (directory / "model_index.json").exists():
         raise BadInput(f"{directory}: no model_index.json; give a pipeline directory")
+    libraries = [part[0] for part in read_json(directory / "model_index.json").values() if isinstance(part, list)]
+    if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
+        raise MissingExtra("transformers", "text")
     given: dict[str, Any] = {"unet": load(directory, torch_dtype)} if (directory / "unet").is_dir() else {}
     if torch_dtype not in (None, torch.float32):
         given["torch_dtype"] = torch_dtype

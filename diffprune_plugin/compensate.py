@@ -33,7 +33,7 @@ from diffprune_plugin.removal import check_groups
 from diffprune_plugin.residual import residual_sum, trace, unpacked
 from diffprune_plugin.ridge import Part, Repair, System, refusal
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
-from diffprune_plugin.timesteps import share
+from diffprune_plugin.timesteps import CONDITION_DROPOUT, share
 
 Passes = Literal["one", "layer"]
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -153,7 +153,8 @@ class Draws:
 def draw(
     data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, like: Tensor, adapter: UNetAdapter
 ) -> Draws:
-    """``count`` noisy samples, timesteps spread evenly; held out are all samples of every eighth image.
+    """``count`` noisy samples, timesteps spread evenly, a tenth without their condition where the data knows what that
+    is; held out are all samples of every eighth image.
 
     Raises BadInput for fewer than two images or samples.
     """
@@ -166,7 +167,8 @@ def draw(
     chosen = torch.tensor([int(rng.choice(share(timesteps, int(i), count))) for i in rng.permutation(count)])
     noise = torch.randn((count, *data.shape), generator=torch.Generator().manual_seed(seed))
     noisy = scheduler.add_noise(data.sample(rows), noise, chosen).to(like)
-    extra = {key: value[rows].to(like.device) for key, value in data.extra.items()}
+    dropped = torch.from_numpy(np.random.default_rng([seed, 2]).random(count) < CONDITION_DROPOUT)
+    extra = data.inputs(rows, like, dropped)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
     return Draws(noisy, chosen.to(like.device), extra, held_out, adapter)
 

@@ -25,10 +25,12 @@ class PruningConfig(BaseModel):
     model, output: directories of the dense model (a pipeline or a UNet) and of the result.
     importance: a criterion's name, or a mapping of ``name`` and its options.
     pruning_ratio (0.3), or macs_target or params_target: the share of the dense UNet's that is to be left.
-    data: images for calibration, a folder or an .npz with ``images``; needed by criteria that use gradients.
+    data: images for calibration, a folder or an .npz with ``images``, or a .safetensors with ``latents``; needed by
+        criteria that use gradients. resolution: image files are resized and cropped to it, never otherwise.
     calibration: a directory; read if it exists, else written, so that another ratio needs no new gradients.
     compensate: refit the layers behind the cuts (no training); by default if there is ``data`` and a scheduler.
-    timesteps: points of the loss curve; batch_size: samples a pass.
+    timesteps: points of the loss curve; batch_size: samples a pass. gradient_checkpointing: less memory, more time;
+        autocast: compute in bfloat16 while weights and sums of gradients keep their dtype.
     device: ``cpu``, ``cuda``, ``cuda:1`` ...; dtype: of the weights while calibrating and saving.
     """
 
@@ -51,9 +53,12 @@ class PruningConfig(BaseModel):
     strict: bool = False
     compensate: bool | None = None
     data: str | None = None
+    resolution: int | None = Field(default=None, ge=1)
     calibration: str | None = None
     batch_size: int = Field(default=32, ge=1)
     timesteps: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool = False
+    autocast: bool = False
     seed: int = Field(default=0, ge=0)
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

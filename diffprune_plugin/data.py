@@ -1,34 +1,53 @@
-"""Images for calibration: from a folder, an .npz, arrays, or a sequence as the datasets library gives."""
+"""Training samples for calibration: images (with captions or classes) from a folder, an .npz, arrays or a sequence as
+the datasets library gives, and precomputed latents and embeddings from a .safetensors file."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 IMAGE_KEYS = ("image", "img")
+CAPTIONS = "metadata.jsonl"  # beside the images, a line each: {"file_name": ..., "text": ...}
+FRAME = "frame"  # of resized images, a row each: height and width before, top and left of the crop (SDXL's time_ids)
+LATENTS = ("latents", "sample")
+NULL = "null_"  # before an input's name: the row that stands for no condition
 LIMIT = 4096  # images held in memory; of more, every n-th is taken
+BYTES = 2**31  # of pixels, likewise
+
+Pixels = npt.NDArray[np.uint8]
+Frame = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Samples:
     """Training samples in memory: uint8 images (count, height, width, channels), or float (count, channels, height,
-    width) as the UNet takes them (latents, or pixels in [-1, 1]); ``extra`` holds further inputs by name, a row each.
+    width) as the UNet takes them (latents, or pixels in [-1, 1]).
+
+    extra: further inputs by name, a row each. null: by the same names, the one row (1, ...) that stands for no
+    condition. captions: texts that are not encoded yet. classes: of how many class folders the labels were made.
     """
 
     values: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+    null: dict[str, Tensor] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+    classes: int | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -40,43 +59,67 @@ class Samples:
             return values.permute(0, 3, 1, 2).float() / 127.5 - 1
         return values
 
+    def inputs(self, rows: Tensor, like: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
+        """Further inputs of these rows on the device of ``like``, numbers in its dtype; those of rows that ``dropped``
+        (len(rows),) marks are the null condition."""
+        found = {}
+        for name, values in self.extra.items():
+            part = values[rows]
+            if dropped is not None and name in self.null:
+                part[dropped] = self.null[name].to(part)
+            found[name] = part.to(like) if part.is_floating_point() else part.to(like.device)
+        return found
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one sample."""
         channels, height, width = self.sample(torch.tensor([0])).shape[1:]
         return channels, height, width
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        for tensor in (self.values, *(self.extra[key] for key in sorted(self.extra))):
-            digest.update(tensor.contiguous().numpy().tobytes())
+        further = (part[key] for part in (self.extra, self.null) for key in sorted(part))
+        for tensor in (self.values, *further):
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # a view: nothing is copied
         return digest.hexdigest()
 
 
-def load_samples(source: Any) -> Samples:
-    """Samples from a folder of images, an .npz with ``images``, an array, a float tensor, or a sequence of images.
+def load_samples(source: Any, resolution: int | None = None) -> Samples:
+    """Samples from a folder of images, an .npz with ``images``, a .safetensors with ``latents``, an array, a float
+    tensor, or a sequence of images.
+
+    ``resolution``: files and sequences of images are resized and cropped around the centre to this height and width.
 
     Raises BadInput for a source that is missing, empty, holds a damaged image, or images of different sizes.
     """
-    if isinstance(source, Samples):
-        return source
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists():
-            raise BadInput(f"data: {path}: no such folder or .npz file")
-        return load_folder(path) if path.is_dir() else load_npz(path)
-    if isinstance(source, Tensor):
+            raise BadInput(f"data: {path}: no such folder, .npz or .safetensors file")
+        if path.is_dir():
+            return load_folder(path, resolution)
+        samples = load_safetensors(path) if path.suffix == ".safetensors" else load_npz(path)
+    elif isinstance(source, Samples):
+        samples = source
+    elif isinstance(source, Tensor):
         if source.ndim != 4 or not source.is_floating_point():
             raise BadInput(f"data: a tensor is {source.dtype} {tuple(source.shape)}, not float (count, channels, h, w)")
-        return Samples(source.detach().cpu().float())
-    if isinstance(source, np.ndarray):
-        return from_array(source, "data")
-    return from_sequence(source)
+        samples = Samples(source.detach().cpu().float())
+    elif isinstance(source, np.ndarray):
+        samples = from_array(source, "data")
+    else:
+        return from_sequence(source, resolution)
+    if resolution is not None and samples.values.dtype is torch.uint8 and samples.shape[1:] != (resolution,) * 2:
+        raise BadInput(
+            f"resolution: {resolution} is for image files, not for an array of {samples.shape[1:]}; resize it"
+        )
+    return samples
 
 
 def load_npz(path: Path) -> Samples:
-    """``images``: uint8 (count, height, width, channels); other arrays of the same length are further inputs."""
+    """``images``: uint8 (count, height, width, channels); other arrays of the same length are further inputs, and
+    those named ``null_...`` what stands for no condition."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -85,9 +128,52 @@ def load_npz(path: Path) -> Samples:
     if "images" not in arrays:
         raise BadInput(f"data: {path}: has {sorted(arrays) or 'nothing'}, not an array 'images'")
     samples = from_array(arrays.pop("images"), str(path))
-    numbers = {key: value for key, value in arrays.items() if value.dtype.kind in "iuf" and value.ndim}
-    extra = {key: torch.from_numpy(value) for key, value in numbers.items() if len(value) == len(samples)}
-    return Samples(samples.values, extra)
+    numbers = {
+        key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "iuf" and value.ndim
+    }
+    nulls = {key: numbers.pop(key) for key in list(numbers) if key.startswith(NULL)}
+    extra = {key: value for key, value in numbers.items() if len(value) == len(samples)}
+    return Samples(samples.values, extra, null_rows(nulls, extra, path))
+
+
+def load_safetensors(path: Path) -> Samples:
+    """Precomputed ``latents`` (or ``sample``), float (count, channels, height, width), and by the names of the UNet's
+    inputs (``encoder_hidden_states``, ``text_embeds``, ``time_ids``, ``class_labels``) a row for each; one row named
+    ``null_...`` stands for no condition.
+
+    Raises BadInput for a file without latents or with a tensor of another length.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"data: {path}: not a readable .safetensors file: {first_line(error)}") from None
+    name = next((name for name in LATENTS if name in tensors), None)
+    if name is None:
+        raise BadInput(f"data: {path}: has {sorted(tensors) or 'nothing'}, neither {' nor '.join(LATENTS)}")
+    values = tensors.pop(name)
+    if values.ndim != 4 or not values.is_floating_point() or not len(values):
+        raise BadInput(
+            f"data: {path}: {name} is {values.dtype} {tuple(values.shape)}, not float (count, channels, h, w)"
+        )
+    nulls = {key: tensors.pop(key) for key in list(tensors) if key.startswith(NULL)}
+    for key, tensor in tensors.items():
+        if len(tensor.shape[:1]) != 1 or len(tensor) != len(values):
+            raise BadInput(f"data: {path}: {key} is {tuple(tensor.shape)}, not a row for each of {len(values)} {name}")
+    return Samples(values.float(), tensors, null_rows(nulls, tensors, path))
+
+
+def null_rows(nulls: Mapping[str, Tensor], extra: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """By input name, what stands for no condition, shape (1, ...) as a row of that input."""
+    found = {}
+    for key, tensor in nulls.items():
+        name = key.removeprefix(NULL)
+        if name not in extra:
+            raise BadInput(f"data: {path}: {key} is there but {name} is not; have {', '.join(sorted(extra))}")
+        row = tuple(extra[name].shape[1:])
+        if tuple(tensor.shape) not in (row, (1, *row)):
+            raise BadInput(f"data: {path}: {key} is {tuple(tensor.shape)}, not a row of {name}, {row}")
+        found[name] = tensor.reshape(1, *row)
+    return found
 
 
 def from_array(images: npt.NDArray[Any], where: str) -> Samples:
@@ -99,27 +185,72 @@ def from_array(images: npt.NDArray[Any], where: str) -> Samples:
     return Samples(torch.from_numpy(np.ascontiguousarray(images)))
 
 
-def load_folder(path: Path) -> Samples:
-    """Every image below a folder, in the order of their names."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+def load_folder(path: Path, resolution: int | None = None) -> Samples:
+    """The images that metadata.jsonl lists, with their captions; else every image below a folder, in the order of
+    their names, labelled by class where each lies in a folder of its class."""
+    captions = read_captions(path / CAPTIONS) if (path / CAPTIONS).exists() else []
+    files = [file for file, _ in captions]
+    files = files or sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise BadInput(f"data: {path}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
-    files = files[:: -(-len(files) // LIMIT)]
-    return stack([(str(file), read_image(file)) for file in files])
+    step = every(len(files), read_image(files[0], resolution)[0])
+    samples = stack([(str(file), *read_image(file, resolution)) for file in files[::step]], resolution)
+    if captions:
+        return replace(samples, captions=tuple(text for _, text in captions[::step]))
+    if any(file.parent == path for file in files):
+        return samples
+    labels, classes = class_labels([file.relative_to(path).parts[0] for file in files])
+    return replace(samples, extra=samples.extra | {"class_labels": labels[::step]}, classes=classes)
 
 
-def read_image(path: Path) -> npt.NDArray[np.uint8]:
+def every(count: int, first: Pixels) -> int:
+    """The n of "every n-th" that keeps so many images like the first within what is held in memory."""
+    return max(-(-count // LIMIT), -(-count * first.nbytes // BYTES))
+
+
+def read_captions(path: Path) -> list[tuple[Path, str]]:
+    """Image file and text of each line of a metadata.jsonl, as the datasets library's image folders have it."""
+    captions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise BadInput(f"data: {path}: line {number} is no JSON: {first_line(error)}") from None
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
+            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise BadInput(f"data: {path}: line {number} has {keys}, not a 'file_name' and a 'text'")
+        captions.append((path.parent / row["file_name"], row["text"]))
+    if not captions:
+        raise BadInput(f"data: {path}: no line in it; add one for each image, or remove the file")
+    return captions
+
+
+def class_labels(folders: Sequence[str]) -> tuple[Tensor, int | None]:
+    """The class of each image by the folder it lies in: the folder's name if all are numbers; else the place of the
+    name among all of them, and of how many."""
+    names = sorted(set(folders))
+    if all(name.isdecimal() for name in names):
+        return torch.tensor([int(folder) for folder in folders]), None
+    return torch.tensor([names.index(folder) for folder in folders]), len(names)
+
+
+def read_image(path: Path, resolution: int | None) -> tuple[Pixels, Frame]:
     try:
         with Image.open(path) as image:
-            return to_array(image)
+            return framed(image, resolution)
     except BadInput:
         raise
+    except FileNotFoundError:
+        raise BadInput(f"data: {path}: no such image; mend {CAPTIONS}") from None
     except Exception as error:  # Pillow raises whatever a broken file of some format leads to
         raise BadInput(f"data: {path}: damaged image: {error}; remove or replace it") from None
 
 
-def from_sequence(rows: Sequence[Any]) -> Samples:
-    """Rows as the datasets library gives them: a PIL image or array, alone or under the key ``image``."""
+def from_sequence(rows: Sequence[Any], resolution: int | None = None) -> Samples:
+    """Rows as the datasets library gives them: a PIL image or array, alone or under the key ``image``; beside it there
+    may be a caption, ``text``."""
     try:
         count = len(rows)
         rows[0] if count else None
@@ -127,8 +258,10 @@ def from_sequence(rows: Sequence[Any]) -> Samples:
         raise BadInput(f"data: a {type(rows).__name__} is no folder, .npz, array or sequence of images") from None
     if not count:
         raise BadInput("data: the sequence of images is empty")
-    picked = range(0, count, -(-count // LIMIT))
-    return stack([(f"row {i}", to_array(image_of(rows[i], i))) for i in picked])
+    taken = {i: rows[i] for i in range(0, count, every(count, framed(image_of(rows[0], 0), resolution)[0]))}
+    samples = stack([(f"row {i}", *framed(image_of(row, i), resolution)) for i, row in taken.items()], resolution)
+    texts = [row.get("text") if isinstance(row, Mapping) else None for row in taken.values()]
+    return replace(samples, captions=tuple(texts)) if all(isinstance(text, str) for text in texts) else samples
 
 
 def image_of(row: Any, number: int) -> Any:
@@ -140,11 +273,29 @@ def image_of(row: Any, number: int) -> Any:
     return row[key]
 
 
-def to_array(image: Any) -> npt.NDArray[np.uint8]:
+def framed(image: Any, resolution: int | None) -> tuple[Pixels, Frame]:
+    """The image, resized and cropped around the centre if asked, and what was done to it."""
+    if resolution is None:
+        array = to_array(image)
+        return array, (array.shape[0], array.shape[1], 0, 0)
+    if not isinstance(image, Image.Image):
+        array = to_array(image)
+        image = Image.fromarray(array if array.shape[2] > 1 else array[..., 0])
+    image = plain(image)
+    scale = resolution / min(image.size)
+    left, top = (round((side * scale - resolution) / 2) for side in image.size)
+    fitted = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    return to_array(fitted), (image.height, image.width, top, left)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """Palettes become RGB, black and white grey."""
+    return image.convert("L" if image.mode == "1" else "RGB") if image.mode in ("P", "CMYK", "1") else image
+
+
+def to_array(image: Any) -> Pixels:
     """uint8 (height, width, channels); palettes become RGB, 16-bit grey 8-bit."""
-    if isinstance(image, Image.Image) and image.mode in ("P", "CMYK", "1"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    array = np.asarray(image)
+    array = np.asarray(plain(image) if isinstance(image, Image.Image) else image)
     if array.dtype == np.uint16:
         array = (array // 257).astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
@@ -152,10 +303,14 @@ def to_array(image: Any) -> npt.NDArray[np.uint8]:
     return array if array.ndim == 3 else array[..., None]
 
 
-def stack(images: list[tuple[str, npt.NDArray[np.uint8]]]) -> Samples:
+def stack(images: list[tuple[str, Pixels, Frame]], resolution: int | None) -> Samples:
     """Images of one size as samples; raises BadInput naming the first that differs."""
-    first_name, first = images[0]
-    for name, image in images:
+    first_name, first, _ = images[0]
+    for name, image, _ in images:
+        if image.shape[:2] != first.shape[:2]:
+            remedy = "resize them to one size, or set 'resolution'"
+            raise BadInput(f"data: {name} is {image.shape} but {first_name} is {first.shape}; {remedy}")
         if image.shape != first.shape:
-            raise BadInput(f"data: {name} is {image.shape} but {first_name} is {first.shape}; resize them to one size")
-    return from_array(np.stack([image for _, image in images]), first_name)
+            raise BadInput(f"data: {name} is {image.shape} but {first_name} is {first.shape}; convert all to RGB")
+    samples = from_array(np.stack([image for _, image, _ in images]), first_name)
+    return replace(samples, extra={FRAME: torch.tensor([frame for *_, frame in images])}) if resolution else samples

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import Port, UNetAdapter
 from diffprune_plugin.data import Samples
 from diffprune_plugin.errors import BadInput
 
@@ -56,15 +57,47 @@ def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:
 
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs.
     """
-    example = adapter.flat_inputs(unet)
-    expected = tuple(example["sample"].shape[1:])
+    expected = tuple(adapter.flat_inputs(unet)["sample"].shape[1:])
     if samples.shape != expected:
         raise BadInput(
             f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them"
         )
-    needed = set(example) - {"sample", "timestep"}
-    if needed - set(samples.extra):
-        raise BadInput(
-            f"data: the UNet needs {sorted(needed - set(samples.extra))}; add an array of that name to the .npz"
+    ports = [port for port in adapter.ports(unet) if port.name not in ("sample", "timestep")]
+    missing = [port.name for port in ports if port.name not in samples.extra]
+    if missing:
+        remedy = (
+            "add metadata.jsonl with captions to the folder, or give" if "encoder_hidden_states" in missing else "give"
         )
-    return replace(samples, extra={key: samples.extra[key] for key in needed})
+        raise BadInput(
+            f"data: the UNet needs {', '.join(missing)}, the data has {', '.join(sorted(samples.extra)) or 'none'}; "
+            f"{remedy} {'them' if len(missing) > 1 else 'it'} by name in an .npz or .safetensors"
+        )
+    for port in ports:
+        check_input(port, samples, unet, adapter)
+    names = {port.name for port in ports}
+    chosen = ({name: part[name] for name in names & set(part)} for part in (samples.extra, samples.null))
+    return replace(samples, **dict(zip(("extra", "null"), chosen, strict=True)))
+
+
+def check_input(port: Port, samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> None:
+    """Raises BadInput unless a further input has the shape, and where it is an index the range, that the UNet takes."""
+    values, shape = samples.extra[port.name], adapter.shapes(unet)[port.name]
+    stated = " ".join(map(str, shape))
+    fits = len(shape) == values.ndim and all(
+        isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True)
+    )
+    if not fits or (port.dtype is torch.int64 and values.is_floating_point()):
+        raise BadInput(
+            f"data: {port.name} is {values.dtype} {tuple(values.shape)}, the UNet takes {port.dtype} ({stated}); "
+            "convert it"
+        )
+    if port.integers_below:
+        count = adapter.classes(unet, port)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= count:
+            raise BadInput(f"data: {port.name} goes from {low} to {high}, the UNet knows 0 to {count - 1}; mend it")
+        if samples.classes not in (None, count):
+            raise BadInput(
+                f"data: {samples.classes} class folders, but the UNet knows {count} classes; name the folders by class "
+                "number (0, 1, ...)"
+            )

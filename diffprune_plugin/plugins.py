@@ -143,6 +143,8 @@ def adapter_for(unet_class: type, plugins: Plugins | None = None) -> UNetAdapter
         if class_name in known:
             adapter: UNetAdapter = known[class_name].value
             return adapter
+        if class_name in built_in_adapters.REFUSED:
+            raise BadInput(f"{class_name} cannot be pruned: {built_in_adapters.REFUSED[class_name]}")
     raise BadInput(f"no adapter for {unet_class.__name__}; have {', '.join(sorted(known))}; see README, 'A new UNet'")
 
 

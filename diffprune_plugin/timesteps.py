@@ -11,6 +11,7 @@ import numpy.typing as npt
 from diffprune_plugin.errors import BadInput, nearest
 
 Sampling = Literal["stratified", "reference", "fresh"]
+CONDITION_DROPOUT = 0.1  # what text-conditional models are trained with for classifier-free guidance
 SAMPLINGS: tuple[Sampling, ...] = ("stratified", "reference", "fresh")
 
 
@@ -27,6 +28,8 @@ class Sweep:
     include_last: whether the timestep that ends the authors' loop still counts.
     samples: gradient samples of the stratified sampling.
     curve_samples: samples for each point of its loss curve.
+    condition_dropout: share of the samples that are taken without their condition, as classifier-free guidance is
+        trained and sampled; by default 0.1 where the data knows what stands for no condition, else 0.
     """
 
     threshold: float = 0.05
@@ -34,10 +37,15 @@ class Sweep:
     include_last: bool = False
     samples: int = 1024
     curve_samples: int = 16
+    condition_dropout: float | None = None
 
     def __post_init__(self) -> None:
         for key, expected in (("threshold", float), ("include_last", bool), ("samples", int), ("curve_samples", int)):
             check_option(key, getattr(self, key), expected)
+        if self.condition_dropout is not None:
+            check_option("condition_dropout", self.condition_dropout, float)
+            if not 0 <= self.condition_dropout <= 1:
+                raise BadInput(f"importance: condition_dropout {self.condition_dropout} is outside [0, 1]")
         if not 0 <= self.threshold <= 1:
             raise BadInput(f"importance: threshold {self.threshold} is outside [0, 1]; useful values are 0.01 to 0.1")
         if self.sampling not in SAMPLINGS:

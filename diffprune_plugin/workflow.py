@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, load, load_pipeline, save
 from diffprune_plugin.compensate import CompensationReport, compensate_
 from diffprune_plugin.config import PruningConfig
-from diffprune_plugin.data import load_samples
+from diffprune_plugin.data import Samples
+from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
@@ -81,7 +84,8 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     check_asked(asked)
     check_patterns(unet, config.pruning_ratio_dict, config.ignored_layers)
     compensating = wants_compensation(config, model)
-    calibration = calibration_for(criterion, model, unet, config, progress, store=not dry_run)
+    samples = functools.cache(lambda: encode(model, config.data, config.resolution))
+    calibration = calibration_for(criterion, model, unet, config, samples, progress, store=not dry_run)
     if calibration is not None:
         criterion.calibration = calibration  # type: ignore[attr-defined]
     plan = make_plan(
@@ -94,12 +98,15 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
         return Pruned(model, plan, calibration, None)
     dense = copy.deepcopy(unet) if compensating else None
     remove_(unet, plan)
-    compensation = None if dense is None else compensate(unet, dense, plan, model, config, progress)
+    compensation = (
+        None if dense is None else compensate(unet, dense, plan, model.scheduler, samples(), config, progress)
+    )
     extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
     save(model, output, overwrite=overwrite, extra=extra)
     shutil.rmtree(progress_directory(config), ignore_errors=True)
+    model.to(config.device)
     return Pruned(model, plan, calibration, compensation)
 
 
@@ -124,16 +131,21 @@ def wants_compensation(config: PruningConfig, model: Any) -> bool:
 
 
 def compensate(
-    unet: nn.Module, dense: nn.Module, plan: PruningPlan, pipeline: Any, config: PruningConfig, progress: bool
+    unet: nn.Module,
+    dense: nn.Module,
+    plan: PruningPlan,
+    scheduler: Any,
+    samples: Samples,
+    config: PruningConfig,
+    progress: bool,
 ) -> CompensationReport:
     """Refit the pruned UNet's layers to the dense one's outputs."""
-    images = latents_of(pipeline, load_samples(config.data))
     return compensate_(
         unet,
         dense,
         plan,
-        pipeline.scheduler,
-        images,
+        scheduler,
+        samples,
         seed=config.seed,
         checkpoint=progress_directory(config),
         progress=progress,
@@ -147,7 +159,7 @@ def progress_directory(config: PruningConfig) -> Path:
 
 
 def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
-    """The pipeline or UNet of the config's directory, and its UNet, on the config's device.
+    """The pipeline or UNet of the config's directory, and its UNet, that one on the config's device.
 
     Raises HardwareUnproved if the device is not there.
     """
@@ -158,8 +170,8 @@ def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
         )
     directory, dtype = Path(config.model), getattr(torch, config.dtype)
     if (directory / "model_index.json").exists():
-        pipeline = load_pipeline(directory, dtype).to(config.device)
-        return pipeline, unet_of(pipeline, directory)
+        pipeline = load_pipeline(directory, dtype)
+        return pipeline, unet_of(pipeline, directory).to(config.device)
     unet = load(directory, dtype).to(config.device)
     return unet, unet
 
@@ -168,11 +180,23 @@ def unet_of(pipeline: DiffusionPipeline, directory: Path) -> nn.Module:
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, nn.Module):
         raise BadInput(f"{directory}: {type(pipeline).__name__} has no UNet (it has {', '.join(pipeline.components)})")
+    for name in ("controlnet", "adapter"):
+        if getattr(pipeline, name, None) is not None:
+            raise BadInput(
+                f"{directory}: {type(pipeline).__name__} adds the outputs of its {name} to the UNet's skip "
+                "connections, whose widths change; prune the pipeline without it"
+            )
     return unet
 
 
 def calibration_for(
-    criterion: Criterion, model: Any, unet: nn.Module, config: PruningConfig, progress: bool, store: bool
+    criterion: Criterion,
+    model: Any,
+    unet: nn.Module,
+    config: PruningConfig,
+    samples: Callable[[], Samples],
+    progress: bool,
+    store: bool,
 ) -> Calibration | None:
     """The calibration that a criterion needs: the stored one if it fits, else a new one; None if it needs none."""
     sweep = getattr(criterion, "sweep", None)
@@ -191,11 +215,13 @@ def calibration_for(
     calibration = calibrate(
         unet,
         model.scheduler,
-        latents_of(model, load_samples(config.data)),
+        samples(),
         sweep,
         batch_size=config.batch_size,
         timesteps=config.timesteps,
         seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+        autocast=config.autocast,
         checkpoint=progress_directory(config) if store else None,
         keep_progress=store,
         progress=progress,
@@ -212,6 +238,7 @@ def stored_calibration(directory: Path, unet: nn.Module, sweep: Any, config: Pru
     same = {
         "weights": calibration.weights == weights_hash(unet),
         "seed": calibration.seed == config.seed,
+        "autocast": calibration.autocast == config.autocast,
         "timesteps": sweep.sampling != "stratified" or points == len(calibration.timesteps),
         "batch_size": sweep.sampling == "stratified" or calibration.batch_size == config.batch_size,
     }
@@ -219,27 +246,15 @@ def stored_calibration(directory: Path, unet: nn.Module, sweep: Any, config: Pru
         if not fits:
             raise BadInput(f"{directory}: calibrated with other {key}; remove it or name another calibration directory")
     calibration = calibration.with_threshold(sweep.threshold)
+    if sweep.condition_dropout is None:
+        sweep = replace(sweep, condition_dropout=calibration.sweep.condition_dropout)
     if calibration.sweep != sweep:
         raise BadInput(f"{directory}: calibrated with {calibration.sweep}, asked is {sweep}; name another directory")
     return calibration
 
 
-@torch.no_grad()
-def latents_of(pipeline: Any, samples: Any) -> Any:
-    """Images as the pipeline's UNet sees them: encoded by its autoencoder if it has one (mean of the latents)."""
-    encoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
-    if encoder is None:
-        return samples
-    parts = []
-    for rows in torch.split(torch.arange(len(samples)), 8):
-        encoded = encoder.encode(samples.sample(rows).to(encoder.device, encoder.dtype))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-        parts.append((latents * encoder.config.scaling_factor).float().cpu())
-    return type(samples)(torch.cat(parts), samples.extra)
-
-
 def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:
     """The criterion as asked for, with what its sweep filled in: the plan's provenance."""
-    sweep = getattr(criterion, "sweep", None)
+    sweep = getattr(getattr(criterion, "calibration", None) or criterion, "sweep", None)
     filled = sweep.as_dict() if sweep is not None else {}
     return {**filled, **config.importance, "seed": config.seed}

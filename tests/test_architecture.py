@@ -22,6 +22,8 @@ ORDER = [
     "adapters",
     "plugins",
     "data",
+    "encoding",
+    "passes",
     "groups",
     "plan",
     "selection",

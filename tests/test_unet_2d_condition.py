@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import SlicedAttnProcessor
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
 from diffprune_plugin.groups import CoupledGroup, Member, trace_groups
 
 SD: dict[str, Any] = {
@@ -35,11 +39,13 @@ SDXL = {**LINEAR, "transformer_layers_per_block": (1, 2), "addition_embed_type":
 SDXL |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
 SDXL |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
 SDXL |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+REFINER = {**SDXL, "projection_class_embeddings_input_dim": 24 + 5 * 8}
 RESNET = {**SD, "layers_per_block": 2, "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D")}
 RESNET |= {"up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D")}
 CLASSES = {**SD, "num_class_embeds": 10}
 PROJECTED = {**SD, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
 FAMILIES = {"sd 1.5": SD, "sd 2.1": LINEAR, "sdxl": SDXL}
+ADDED = (SDXL, SDXL, REFINER, REFINER)
 RELATIVES = {
     "class labels": CLASSES,
     "class as a timestep": {**SD, "class_embed_type": "timestep"},
@@ -48,6 +54,7 @@ RELATIVES = {
     "scale and shift": {**SD, "resnet_time_scale_shift": "scale_shift"},
     "resnet up and down": RESNET,
     "cross-attention only": {**SD, "only_cross_attention": True, "upcast_attention": True},
+    "sdxl refiner": REFINER,
     "no middle": {**SD, "mid_block_type": None},
 }
 # The class-conditional latent diffusion model of ImageNet 256x256, arXiv 2112.10752.
@@ -225,7 +232,7 @@ def test_without_the_kept_output_the_latent_loses_channels() -> None:
     ("port", "config"),
     zip(
         UNET_2D_CONDITION.inputs,
-        (SD, SD, SD, CLASSES, RELATIVES["class as a timestep"], PROJECTED, SDXL, SDXL),
+        (SD, SD, SD, CLASSES, RELATIVES["class as a timestep"], PROJECTED, *ADDED),
         strict=True,
     ),
     ids=lambda value: getattr(value, "name", ""),
@@ -267,13 +274,49 @@ def test_a_config_that_the_table_does_not_cover_is_refused_by_name(config: dict[
         dp.make_plan(make_unet({**SD, **config}), "magnitude")
 
 
-def test_another_attention_processor_is_refused_by_name() -> None:
+def test_the_refiner_takes_five_numbers_and_the_pooled_embedding_of_its_only_text_encoder() -> None:
+    flat = UNET_2D_CONDITION.flat_inputs(make_unet(REFINER), batch=3)
+    assert (flat["text_embeds"].shape, flat["time_ids"].shape) == ((3, 24), (3, 5))
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+def test_the_default_attention_processors_give_the_same_plan(processor: Any) -> None:
+    unet = make_unet(SD)
+    plan = dp.make_plan(unet, "magnitude")
+    unet.set_attn_processor(processor())
+    assert dp.make_plan(unet, "magnitude") == plan
+
+
+def test_another_attention_processor_is_refused_by_name_and_the_remedy_helps() -> None:
     unet = make_unet(SD)
     unet.set_attn_processor(SlicedAttnProcessor(2))
-    with pytest.raises(BadInput, match="SlicedAttnProcessor"):
+    with pytest.raises(BadInput, match=r"SlicedAttnProcessor; .* call unet.set_default_attn_processor\(\)"):
         dp.make_plan(unet, "magnitude")
     unet.set_default_attn_processor()
     assert dp.make_plan(unet, "magnitude").groups
+
+
+def test_an_ip_adapter_is_refused_by_name() -> None:
+    unet = make_unet(SD)
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = IPAdapterAttnProcessor2_0(64, 24)
+    with pytest.raises(BadInput, match=r"attn2 uses IPAdapterAttnProcessor2_0; .* call pipeline.unload_ip_adapter\(\)"):
+        dp.make_plan(unet, "magnitude")
+
+
+def test_fused_projections_are_refused_even_when_unfused_again() -> None:
+    """diffusers keeps the fused layers, which would be saved at their dense size."""
+    unet = make_unet(SD)
+    unet.fuse_qkv_projections()
+    for undo in (lambda: None, unet.unfuse_qkv_projections):
+        undo()
+        with pytest.raises(BadInput, match=r"FusedAttnProcessor2_0; .* load the model again"):
+            dp.make_plan(unet, "magnitude")
+    assert any(name.endswith("to_qkv") for name, _ in unet.named_modules())
+
+
+def test_a_controlnet_is_refused_with_the_reason() -> None:
+    with pytest.raises(BadInput, match=r"ControlNetModel cannot be pruned: .* added to the skip connections"):
+        dp.make_plan(ControlNetModel.from_unet(make_unet(SD)), "magnitude")
 
 
 def test_a_loaded_lora_is_refused_by_name() -> None:
@@ -307,17 +350,3 @@ def test_ldm4_has_its_published_sizes_when_geglus_halves_are_ranked_apart() -> N
     )
     assert np.array(plan.params) / 1e6 == pytest.approx([400.9, 189.4], rel=0.005)
     assert np.array(plan.macs) / 1e9 == pytest.approx([99.8, 52.7], rel=0.005)
-
-
-@pytest.mark.parametrize("config", [SD, SDXL], ids=["sd 1.5", "sdxl"])
-def test_a_pruned_conditional_unet_is_exported_and_verified_and_denoises_as_in_pytorch(config, tmp_path) -> None:
-    unet = make_unet(config)
-    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.3))
-    path = tmp_path / "model.onnx"
-    to_onnx(unet, path, dynamic=("batch", "sequence"))
-    result = verify_onnx(path, unet)
-    assert result.passed, result.as_dict()
-    inputs = UNET_2D_CONDITION.example_inputs(unet, batch=2)
-    with torch.no_grad():
-        expected = unet(**inputs).sample
-    torch.testing.assert_close(ORTUNet(path)(**inputs).sample, expected, rtol=1e-4, atol=1e-5)

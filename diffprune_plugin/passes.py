@@ -1,0 +1,147 @@
+"""Sums of gradients over passes that fit the memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from rich.console import Console
+from torch import Tensor, nn
+
+from diffprune_plugin.errors import BadInput
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class Passes:
+    """``size``: how many samples go through the UNet at once; halved, and said so, whenever memory runs out."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def over(
+        self,
+        items: Sequence[Item],
+        run: Callable[[Sequence[Item]], Result],
+        repeating: Context = contextlib.nullcontext,
+    ) -> list[Result]:
+        """What ``run`` returns for the items, so many at a time; what ran out of memory again, in halves, inside
+        ``repeating``.
+
+        Raises BadInput if memory runs out for a single one.
+        """
+        results: list[Result] = []
+        first = 0
+        while first < len(items):
+            part = items[first : first + self.size]
+            done, result = self.attempt(part, run)
+            if done:
+                results += result
+            else:
+                self.halve(len(part))
+                with repeating():
+                    results += self.over(part, run, repeating)
+            first += len(part)
+        return results
+
+    def attempt(self, part: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> tuple[bool, list[Result]]:
+        """Whether there was memory enough, and the result; on return nothing of a failed pass is held any more."""
+        try:
+            return True, [run(part)]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False, []
+
+    def halve(self, failed: int) -> None:
+        if failed == 1:
+            raise BadInput(
+                "out of memory at batch size 1; set gradient_checkpointing: true or autocast: true, free memory, or "
+                "use another device"
+            )
+        self.size = failed // 2
+        Console(stderr=True).print(
+            f"out of memory at batch size {failed}: going on with {self.size}; the result is the same", soft_wrap=True
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or should_reduce_batch_size(error) or "not enough memory" in str(error)
+
+
+class GradientSums:
+    """The gradients of all backward passes summed in float32, ``totals``, by parameter name.
+
+    Each parameter's gradient is added and freed as soon as a pass has it: the memory is one set of gradients, whatever
+    the dtype of the weights. A pass that ran out of memory half-way is repeated without counting anything twice.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.added: set[str] = set()  # by the pass under way
+        self.counted: frozenset[str] = frozenset()  # by failed passes over the same samples
+        self.unet = unet
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Gradients of the UNet's parameters go into the sums, and their ``.grad`` is empty."""
+        with contextlib.ExitStack() as hooks:
+            for name, parameter in self.unet.named_parameters():
+                handle = parameter.register_post_accumulate_grad_hook(self.adder(name))
+                hooks.callback(handle.remove)
+            yield
+
+    def adder(self, name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None or name in self.counted:
+                return
+            if name in self.totals:
+                self.totals[name] += gradient
+            else:
+                self.totals[name] = gradient.float()
+            self.added.add(name)
+
+        return add
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar."""
+        self.added.clear()
+        torch.autograd.backward(loss)
+
+    @contextlib.contextmanager
+    def repeating(self) -> Iterator[None]:
+        """What the failed pass has added already is not added again."""
+        before, self.counted = self.counted, self.counted | self.added
+        try:
+            yield
+        finally:
+            self.counted = before
+
+
+@contextlib.contextmanager
+def checkpointing(unet: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing as diffusers has it, if asked for: activations are computed again in the backward pass.
+
+    Raises BadInput for a model without it.
+    """
+    if not on or getattr(unet, "is_gradient_checkpointing", False):
+        yield
+        return
+    try:
+        unet.enable_gradient_checkpointing()
+    except (AttributeError, ValueError):
+        raise BadInput(f"gradient_checkpointing: {type(unet).__name__} has none; set it to false") from None
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()
