@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.draws import CURVE, GRADIENTS, batch_of, draw
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import differentiable
 from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.processes import check_same, decided, joined, place, summed
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
 from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
 
-STAGES = {"curve": 0, "gradients": 1}
+STAGES = {"curve": CURVE, "gradients": GRADIENTS}
 
 
 def calibrate(
@@ -53,7 +55,8 @@ def calibrate(
     ``timesteps`` is the number of points of the loss curve, spread evenly (100; all of them for ``reference``).
     With stratified sampling each sample has its own seed, so that ``batch_size`` changes no result beyond float
     rounding. With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
-    progress is cleared at the end unless ``keep_progress``.
+    progress is cleared at the end unless ``keep_progress``. Where torch.distributed is initialized (by Accelerate, say)
+    all processes have to make the same call: each takes its part of every batch, and all get the whole result.
     The UNet is left as it was.
 
     Raises BadInput for images that do not fit the UNet or an unknown prediction type, CheckFailed for a loss that is
@@ -70,14 +73,15 @@ def calibrate(
     run = Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter)
     if checkpoint is not None:
         run.resume(Path(checkpoint), checkpoint_seconds)
-    with gradients_of(unet), progress_bar(progress) as bar:
+    with gradients_of(unet), progress_bar(progress and place()[0] == 0) as bar:
         if sweep.sampling == "stratified":
             run.measure_curve(bar)
             run.sum_gradients(bar)
         else:
             run.reference_loop(bar)
-        calibration = run.result()
         run.checkpoint(now=keep_progress)
+        run.share_gradients()
+        calibration = run.result()
     if not keep_progress:
         run.forget_progress()
     return calibration
@@ -123,10 +127,9 @@ class Run:
         while self.done < len(pairs):
             bar.update(task, completed=self.done)
             part = pairs[self.done : self.done + self.batch_size]
-            draws = [self.draw("curve", self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
             with torch.no_grad():
-                loss = self.loss(draws)
-            self.losses[tuple(zip(*part, strict=True))] = loss.cpu().numpy()
+                _, losses = self.loss(CURVE, [(self.done + i, self.points[point]) for i, (point, _) in enumerate(part)])
+            self.losses[tuple(zip(*part, strict=True))] = losses
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=len(pairs))
@@ -142,8 +145,9 @@ class Run:
         while self.done < count:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
-            draws = [self.draw("gradients", int(i), share(counting, int(i), count)) for i in part]
-            torch.autograd.backward(self.loss(draws).sum() * (len(counting) / count))
+            loss, _ = self.loss(GRADIENTS, [(int(i), share(counting, int(i), count)) for i in part])
+            if loss.requires_grad:
+                torch.autograd.backward(loss * (len(counting) / count))
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=count)
@@ -156,12 +160,11 @@ class Run:
             bar.update(task, completed=self.done)
             timestep = self.points[self.done][:1]
             fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
-            loss = self.loss([self.draw("gradients", fresh + i, timestep) for i in range(self.batch_size)])
-            self.losses[self.done] = loss.detach().cpu().numpy()
+            loss, self.losses[self.done] = self.loss(GRADIENTS, [(fresh + i, timestep) for i in range(self.batch_size)])
             means = self.losses[: self.done + 1].mean(axis=1)
             below = means[-1] < self.sweep.threshold * means.max()
-            if not below or self.sweep.include_last:
-                torch.autograd.backward(loss.mean())
+            if loss.requires_grad and (not below or self.sweep.include_last):
+                torch.autograd.backward(loss / self.batch_size)
             self.done = self.done + 1 if not below else len(self.points)
             self.checkpoint()
         bar.update(task, completed=len(self.points))
@@ -176,32 +179,29 @@ class Run:
         counts: npt.NDArray[np.bool_] = measured & ((loss >= self.sweep.threshold * largest) | self.sweep.include_last)
         return counts
 
-    def draw(self, stage: str, index: int, timesteps: npt.NDArray[np.int64]) -> tuple[int, int, Tensor]:
-        """Image row, timestep and noise of one sample; they depend on the seed, the stage and its index alone."""
-        epoch, position = divmod(index, len(self.samples))
-        rows = np.random.default_rng([self.seed, STAGES[stage], epoch]).permutation(len(self.samples))
-        source = np.random.default_rng([self.seed, STAGES[stage], index, 1])
-        generator = torch.Generator().manual_seed(int(source.integers(2**62)))
-        noise = torch.randn(self.samples.shape, generator=generator)
-        return int(rows[position]), int(source.choice(timesteps)), noise
+    def loss(
+        self, stage: int, wanted: list[tuple[int, npt.NDArray[np.int64]]]
+    ) -> tuple[Tensor, npt.NDArray[np.float64]]:
+        """The sum of the losses of this process's part of the samples (index, timesteps), and the loss of each of all.
 
-    def loss(self, draws: list[tuple[int, int, Tensor]]) -> Tensor:
-        """Loss of each sample, shape (len(draws),); raises CheckFailed if one is not finite."""
-        rows, timesteps = torch.tensor([d[0] for d in draws]), torch.tensor([d[1] for d in draws])
-        sample = self.samples.sample(rows).to(self.parameter)
-        noise = torch.stack([d[2] for d in draws]).to(self.parameter)
-        rest = {key: value[rows].to(self.parameter.device) for key, value in self.samples.extra.items()}
-        extra = self.adapter.nested(rest)
-        loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
-        finite = torch.isfinite(loss)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            place = f"batch at sample {self.done} of stage {self.stage}"
+        Raises CheckFailed, on every process, if one is not finite.
+        """
+        rank, processes = place()
+        draws = [draw(self.samples, self.seed, stage, *sample) for sample in wanted[rank::processes]]
+        loss = self.parameter.new_zeros(0, dtype=torch.float32)
+        if draws:
+            batch = batch_of(self.samples, draws).to(self.parameter)
+            extra = self.adapter.nested(batch.extra)
+            loss = noise_prediction_loss(self.unet, self.scheduler, batch.sample, batch.noise, batch.timesteps, extra)
+        losses = joined(loss, len(wanted)).cpu()
+        if not bool(torch.isfinite(losses).all()):
+            bad = int((~torch.isfinite(losses)).nonzero()[0])
+            row, timestep, _ = draw(self.samples, self.seed, stage, *wanted[bad])
             raise CheckFailed(
-                f"calibration: the loss is {loss[bad].item()} at timestep {timesteps[bad].item()}, "
-                f"image {rows[bad].item()} ({place}); check the model's weights and the images"
+                f"calibration: the loss is {losses[bad].item()} at timestep {timestep}, image {row} "
+                f"(batch at sample {self.done} of stage {self.stage}); check the model's weights and the images"
             )
-        return loss
+        return loss.sum(), losses.numpy()
 
     def result(self) -> Calibration:
         parameters = dict(self.unet.named_parameters())
@@ -254,22 +254,42 @@ class Run:
             self.losses = tensors.pop("losses").numpy()
             stage, done = tensors.pop("position").tolist()
             self.stage, self.done = list(STAGES)[stage], done
-            self.saved_gradients = {name.removeprefix("grad."): tensor for name, tensor in tensors.items()}
+            if place()[0] == 0:  # the stored gradients are the sum over processes
+                self.saved_gradients = {name.removeprefix("grad."): tensor for name, tensor in tensors.items()}
+        check_same(self.done, self.file, self.parameter.device)
 
     def restore_gradients(self) -> None:
         for name, parameter in self.unet.named_parameters():
             if name in self.saved_gradients:
                 parameter.grad = self.saved_gradients[name].to(parameter)
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients so far, summed over processes, by parameter name; of those that have one on some process."""
+        named = dict(self.unet.named_parameters())
+        has = summed(torch.tensor([p.grad is not None for p in named.values()], device=self.parameter.device).int())
+        return {
+            name: summed(p.grad if p.grad is not None else torch.zeros_like(p))
+            for (name, p), some in zip(named.items(), has.tolist(), strict=True)
+            if some
+        }
+
+    def share_gradients(self) -> None:
+        """Give every process the sum of all gradients."""
+        for name, gradient in self.gradients().items():
+            self.unet.get_parameter(name).grad = gradient
+
     def checkpoint(self, now: bool = False) -> None:
-        """Store the progress, if the last time is long enough ago, or ``now``."""
-        if self.file is None or (time.monotonic() - self.saved_at < self.every and not now):
+        """Store the progress, if the last time is long enough ago, or ``now``; the first process writes."""
+        if self.file is None:
             return
-        tensors = {f"grad.{n}": p.grad.cpu() for n, p in self.unet.named_parameters() if p.grad is not None}
+        if not decided(time.monotonic() - self.saved_at >= self.every or now, self.parameter.device):
+            return
+        tensors = {f"grad.{name}": gradient.cpu() for name, gradient in self.gradients().items()}
         tensors["losses"] = torch.from_numpy(self.losses)
         tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
-        with new_file(self.file) as temporary:
-            save_tensors(tensors, temporary)
+        if place()[0] == 0:
+            with new_file(self.file) as temporary:
+                save_tensors(tensors, temporary)
         self.saved_at = time.monotonic()
 
     def forget_progress(self) -> None:
