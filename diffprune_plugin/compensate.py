@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, check_architecture
-from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.data import Samples, load_samples, moved
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import removed_channels, trace_groups
@@ -168,7 +168,7 @@ def draw(
     noise = torch.randn((count, *data.shape), generator=torch.Generator().manual_seed(seed))
     noisy = scheduler.add_noise(data.sample(rows), noise, chosen).to(like)
     dropped = torch.from_numpy(np.random.default_rng([seed, 2]).random(count) < CONDITION_DROPOUT)
-    extra = data.inputs(rows, like, dropped)
+    extra = moved(data.inputs(rows, dropped), like)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
     return Draws(noisy, chosen.to(like.device), extra, held_out, adapter)
 

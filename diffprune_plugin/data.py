@@ -59,15 +59,13 @@ class Samples:
             return values.permute(0, 3, 1, 2).float() / 127.5 - 1
         return values
 
-    def inputs(self, rows: Tensor, like: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
-        """Further inputs of these rows on the device of ``like``, numbers in its dtype; those of rows that ``dropped``
-        (len(rows),) marks are the null condition."""
+    def inputs(self, rows: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
+        """Further inputs of these rows; those of rows that ``dropped`` (len(rows),) marks are the null condition."""
         found = {}
         for name, values in self.extra.items():
-            part = values[rows]
+            found[name] = part = values[rows]
             if dropped is not None and name in self.null:
                 part[dropped] = self.null[name].to(part)
-            found[name] = part.to(like) if part.is_floating_point() else part.to(like.device)
         return found
 
     @property
@@ -83,6 +81,11 @@ class Samples:
         for tensor in (self.values, *further):
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # a view: nothing is copied
         return digest.hexdigest()
+
+
+def moved(inputs: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Inputs on the device of ``like``; numbers in its dtype, indices as they are."""
+    return {k: v.to(like) if v.is_floating_point() else v.to(like.device) for k, v in inputs.items()}
 
 
 def load_samples(source: Any, resolution: int | None = None) -> Samples:

@@ -171,7 +171,8 @@ def nearest_to(
         above = size(select(groups, middle, head_ratio, rules)) > wanted
         low, high = (middle, high) if above else (low, middle)
     before, after = (select(groups, ratio, head_ratio, rules) for ratio in (low, high))
-    order, best, last = by_harm(groups, before, after), list(before), []
+    order, best = by_harm(groups, before, after), list(before)
+    last: list[GroupPlan] = []
     while best != last:
         last = best
         for place in order:
