@@ -234,8 +234,9 @@ class Run:
         source = np.random.default_rng([self.seed, STAGES[stage], index, 1])
         generator = torch.Generator().manual_seed(int(source.integers(2**62)))
         noise = torch.randn(self.samples.shape, generator=generator)
-        dropped = np.random.default_rng([self.seed, STAGES[stage], index, 2]).random() < self.sweep.condition_dropout
-        return Draw(int(rows[position]), int(source.choice(timesteps)), noise, bool(dropped))
+        left_out = self.sweep.condition_dropout or 0.0
+        dropped = bool(np.random.default_rng([self.seed, STAGES[stage], index, 2]).random() < left_out)
+        return Draw(int(rows[position]), int(source.choice(timesteps)), noise, dropped)
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Loss of each sample, shape (len(draws),); raises CheckFailed if one is not finite."""
