@@ -79,7 +79,7 @@ class Samples:
         digest = hashlib.sha256()
         further = (part[key] for part in (self.extra, self.null) for key in sorted(part))
         for tensor in (self.values, *further):
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # a view: nothing is copied
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
         return digest.hexdigest()
 
 
@@ -263,8 +263,9 @@ def from_sequence(rows: Sequence[Any], resolution: int | None = None) -> Samples
         raise BadInput("data: the sequence of images is empty")
     taken = {i: rows[i] for i in range(0, count, every(count, framed(image_of(rows[0], 0), resolution)[0]))}
     samples = stack([(f"row {i}", *framed(image_of(row, i), resolution)) for i, row in taken.items()], resolution)
-    texts = [row.get("text") if isinstance(row, Mapping) else None for row in taken.values()]
-    return replace(samples, captions=tuple(texts)) if all(isinstance(text, str) for text in texts) else samples
+    texts = (row.get("text") for row in taken.values() if isinstance(row, Mapping))
+    captions = tuple(text for text in texts if isinstance(text, str))
+    return replace(samples, captions=captions) if len(captions) == len(samples) else samples
 
 
 def image_of(row: Any, number: int) -> Any:

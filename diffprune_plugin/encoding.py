@@ -88,7 +88,8 @@ def normalized(latents: Tensor, config: Any) -> Tensor:
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[key], device=latents.device) for key in ("latents_mean", "latents_std"))
         latents = (latents - mean.reshape(1, -1, 1, 1)) / std.reshape(1, -1, 1, 1)
-    return latents * config.scaling_factor
+    scaled: Tensor = latents * config.scaling_factor
+    return scaled
 
 
 def time_ids(samples: Samples, pipeline: Any, adapter: UNetAdapter) -> Tensor:

@@ -104,9 +104,10 @@ def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:
         )
     for port in ports:
         check_input(port, samples, unet, adapter)
-    names = {port.name for port in ports}
-    chosen = ({name: part[name] for name in names & set(part)} for part in (samples.extra, samples.null))
-    return replace(samples, **dict(zip(("extra", "null"), chosen, strict=True)))
+    extra, null = (
+        {port.name: part[port.name] for port in ports if port.name in part} for part in (samples.extra, samples.null)
+    )
+    return replace(samples, extra=extra, null=null)
 
 
 def check_input(port: Port, samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> None:

@@ -96,8 +96,8 @@ class GradientSums:
         """Gradients of the UNet's parameters go into the sums, and their ``.grad`` is empty."""
         with contextlib.ExitStack() as hooks:
             for name, parameter in self.unet.named_parameters():
-                handle = parameter.register_post_accumulate_grad_hook(self.adder(name))
-                hooks.callback(handle.remove)
+                register: Any = parameter.register_post_accumulate_grad_hook
+                hooks.callback(register(self.adder(name)).remove)
             yield
 
     def adder(self, name: str) -> Callable[[Tensor], None]:

@@ -61,7 +61,7 @@ def calibrated(unet: UNet2DModel, images: Any, sampling: str = "stratified", **c
     return dp.calibrate(unet, DDPMScheduler(num_train_timesteps=20), images, SWEEPS[sampling], **settings)
 
 
-def assert_close(first: Calibration, second: Calibration, rtol: float = 1e-3, atol: float = 1e-4) -> None:
+def assert_close(first: Calibration, second: Calibration, rtol: float = 1e-3, atol: float = 1e-5) -> None:
     assert first.gradients.keys() == second.gradients.keys()
     assert first.backward == second.backward
     for name, gradient in first.gradients.items():
