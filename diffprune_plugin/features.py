@@ -127,7 +127,7 @@ def inception(path: Path) -> nn.Module:
     try:
         state = load_file(path)
         # Its constructor would download the weights, or unpickle them.
-        with mock.patch.object(module, "load_state_dict_from_url", lambda *_, **__: state):
+        with mock.patch.object(module, "load_state_dict_from_url", return_value=state):
             return Inception(module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise BadInput(f"--features: {path}: not the weights of FID's Inception: {first_line(error)}") from None

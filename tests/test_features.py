@@ -43,7 +43,9 @@ def pixels(count: int = 6, channels: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "scale"), [(TensorProto.FLOAT, 255), (TensorProto.UINT8, 1)])
-def test_a_float_network_gets_pixels_up_to_1_and_an_integer_one_up_to_255(tmp_path: Path, kind: int, scale: int) -> None:
+def test_a_float_network_gets_pixels_up_to_1_and_an_integer_one_up_to_255(
+    tmp_path: Path, kind: int, scale: int
+) -> None:
     features = load_features(write_network(tmp_path / "rows.onnx", kind=kind))
     expected = pixels().double().mean(3)[:, 0] / scale
     torch.testing.assert_close(features.of(pixels(), batch_size=4), expected, rtol=1e-5, atol=1e-6)

@@ -67,16 +67,13 @@ def test_a_sampler_that_adds_no_noise_draws_the_same_images_at_any_batch_size(
     pipeline: DDPMPipeline, name: str
 ) -> None:
     drawn = [
-        arrays(sample_images(pipeline, 3, steps=4, scheduler=name, batch_size=size, progress=False))
-        for size in (3, 2)
+        arrays(sample_images(pipeline, 3, steps=4, scheduler=name, batch_size=size, progress=False)) for size in (3, 2)
     ]
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm"])
-def test_quadratic_timesteps_reach_every_scheduler_that_takes_its_own(
-    pipeline: DDPMPipeline, name: str
-) -> None:
+def test_quadratic_timesteps_reach_every_scheduler_that_takes_its_own(pipeline: DDPMPipeline, name: str) -> None:
     seen: list[int] = []
     hook = pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
     sample_images(pipeline, 1, steps=6, scheduler=name, skip="quad", progress=False)
