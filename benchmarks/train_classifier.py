@@ -61,7 +61,9 @@ def train(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Classifier:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * batches)
     with progress_bar(True) as bar:
-        for rows in bar.track([r for _ in range(epochs) for r in shuffled(len(images), generator)], description="train"):
+        for rows in bar.track(
+            [r for _ in range(epochs) for r in shuffled(len(images), generator)], description="train"
+        ):
             loss = functional.cross_entropy(model(shifted(images[rows], generator))[1], labels[rows])
             optimizer.zero_grad()
             loss.backward()

@@ -150,8 +150,8 @@ def evaluate(
         facts["reference"] = {"images": len(samples), "sha256": samples.sha256}
         facts["timesteps"] = [int(part[len(part) // 2]) for part in parts_of(pipeline)]
     if features is not None and samples is not None:
-        facts["features"] = {"name": features.frechet, "sha256": features.sha256}
         real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
+        facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": real.shape[1]}
         for role, model in models.items():
             drawn = features.of(model.images, drawing.batch_size)
             facts["models"][role] |= distances(real, drawn, features, drawing.seed)
@@ -237,11 +237,11 @@ def stratified_mean(values: Curves) -> tuple[float, float]:
 def distances(real: Tensor, drawn: Tensor, features: Features, seed: int) -> dict[str, Any]:
     """The kernel distance, and the Frechet distance if both sets have more images than there are features."""
     mean, deviation = kernel_distance(real, drawn, seed)
-    images, size = min(len(real), len(drawn)), real.shape[1]
-    found: dict[str, Any] = {features.kernel: {"mean": mean, "subsets_std": deviation}}
-    if images > size:
-        return {features.frechet: frechet_distance(real, drawn), **found}
-    return {features.frechet: f"not computed: {images} images for {size} features; needs at least {size + 1}", **found}
+    enough = min(len(real), len(drawn)) > real.shape[1]
+    return {
+        features.frechet: frechet_distance(real, drawn) if enough else None,
+        features.kernel: {"mean": mean, "subsets_std": deviation},
+    }
 
 
 def compare(model: Measured, dense: Measured) -> dict[str, Any]:
@@ -283,7 +283,10 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
         lines += ["", "## Loss per timestep", "", *table(["timestep", *(model["name"] for model in models)], rows)]
     lines += ["", "Drawn with: " + ", ".join(f"{key} {value}" for key, value in drawing.items()) + "."]
     if "features" in facts:
-        lines += [f"Features: {facts['features']['name']}, SHA-256 {facts['features']['sha256'][:12]}."]
+        name, size, digest = (facts["features"][key] for key in ("name", "size", "sha256"))
+        lines += [f"{name}: {size} features, SHA-256 {digest[:12]}."]
+        if models[0][name] is None:
+            lines += [f"{name} was not computed: it needs at least {size + 1} drawn and as many reference images."]
     return lines
 
 
@@ -293,7 +296,7 @@ def cell(model: dict[str, Any], key: str) -> str:
         return f"{value['mean']:.5g} (subsets: ± {value['subsets_std']:.2g})"
     if isinstance(value, float):
         return with_error(model, key)
-    return quantity(value) if isinstance(value, int) else str(value)
+    return "-" if value is None else quantity(value)
 
 
 def with_error(facts: dict[str, Any], key: str) -> str:
