@@ -182,12 +182,13 @@ def evaluate(
 
 @app.command(epilog="Example: diffprune plugins")
 def plugins(json: Json = False) -> None:
-    """List criteria and adapters, the packages they come from, and what failed to load and why."""
-    from diffprune_plugin.plugins import adapters, criteria, plugin_manager
+    """List criteria, timestep weights and adapters, the packages they come from, and what failed to load and why."""
+    from diffprune_plugin.plugins import adapters, criteria, plugin_manager, timestep_weights
 
     found = plugin_manager()
     offers: dict[str, list[str]] = {}
-    for kind, entries in (("criterion", criteria(found)), ("adapter", adapters(found))):
+    kinds = {"criterion": criteria, "timestep weights": timestep_weights, "adapter": adapters}
+    for kind, entries in ((kind, collect(found)) for kind, collect in kinds.items()):
         for name, entry in entries.items():
             offers.setdefault(entry.plugin, []).append(f"{kind} {name}")
     rows: list[dict[str, Any]] = [
