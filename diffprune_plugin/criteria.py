@@ -114,10 +114,8 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
                 f"{where} is {tuple(weight.shape)} but was calibrated as {tuple(gradient.shape)}; calibrate again "
                 "after each removal"
             )
-        weight, gradient = weight.detach().float(), gradient.to(weight.device).float()
-        if summed:
-            return (weight * gradient).abs() ** self.power
-        return weight.abs() ** POWERS[self.sweep.accumulate] * gradient
+        size, slope = weight.detach().float().abs(), gradient.to(weight.device).float().abs()
+        return (size * slope) ** self.power if summed else size ** POWERS[self.sweep.accumulate] * slope
 
 
 class RandomImportance(tp.importance.Importance):  # type: ignore[misc]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Evaluation:
     """``facts`` is evaluation.json; ``rows`` the images of the grid."""
 
     facts: dict[str, Any]
-    rows: dict[str, Sequence[Image.Image]] = field(repr=False)
+    rows: Mapping[str, Sequence[Image.Image]] = field(repr=False)
 
     def markdown(self) -> str:
         """The facts as tables."""

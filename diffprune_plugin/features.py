@@ -46,7 +46,7 @@ class Features:
         features that are not finite.
         """
         parts = []
-        for part in images.split(batch_size):
+        for part in torch.split(images, batch_size):
             values = self.network(part)
             if values.ndim != 2 or len(values) != len(part):
                 raise BadInput(

@@ -139,7 +139,7 @@ def log_decrease(alphas_cumprod: Weights, prediction_type: str) -> Weights:
     The idea of OBS-Diff (arXiv 2510.06751), where errors of early sampling steps accumulate.
     """
     low, high = LOG_RANGE
-    position = np.log1p(np.arange(len(alphas_cumprod))) / max(np.log(len(alphas_cumprod)), 1.0)
+    position: Weights = np.log1p(np.arange(len(alphas_cumprod))) / max(np.log(len(alphas_cumprod)), 1.0)
     return low + (high - low) * position
 
 

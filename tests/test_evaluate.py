@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ def test_what_cannot_be_measured_is_one_line_and_leaves_nothing(
     assert message in err
     assert len(err.strip().splitlines()) == 1 or "━" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_torchmetrics_it_says_what_to_install(
+    run: Any, dense_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    code, _, err = run("evaluate", dense_dir, "-o", dense_dir.parent / "out")
+    assert code == 2
+    assert "diffprune-plugin[eval]" in err
 
 
 def test_the_digit_classifier_is_the_one_described_and_tells_digits_from_noise() -> None:
