@@ -26,8 +26,8 @@ from diffprune_plugin.groups import total_macs
 from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
-from diffprune_plugin.report import image_grid, quantity, save_image
-from diffprune_plugin.sample import sample_images
+from diffprune_plugin.report import image_grid, pil_images, quantity, save_image
+from diffprune_plugin.sample import sample_images, sampler
 from diffprune_plugin.tensors import weights_hash
 from diffprune_plugin.timesteps import Sweep, strata
 from diffprune_plugin.workflow import check_apart, check_device, latents_of, unet_of
@@ -143,23 +143,24 @@ def evaluate(
     samples = None if reference is None else load_samples(reference)
     pipelines = {"model": pipeline} if against is None else {"against": against, "model": pipeline}
     check(pipelines, samples, features, drawing)
+    passes = len(sampler(pipeline.scheduler, drawing.scheduler, drawing.steps, drawing.skip).timesteps)
+    facts: dict[str, Any] = {"drawing": asdict(drawing) | {"unet_passes": passes}}
+    real = None
+    if features is not None and samples is not None:
+        real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
+        facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": real.shape[1]}
     models = {role: measure(role, each, samples, drawing, progress) for role, each in pipelines.items()}
-    facts: dict[str, Any] = {"drawing": asdict(drawing)}
     facts["models"] = {role: size_and_loss(model) for role, model in models.items()}
     if samples is not None:
         facts["reference"] = {"images": len(samples), "sha256": samples.sha256}
         facts["timesteps"] = [int(part[len(part) // 2]) for part in parts_of(pipeline)]
-    if features is not None and samples is not None:
-        real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
-        facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": real.shape[1]}
-        for role, model in models.items():
-            drawn = features.of(model.images, drawing.batch_size)
-            facts["models"][role] |= distances(real, drawn, features, drawing.seed)
+    for role, model in models.items() if features is not None and real is not None else ():
+        facts["models"][role] |= distances(real, features.of(model.images, drawing.batch_size), features, drawing.seed)
     if against is not None:
         facts["compared"] = compare(models["model"], models["against"])
     rows = {model.name: model.pictures[:SHOWN] for model in models.values() if model.pictures}
     if samples is not None and samples.values.dtype is torch.uint8 and rows:
-        rows = {"reference": [Image.fromarray(p.squeeze()) for p in samples.values[:SHOWN].numpy()]} | rows
+        rows = {"reference": pil_images(samples.values[:SHOWN].numpy() / 255)} | rows
     return Evaluation(facts, rows)
 
 

@@ -141,6 +141,8 @@ class Inception(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise BadInput(f"--features: Inception takes RGB or grey, the images have {images.shape[1]} channels")
         features: Tensor = self.network(images.expand(-1, 3, -1, -1))[0]
         return features
 
