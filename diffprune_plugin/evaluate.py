@@ -18,6 +18,7 @@ from torch import Tensor
 from diffprune_plugin.calibrating import Run
 from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.integrity import need
 from diffprune_plugin.features import LEAST, Features, frechet_distance, kernel_distance, load_features
@@ -30,7 +31,7 @@ from diffprune_plugin.report import image_grid, pil_images, quantity, save_image
 from diffprune_plugin.sample import sample_images, sampler
 from diffprune_plugin.tensors import weights_hash
 from diffprune_plugin.timesteps import Sweep, strata
-from diffprune_plugin.workflow import check_apart, check_device, latents_of, unet_of
+from diffprune_plugin.workflow import check_apart, check_device, unet_of
 
 Curves = npt.NDArray[np.float64]
 POINTS = 20  # of the loss curve
@@ -213,7 +214,7 @@ def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool)
     """
     unet, scheduler = unet_of(pipeline), training_scheduler(pipeline.scheduler)
     adapter = find_adapter(unet)
-    fit = fitting(latents_of(pipeline, samples), unet, adapter)
+    fit = fitting(encode(pipeline, samples), unet, adapter)
     sweep = Sweep(threshold=0.0, curve_samples=drawing.loss_samples)
     curve = Run(unet, scheduler, fit, sweep, drawing.batch_size, parts_of(pipeline), drawing.seed, adapter)
     with progress_bar(progress) as bar:

@@ -97,6 +97,7 @@ OPTION_TYPES = {
     "samples": int,
     "curve_samples": int,
     "micro_batch": int,
+    "accumulate": str,
     "timestep_weights": str,
 }
 
