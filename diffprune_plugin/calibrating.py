@@ -28,11 +28,11 @@ from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import differentiable
 from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
 from diffprune_plugin.passes import GradientSums, Passes, checkpointing
-from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.plugins import find_adapter, weights_of_timesteps
 from diffprune_plugin.processes import check_same, decided, joined, mine, place, summed
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
-from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
+from diffprune_plugin.timesteps import POWERS, Sweep, above_threshold, share, strata
 
 STAGES = {"curve": CURVE, "gradients": GRADIENTS}
 
@@ -55,6 +55,8 @@ def calibrate(
     adapter: UNetAdapter | None = None,
 ) -> Calibration:
     """Measure the UNet's noise-prediction loss over timesteps and sum its gradients over those that count.
+
+    What is summed, and with which weights, the sweep says: `Sweep.accumulate`, `Sweep.timestep_weights`.
 
     ``scheduler`` is the pipeline's own (epsilon, v_prediction or sample); ``images`` whatever `load_samples` takes.
     ``timesteps`` is the number of points of the loss curve, spread evenly (100; all of them for ``reference``).
@@ -90,7 +92,7 @@ def calibrate(
     ):
         if sweep.sampling == "stratified":
             run.measure_curve(bar)
-            run.sum_gradients(bar)
+            (run.sum_gradients if sweep.accumulate == "sum" else run.sum_powers)(bar)
         else:
             run.reference_loop(bar)
         calibration = run.result()
@@ -124,6 +126,7 @@ class Run:
         self.batch_size, self.points, self.seed, self.adapter = batch_size, points, seed, adapter
         self.autocast, self.passes, self.sums = autocast, Passes(batch_size), GradientSums(unet)
         self.parameter = next(unet.parameters())
+        self.timestep_weights = torch.from_numpy(weights_of_timesteps(sweep.timestep_weights, scheduler)).float()
         self.weights = weights_hash(unet)
         stratified = sweep.sampling == "stratified"
         self.losses = np.full((len(points), sweep.curve_samples if stratified else batch_size), np.nan)
@@ -152,7 +155,7 @@ class Run:
 
     def sum_gradients(self, bar: Progress) -> None:
         """Accumulate the gradients of batches that mix the timesteps that count, spread evenly over them."""
-        counting = np.concatenate([p for p, counts in zip(self.points, self.counts(), strict=True) if counts])
+        counting = self.counting()
         count = self.sweep.samples
         order = np.random.default_rng([self.seed, 2]).permutation(count)
         task = bar.add_task("gradients", total=count)
@@ -162,6 +165,26 @@ class Run:
             draws = [self.draw(GRADIENTS, int(i), share(counting, int(i), count)) for i in part]
             self.together(self.add_gradients(mine(draws), len(counting) / count), draws)
             self.done += len(part)
+            self.checkpoint()
+        bar.update(task, completed=count)
+
+    def sum_powers(self, bar: Progress) -> None:
+        """Accumulate |gradient| ** power of micro-batches, each of one timestep; these spread evenly over what counts.
+
+        G = (timesteps that count / micro-batches) * sum over micro-batches b of weight_t(b) |g_b| ** power,
+        g_b the gradient of the mean loss of fresh samples at the timestep t(b).
+        """
+        counting = self.counting()
+        size, count = self.sweep.micro_batch, self.sweep.drawn
+        task = bar.add_task("gradients of micro-batches", total=count)
+        while self.done < count:
+            bar.update(task, completed=self.done)
+            part = share(counting, self.done // size, count // size)
+            timestep = np.random.default_rng([self.seed, GRADIENTS, self.done, 3]).choice(part, 1)
+            draws = [self.draw(GRADIENTS, self.done + i, timestep) for i in range(size)]
+            with self.one_gradient(int(timestep[0]), len(counting) * size / count):
+                self.together(self.add_gradients(mine(draws), 1 / size), draws)
+            self.done += size
             self.checkpoint()
         bar.update(task, completed=count)
 
@@ -179,7 +202,8 @@ class Run:
             means = self.losses[: self.done + 1].mean(axis=1)
             below = means[-1] < self.sweep.threshold * means.max()
             if not below or self.sweep.include_last:
-                self.add_gradients(own, 1 / self.batch_size, graph if len(graph) == 1 else None)
+                with self.one_gradient(int(timestep[0])):
+                    self.add_gradients(own, 1 / self.batch_size, graph if len(graph) == 1 else None)
             self.done = self.done + 1 if not below else len(self.points)
             self.checkpoint()
         bar.update(task, completed=len(self.points))
@@ -192,15 +216,39 @@ class Run:
     def add_gradients(self, draws: Sequence[Draw], scale: float, known: list[Tensor] | None = None) -> list[Tensor]:
         """Add the gradients of the samples' losses times ``scale``; ``known``: the losses of all, used up.
 
-        Returns the losses of each pass.
+        Where gradients are summed, each is weighted by its timestep. Returns the losses of each pass.
         """
+        plain = self.sweep.accumulate == "sum"
 
         def run(part: Sequence[Draw]) -> Tensor:
             loss = known.pop() if known else self.loss(part)
-            self.sums.backward(loss.sum() * scale)
+            weights = self.timestep_weights[[draw.timestep for draw in part]].to(loss) if plain else 1.0
+            self.sums.backward((loss * weights).sum() * scale)
             return loss.detach()
 
         return self.passes.over(draws, run, self.sums.repeating)
+
+    @contextlib.contextmanager
+    def one_gradient(self, timestep: int, scale: float = 1.0) -> Iterator[None]:
+        """Where powers are accumulated, what all processes add inside is one gradient g of this timestep.
+
+        The sums grow by scale * weight_t * |g| ** power, on the first process.
+        """
+        if self.sweep.accumulate == "sum":
+            yield
+            return
+        totals, self.sums.totals = self.sums.totals, {}
+        yield
+        factor = scale * float(self.timestep_weights[timestep])
+        gradients = self.gradients()  # every process takes part in the sum
+        for name, gradient in gradients.items() if place()[0] == 0 else ():
+            grown = factor * gradient.abs() ** POWERS[self.sweep.accumulate]
+            totals[name] = totals[name] + grown if name in totals else grown
+        self.sums.totals = totals
+
+    def counting(self) -> npt.NDArray[np.int64]:
+        """The timesteps that count."""
+        return np.concatenate([part for part, counts in zip(self.points, self.counts(), strict=True) if counts])
 
     def counts(self) -> npt.NDArray[np.bool_]:
         """Which points of the curve count."""
@@ -257,8 +305,8 @@ class Run:
             stderr=stderr,
             counts=self.counts()[measured],
             gradients={name: total.cpu().contiguous() for name, total in self.gradients().items()},
-            forward=int(losses.size) + (self.sweep.samples if self.sweep.sampling == "stratified" else 0),
-            backward=self.sweep.samples
+            forward=int(losses.size) + (self.sweep.drawn if self.sweep.sampling == "stratified" else 0),
+            backward=self.sweep.drawn
             if self.sweep.sampling == "stratified"
             else int(self.counts().sum()) * self.batch_size,
             seed=self.seed,

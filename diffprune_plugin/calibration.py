@@ -22,11 +22,12 @@ Curve = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Calibration:
-    """The loss curve, the timesteps that count, and the gradients of the loss summed over them.
+    """The loss curve, the timesteps that count, and the gradients of the loss accumulated over them.
 
     timesteps, loss, stderr, counts: one entry a point of the curve, shape (points,); ``loss`` is the mean squared
         error per element, ``stderr`` the standard error of its mean over samples, ``counts`` whether it counts.
-    gradients: d(sum over counting timesteps of L_t) / d(parameter), float32 on the CPU, by parameter name.
+    gradients: d(sum over counting timesteps of weight_t L_t) / d(parameter), float32 on the CPU, by parameter name;
+        where the sweep's ``accumulate`` says so, the sums of weight_t |d L_t / d(parameter)| ** p instead.
     forward, backward: samples that went through the UNet each way.
     weights, images: SHA-256 of the UNet's parameters and of the samples. autocast: computed in bfloat16.
     """

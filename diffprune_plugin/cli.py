@@ -30,6 +30,8 @@ app = typer.Typer(
 console = Console()
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Scheduler = Annotated[str, typer.Option(help="ddim, ddpm, dpm, or a diffusers class.")]
+Skip = Annotated[str, typer.Option(help="Spacing of the timesteps: uniform or quad.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 
 
@@ -107,7 +109,8 @@ def sample(
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file with the images.")],
     count: Annotated[int, typer.Option(help="Number of images.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
-    scheduler: Annotated[str, typer.Option(help="ddim, ddpm or dpm.")] = "ddim",
+    scheduler: Scheduler = "ddim",
+    skip: Skip = "uniform",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -118,7 +121,7 @@ def sample(
 
     if output.exists() and not overwrite:
         raise BadInput(f"{output} exists; use --overwrite or another file")
-    images = sample_images(load_pipeline(directory), count, seed=seed, steps=steps, scheduler=scheduler)
+    images = sample_images(load_pipeline(directory), count, seed=seed, steps=steps, scheduler=scheduler, skip=skip)
     rows = {f"{directory}, seed {seed}": images[:8]} | {
         " " * i: images[8 * i : 8 * i + 8] for i in range(1, -(-count // 8))
     }
@@ -126,14 +129,66 @@ def sample(
     say(f"wrote {output}")
 
 
+@app.command(
+    epilog="Example: diffprune evaluate pruned --against dense --reference images --features inception.safetensors"
+)
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="Pipeline directory, dense or pruned.")],
+    against: Annotated[Path | None, typer.Option(help="Dense pipeline directory to compare with.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Real images: a folder or an .npz.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Feature network (.onnx), or Inception's weights (.safetensors).")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the result.")] = Path("evaluation"),
+    scheduler: Scheduler = "ddim",
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
+    skip: Skip = "uniform",
+    count: Annotated[int, typer.Option(help="Images of each model; 0 draws none.", min=0)] = 64,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Images a pass.", min=1)] = 32,
+    loss_samples: Annotated[int, typer.Option(help="Samples for each point of the loss curve.", min=2)] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Measure a model: size, loss per timestep, distance to real images, likeness to the dense model's images."""
+    from diffprune_plugin.evaluate import Drawing, run
+
+    drawing = Drawing(
+        count=count,
+        seed=seed,
+        scheduler=scheduler,
+        steps=steps,
+        skip=skip,
+        batch_size=batch_size,
+        loss_samples=loss_samples,
+    )
+    result = run(
+        directory,
+        output,
+        against=against,
+        reference=reference,
+        features=features,
+        drawing=drawing,
+        device=device,
+        overwrite=overwrite,
+    )
+    if json:
+        console.print_json(data=result.facts)
+        return
+    say(result.markdown())
+    say(f"wrote {output}")
+
+
 @app.command(epilog="Example: diffprune plugins")
 def plugins(json: Json = False) -> None:
-    """List criteria and adapters, the packages they come from, and what failed to load and why."""
-    from diffprune_plugin.plugins import adapters, criteria, plugin_manager
+    """List criteria, timestep weights and adapters, the packages they come from, and what failed to load and why."""
+    from diffprune_plugin.plugins import adapters, criteria, plugin_manager, timestep_weights
 
     found = plugin_manager()
     offers: dict[str, list[str]] = {}
-    for kind, entries in (("criterion", criteria(found)), ("adapter", adapters(found))):
+    kinds = {"criterion": criteria, "timestep weights": timestep_weights, "adapter": adapters}
+    for kind, entries in ((kind, collect(found)) for kind, collect in kinds.items()):
         for name, entry in entries.items():
             offers.setdefault(entry.plugin, []).append(f"{kind} {name}")
     rows: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffprune_plugin.errors import BadInput, MissingGradients, nearest
 from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
-from diffprune_plugin.timesteps import Sweep, check_option
+from diffprune_plugin.timesteps import POWERS, Accumulation, Sweep, check_option
 
 if TYPE_CHECKING:
     from diffprune_plugin.calibration import Calibration
@@ -33,7 +33,9 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
     """First-order Taylor score of a coupled group: sum over its weights k of |w_k g_k| ** power.
 
     g is the gradient of the loss, summed over the timesteps that the calibration kept before the absolute value is
-    taken (Eq. 7-10 of arXiv 2305.10924). Convolutions and linear layers count, norm affine parameters if ``norms``.
+    taken (Eq. 7-10 of arXiv 2305.10924). Where the sweep accumulates powers, the score is sum_k |w_k| ** p G_k with
+    G_k the sum over timesteps of |g_kt| ** p; for p = 2 that of arXiv 1906.10771.
+    Convolutions and linear layers count, norm affine parameters if ``norms``.
     ``normalizer="mean"`` divides by the group's mean, so that groups can be ranked together; the order inside a group
     is the same. ``round_to`` and ``halves`` are what `make_plan` takes where it is not told otherwise. Without a
     calibration, gradients accumulated in ``.grad`` are used.
@@ -60,6 +62,8 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
             raise BadInput(f"importance: halves {halves!r} is neither 'together' nor 'apart'")
         if power not in (1, 2):
             raise BadInput(f"importance: power {power} is neither 1 (absolute value) nor 2 (square)")
+        if power != 1 and sweep.accumulate != "sum":
+            raise BadInput(f"importance: power {power} is for accumulate 'sum', not {sweep.accumulate!r}; leave it out")
         if normalizer not in ("mean", None):
             raise BadInput(f"importance: normalizer {normalizer!r} is neither 'mean' nor null")
         self.sweep, self.power, self.norms, self.normalizer = sweep, power, norms, normalizer
@@ -86,7 +90,7 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
         return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
 
     def _channel_scores(self, dep: Any, group: Any) -> Tensor | None:
-        """|w g| ** power summed over all weights of each channel on the pruned side of one layer."""
+        """`_saliency` summed over all weights of each channel on the pruned side of one layer."""
         layer = dep.target.module
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             axis = 0 if group._DG.is_out_channel_pruning_fn(dep.handler) else 1
@@ -97,9 +101,12 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
         return None
 
     def _saliency(self, layer: nn.Module, name: str, group: Any) -> Tensor:
+        """|w g| ** power of each weight, or |w| ** p G where the calibration holds the sums G of |g| ** p."""
         weight: nn.Parameter = getattr(layer, name)
         where = f"{group._DG._module2name[layer]}.{name}"
-        gradient = weight.grad if self.calibration is None else self.calibration.gradients.get(where)
+        summed = self.sweep.accumulate == "sum"
+        own = weight.grad if summed else None  # a sum of powers is not what autograd leaves in .grad
+        gradient = own if self.calibration is None else self.calibration.gradients.get(where)
         if gradient is None:
             raise MissingGradients(f"{where} has no gradient; pass importance(..., calibration=calibrate(...))")
         if gradient.shape != weight.shape:
@@ -107,7 +114,8 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
                 f"{where} is {tuple(weight.shape)} but was calibrated as {tuple(gradient.shape)}; calibrate again "
                 "after each removal"
             )
-        return (weight.detach().float() * gradient.to(weight.device).float()).abs() ** self.power
+        size, slope = weight.detach().float().abs(), gradient.to(weight.device).float().abs()
+        return (size * slope) ** self.power if summed else size ** POWERS[self.sweep.accumulate] * slope
 
 
 class RandomImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -130,14 +138,32 @@ def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
     """The thresholded timestep Taylor score; presets are variants of the authors' code (README, 'Presets')."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise BadInput(f"importance: preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
-    return make_taylor({**PRESETS[preset], **options})
+    return make_taylor({"accumulate": "sum", **PRESETS[preset], **options})
 
 
 def taylor(**options: Any) -> TaylorImportance:
     """The Taylor score over all timesteps: no threshold."""
     if "threshold" in options:
         raise BadInput("importance: taylor keeps all timesteps and takes no threshold; use diff_taylor")
-    return make_taylor({"threshold": 0.0, **options})
+    return make_taylor({"accumulate": "sum", "threshold": 0.0, **options})
+
+
+def taylor_absolute(**options: Any) -> TaylorImportance:
+    """sum_k |w_k| sum_t |g_kt|: gradients of different timesteps do not cancel; all timesteps unless told otherwise."""
+    return accumulating("absolute", options)
+
+
+def fisher(**options: Any) -> TaylorImportance:
+    """sum_k w_k^2 sum_t g_kt^2: the Fisher score; all timesteps unless told otherwise."""
+    return accumulating("square", options)
+
+
+def accumulating(what: Accumulation, options: dict[str, Any]) -> TaylorImportance:
+    if options.get("accumulate", what) != what:
+        raise BadInput(
+            f"importance: accumulate {options['accumulate']!r}: this criterion's is {what!r}; use diff_taylor"
+        )
+    return make_taylor({"threshold": 0.0, **options, "accumulate": what})
 
 
 def make_taylor(options: dict[str, Any]) -> TaylorImportance:
@@ -166,6 +192,8 @@ BUILT_IN: dict[str, CriterionFactory] = {
     "diff-pruning": diff_taylor,
     "ours": diff_taylor,
     "taylor": taylor,
+    "taylor_absolute": taylor_absolute,
+    "fisher": fisher,
     "magnitude": magnitude,
     "random": RandomImportance,
 }

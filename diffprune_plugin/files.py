@@ -12,7 +12,8 @@ from pathlib import Path
 
 from diffprune_plugin.errors import BadInput
 
-OURS = ("model_index.json", "config.json", "calibration.json", "config.yaml")  # one of them is in all that we write
+# One of them is in all that we write.
+OURS = ("model_index.json", "config.json", "calibration.json", "config.yaml", "evaluation.json")
 
 
 @contextlib.contextmanager

@@ -197,6 +197,11 @@ def layer_costs(unet: nn.Module, adapter: UNetAdapter) -> dict[str, LayerCost]:
     return {name: layer_cost(module, positions.get(name, 0)) for name, module in modules.items()}
 
 
+def total_macs(unet: nn.Module, adapter: UNetAdapter) -> int:
+    """MACs of one sample of the config's size, counted as `layer_costs` does."""
+    return sum(cost.after(0, 0)[1] for cost in layer_costs(unet, adapter).values())
+
+
 def layer_cost(module: nn.Module, positions: int) -> LayerCost:
     """The cost of one layer applied at so many positions."""
     params = own_parameters(module)

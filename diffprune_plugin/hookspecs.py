@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pluggy
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from diffprune_plugin.adapters.table import UNetAdapter
@@ -35,11 +37,18 @@ class Criterion(Protocol):
 
 
 CriterionFactory = Callable[..., Criterion]
+# From alphas_cumprod, shape (timesteps,), and the prediction_type: the weight of each timestep's loss, >= 0.
+TimestepWeights = Callable[["npt.NDArray[np.float64]", str], "npt.NDArray[np.float64]"]
 
 
 @hookspec
 def diffprune_register_criteria(register: Callable[[str, CriterionFactory], None]) -> None:
     """Call ``register(name, factory)`` once for each criterion; the config's options become its keyword arguments."""
+
+
+@hookspec
+def diffprune_register_timestep_weights(register: Callable[[str, TimestepWeights], None]) -> None:
+    """Call ``register(name, function)`` once for each rule that criteria name in their option ``timestep_weights``."""
 
 
 @hookspec

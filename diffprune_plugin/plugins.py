@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pluggy
 
 import diffprune_plugin.adapters as built_in_adapters
 from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
+from diffprune_plugin import timesteps as built_in_timesteps
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
@@ -59,6 +61,7 @@ def plugin_manager(entry_points: bool = True) -> Plugins:
     plugins = Plugins(manager)
     version = importlib.metadata.version("diffprune-plugin")
     plugins.register(built_in_criteria, "criteria", "diffprune-plugin", version)
+    plugins.register(built_in_timesteps, "timesteps", "diffprune-plugin", version)
     plugins.register(built_in_adapters, "adapters", "diffprune-plugin", version)
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if entry_points else ():
         package = point.dist.name if point.dist else point.value
@@ -111,6 +114,30 @@ def criteria(plugins: Plugins) -> dict[str, Registered]:
 def adapters(plugins: Plugins) -> dict[str, Registered]:
     """Adapters by the name of the UNet class they describe."""
     return collect(plugins, "diffprune_register_adapters", lambda adapter: adapter.model_class)
+
+
+def timestep_weights(plugins: Plugins) -> dict[str, Registered]:
+    """Rules for the weights of timesteps by name."""
+    return collect(plugins, "diffprune_register_timestep_weights")
+
+
+def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = None) -> Any:
+    """The weight of each training timestep's loss, shape (timesteps,), by the name of a registered rule.
+
+    Raises BadInput for an unknown name, or a rule that does not give one number >= 0 a timestep, not all of them 0.
+    """
+    known = timestep_weights(plugins or plugin_manager())
+    if name not in known:
+        hint = nearest(str(name), known)
+        raise BadInput(f"importance: timestep_weights {name!r}{hint}; known: {', '.join(sorted(known))}")
+    alphas = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
+    weights = np.asarray(known[name].value(alphas, scheduler.config.get("prediction_type", "epsilon")))
+    if weights.shape != alphas.shape or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
+        raise BadInput(
+            f"importance: timestep_weights {name!r} of {known[name].plugin} gives {weights.shape} numbers, not "
+            f"{alphas.shape} finite ones >= 0; mend the plugin"
+        )
+    return weights
 
 
 def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = None, **options: Any) -> Criterion:

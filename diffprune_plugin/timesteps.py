@@ -1,7 +1,8 @@
-"""Which timesteps count: what a criterion wants calibrated, and the rule of the loss threshold."""
+"""Which timesteps count, and how much: what a criterion wants calibrated, the loss threshold, the built-in weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -9,10 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.hookspecs import TimestepWeights, hookimpl
 
+Weights = npt.NDArray[np.float64]
 Sampling = Literal["stratified", "reference", "fresh"]
 CONDITION_DROPOUT = 0.1  # what text-conditional models are trained with for classifier-free guidance
 SAMPLINGS: tuple[Sampling, ...] = ("stratified", "reference", "fresh")
+Accumulation = Literal["sum", "absolute", "square"]
+POWERS: dict[Accumulation, int] = {"sum": 1, "absolute": 1, "square": 2}  # of the gradient, before it is added up
+SNR_LIMIT = 5.0  # gamma of min-SNR, as in its paper
+LOG_RANGE = (0.8, 1.2)  # weights at the cleanest and the noisiest timestep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,14 @@ class Sweep:
         one noise tensor at every timestep from 0 on, until the loss falls below the threshold. ``fresh`` is the same
         loop with a new batch and new noise at each timestep (their latent model).
     include_last: whether the timestep that ends the authors' loop still counts.
+    accumulate: what is added up over timesteps, for each weight: the gradient (``sum``; the paper), its ``absolute``
+        value, or its ``square`` (Fisher). Opposite gradients of two timesteps cancel in the first only.
+    micro_batch: with ``absolute`` and ``square``, as many samples of one timestep give one gradient g, and
+        sum_t weight_t E[|g_t| ** p] is estimated. For p = 2, E[g^2] is the squared expected gradient plus the variance
+        of one sample's divided by micro_batch: 1 gives the empirical Fisher, more leave less noise in the score. In
+        the authors' loop a pass is the micro-batch.
+    timestep_weights: name of the rule for the weight of each timestep that counts; ``uniform``, ``log_decrease``,
+        ``min_snr`` or a plugin's.
     samples: gradient samples of the stratified sampling.
     curve_samples: samples for each point of its loss curve.
     condition_dropout: share of the samples that are taken without their condition, as classifier-free guidance is
@@ -38,9 +53,12 @@ class Sweep:
     samples: int = 1024
     curve_samples: int = 16
     condition_dropout: float | None = None
+    accumulate: Accumulation = "sum"
+    micro_batch: int = 8
+    timestep_weights: str = "uniform"
 
     def __post_init__(self) -> None:
-        for key, expected in (("threshold", float), ("include_last", bool), ("samples", int), ("curve_samples", int)):
+        for key, expected in OPTION_TYPES.items():
             check_option(key, getattr(self, key), expected)
         if self.condition_dropout is not None:
             check_option("condition_dropout", self.condition_dropout, float)
@@ -51,9 +69,19 @@ class Sweep:
         if self.sampling not in SAMPLINGS:
             hint = nearest(str(self.sampling), SAMPLINGS)
             raise BadInput(f"importance: sampling {self.sampling!r} is none of {', '.join(SAMPLINGS)}{hint}")
-        for key in ("samples", "curve_samples"):
+        if self.accumulate not in POWERS:
+            hint = nearest(str(self.accumulate), POWERS)
+            raise BadInput(f"importance: accumulate {self.accumulate!r} is none of {', '.join(POWERS)}{hint}")
+        for key in ("samples", "curve_samples", "micro_batch"):
             if getattr(self, key) < 1:
                 raise BadInput(f"importance: {key} {getattr(self, key)} is below 1")
+        if self.accumulate != "sum" and self.micro_batch > self.samples:
+            raise BadInput(f"importance: micro_batch {self.micro_batch} is more than samples {self.samples}")
+
+    @property
+    def drawn(self) -> int:
+        """Gradient samples that the stratified sampling draws: whole micro-batches."""
+        return self.samples if self.accumulate == "sum" else self.samples - self.samples % self.micro_batch
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -61,6 +89,17 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+OPTION_TYPES = {
+    "threshold": float,
+    "include_last": bool,
+    "samples": int,
+    "curve_samples": int,
+    "micro_batch": int,
+    "accumulate": str,
+    "timestep_weights": str,
+}
 
 
 def check_option(key: str, value: Any, expected: type) -> None:
@@ -88,3 +127,35 @@ def share(timesteps: npt.NDArray[np.int64], index: int, count: int) -> npt.NDArr
     """The timesteps that sample ``index`` of ``count`` stands for, when the samples are spread evenly over them."""
     first = len(timesteps) * index // count
     return timesteps[first : max(len(timesteps) * (index + 1) // count, first + 1)]
+
+
+def uniform(alphas_cumprod: Weights, prediction_type: str) -> Weights:
+    """Every timestep that counts weighs the same: alpha_t of arXiv 2305.10924 is 1 or 0."""
+    return np.ones(len(alphas_cumprod))
+
+
+def log_decrease(alphas_cumprod: Weights, prediction_type: str) -> Weights:
+    """0.8 + 0.4 log(1 + t) / log(T): falls as sampling goes on, from the noisiest timestep to the cleanest.
+
+    The idea of OBS-Diff (arXiv 2510.06751), where errors of early sampling steps accumulate.
+    """
+    low, high = LOG_RANGE
+    position: Weights = np.log1p(np.arange(len(alphas_cumprod))) / max(np.log(len(alphas_cumprod)), 1.0)
+    return low + (high - low) * position
+
+
+def min_snr(alphas_cumprod: Weights, prediction_type: str) -> Weights:
+    """min(SNR, 5) as the weight of the predicted sample's loss, in terms of what is predicted (arXiv 2303.09556).
+
+    The loss of the predicted noise is SNR times, that of the velocity SNR + 1 times the sample's.
+    """
+    snr = alphas_cumprod / np.maximum(1 - alphas_cumprod, 1e-12)
+    if prediction_type == "epsilon":
+        return np.minimum(1.0, SNR_LIMIT / np.maximum(snr, 1e-12))
+    return np.minimum(snr, SNR_LIMIT) / (snr + 1 if prediction_type == "v_prediction" else 1)
+
+
+@hookimpl
+def diffprune_register_timestep_weights(register: Callable[[str, TimestepWeights], None]) -> None:
+    for name, rule in {"uniform": uniform, "log_decrease": log_decrease, "min_snr": min_snr}.items():
+        register(name, rule)

@@ -163,27 +163,32 @@ def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
 
     Raises HardwareUnproved if the device is not there.
     """
-    number = int(config.device.partition(":")[2] or 0)
-    if config.device != "cpu" and (not torch.cuda.is_available() or number >= torch.cuda.device_count()):
-        raise HardwareUnproved(
-            f"device: {config.device}, but torch sees no GPU; use device: cpu or install a CUDA build"
-        )
+    check_device(config.device)
     directory, dtype = Path(config.model), getattr(torch, config.dtype)
     if (directory / "model_index.json").exists():
         pipeline = load_pipeline(directory, dtype)
-        return pipeline, unet_of(pipeline, directory).to(config.device)
+        return pipeline, unet_of(pipeline).to(config.device)
     unet = load(directory, dtype).to(config.device)
     return unet, unet
 
 
-def unet_of(pipeline: DiffusionPipeline, directory: Path) -> nn.Module:
+def check_device(device: str) -> None:
+    """Raises HardwareUnproved if the device is a GPU that torch does not see."""
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and (not torch.cuda.is_available() or number >= torch.cuda.device_count()):
+        raise HardwareUnproved(f"device: {device}, but torch sees no GPU; use device: cpu or install a CUDA build")
+
+
+def unet_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """Raises BadInput for a pipeline without one."""
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, nn.Module):
-        raise BadInput(f"{directory}: {type(pipeline).__name__} has no UNet (it has {', '.join(pipeline.components)})")
+        kind = type(pipeline).__name__
+        raise BadInput(f"{pipeline.name_or_path}: {kind} has no UNet (it has {', '.join(pipeline.components)})")
     for name in ("controlnet", "adapter"):
         if getattr(pipeline, name, None) is not None:
             raise BadInput(
-                f"{directory}: {type(pipeline).__name__} adds the outputs of its {name} to the UNet's skip "
+                f"{pipeline.name_or_path}: {type(pipeline).__name__} adds the outputs of its {name} to the UNet's skip "
                 "connections, whose widths change; prune the pipeline without it"
             )
     return unet

@@ -22,7 +22,7 @@ from diffprune_plugin.adapters.table import Port, UNetAdapter
 from diffprune_plugin.checkpoint import load
 from diffprune_plugin.errors import BadInput, first_line, nearest
 from diffprune_plugin.export.integrity import PREFIX, Files, check_output, need, new_model, read_manifest
-from diffprune_plugin.groups import layer_costs
+from diffprune_plugin.groups import total_macs
 from diffprune_plugin.plan import architecture_hash
 from diffprune_plugin.plugins import find_adapter
 
@@ -195,7 +195,7 @@ def provenance(unet: Any, adapter: UNetAdapter, options: dict[str, str]) -> dict
         "source_config_sha256": architecture_hash(unet),
         "axes": default_axes(unet, adapter),
         "params": str(sum(p.numel() for p in unet.parameters())),
-        "macs": str(sum(cost.after(0, 0)[1] for cost in layer_costs(unet, adapter).values())),
+        "macs": str(total_macs(unet, adapter)),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         **options,
     }

