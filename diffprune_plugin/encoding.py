@@ -36,10 +36,12 @@ def encode(pipeline: Any, source: Any, resolution: int | None = None) -> Samples
     if images and NUMBERS in needed:
         samples = replace(samples, extra=samples.extra | {NUMBERS: time_ids(samples, pipeline, adapter)})
     with beside_the_unet(pipeline):
+        if images:
+            samples = replace(samples, values=latents_of(pipeline, samples))
         if samples.captions and STATES in needed:
             embeddings, null = texts_encoded(pipeline, samples.captions)
             samples = replace(samples, extra=samples.extra | embeddings, null=samples.null | null)
-        return replace(samples, values=latents_of(pipeline, samples)) if images else samples
+    return samples
 
 
 @contextlib.contextmanager
