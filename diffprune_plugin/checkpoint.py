@@ -80,7 +80,8 @@ def pruned_class_named(name: str) -> type:
 def as_pruned_(unet: nn.Module, plan: PruningPlan) -> None:
     """Make a UNet whose channels are gone an instance of the pruned class, with its plan."""
     base: Any = type(unet)
-    unet.__class__ = pruned_class(base)
+    if not isinstance(unet, PrunedModelMixin):
+        unet.__class__ = pruned_class(base)
     unet.pruning_plan = plan  # type: ignore[assignment]
 
 

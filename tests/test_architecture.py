@@ -33,6 +33,8 @@ ORDER = [
     "calibrating",
     "checkpoint",
     "removal",
+    "history",
+    "pruner",
     "ridge",
     "residual",
     "compensate",
