@@ -90,7 +90,7 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class UNetAdapter:
-    """One UNet class as a table; everything else is derived from it."""
+    """One UNet class as a table; everything else is derived from it. ``module``: where the class is imported from."""
 
     model_class: str
     inputs: tuple[Port, ...]
@@ -102,6 +102,7 @@ class UNetAdapter:
     known: tuple[Known, ...] = ()
     words: tuple[tuple[str, int], ...] = ()  # sizes of dynamic axes other than batch, height and width, in examples
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
+    module: str = "diffusers"
 
     def ports(self, unet: nn.Module) -> tuple[Port, ...]:
         """The inputs that this UNet's config asks for."""

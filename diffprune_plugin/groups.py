@@ -66,8 +66,11 @@ class CoupledGroup:
         return tuple(dict.fromkeys(m.layer for m in self.members if m.side == "out"))
 
     def closed(self, units: Iterable[int]) -> Channels:
-        """The root channels of these units: each with its twin in every other half."""
-        first = np.asarray(sorted(units), dtype=np.int64)
+        """The root channels of these units, sorted: each with its twin in every other half."""
+        return self.rooted(np.asarray(sorted(units), dtype=np.int64))
+
+    def rooted(self, first: Channels) -> Channels:
+        """The root channels of units, half by half in the order given."""
         return np.concatenate([first + half * self.units for half in range(self.pairs)])
 
 

@@ -49,11 +49,12 @@ class History:
         """Raises BadInput if a layer of the UNet has other channels than the history leaves it."""
         for name, cost in self._costs.items():
             found: Any = layer_cost(unet.get_submodule(name), 0)
-            for side, dense, now in (
+            sides: tuple[tuple[Side, int, int], ...] = (
                 ("in", cost.channels_in, found.channels_in),
                 ("out", cost.channels_out, found.channels_out),
-            ):
-                left = dense - len(self._gone.get((name, side), ()))  # type: ignore[call-overload]
+            )
+            for side, dense, now in sides:
+                left = dense - len(self._gone.get((name, side), ()))
                 if now != left:
                     raise BadInput(
                         f"{name} has {now} {side} channels, but the pruning history leaves it {left}; remove channels "

@@ -130,6 +130,7 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._scopes = [
             Scope(f"pruning_ratio_dict[{i}]", layers[key], self._ratios(ratios[key])) for i, key in enumerate(ratios)
         ]
+        self._ratios(self.pruning_ratio)
         self._heads = self.adapter.head_sizes(model)
         self._dense, self._costs = self._groups(), layer_costs(model, self.adapter)
         self._history, self._decided = History(self._dense, self._costs), dict[str, GroupPlan]()
@@ -273,14 +274,11 @@ def layers_of(model: nn.Module, key: Key, argument: str) -> frozenset[str]:
         return frozenset().union(*(layers_of(model, part, argument) for part in key))
     if isinstance(key, str):
         return frozenset(matching(key, [name for name in names.values() if name], argument))
-    if isinstance(key, type):
-        modules = [m for m in names if isinstance(m, key)]
-    elif isinstance(key, nn.Module):
-        modules = [key] if key in names else []
-    else:
+    if not isinstance(key, (type, nn.Module)):
         raise BadInput(f"{argument}: a {type(key).__name__} is no layer; give the module, a type or a name")
+    modules = [module for module in names if module is key or (isinstance(key, type) and isinstance(module, key))]
     if not modules:
-        raise BadInput(f"{argument}: {key if isinstance(key, type) else type(key)} is in no layer of the model")
+        raise BadInput(f"{argument}: {key if isinstance(key, type) else type(key)}: the model has no such layer")
     return frozenset(names[inside] for module in modules for inside in module.modules())
 
 
@@ -350,10 +348,10 @@ def check_calibration(wanted: Any, calibration: Calibrations | None, steps: int)
                 "make one: calibration={'scheduler': ..., 'images': ...}"
             )
     elif isinstance(calibration, Mapping):
-        try:
-            inspect.signature(calibrate).bind(None, sweep=None, **calibration)
-        except TypeError as error:
-            raise BadInput(f"calibration: {error}; it holds the arguments of diffprune_plugin.calibrate") from None
+        known = set(inspect.signature(calibrate).parameters) - {"unet", "sweep"}
+        for key in (*sorted(set(calibration) - known), *sorted({"scheduler", "images"} - set(calibration))):
+            state = "unknown argument" if key in calibration else "missing argument"
+            raise BadInput(f"calibration: {state} {key!r}; it holds those of diffprune_plugin.calibrate")
     elif not callable(calibration):
         raise BadInput(f"calibration: a {type(calibration).__name__} is no Calibration, mapping or function")
 

@@ -25,6 +25,7 @@ ORDER = [
     "encoding",
     "passes",
     "groups",
+    "permute",
     "plan",
     "selection",
     "planning",
@@ -43,6 +44,7 @@ ORDER = [
     "workflow",
     "export.*",
     "export",
+    "check",
     "demo",
     "cli",
 ]
