@@ -15,14 +15,14 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import UNetAdapter, axis_size, sample_size
-from diffprune_plugin.calibration import calibrate
+from diffprune_plugin.calibrating import calibrate
 from diffprune_plugin.checkpoint import load, save
 from diffprune_plugin.data import Samples
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.groups import CoupledGroup, trace_groups
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.permute import NORMS, new_order, reorder_
-from diffprune_plugin.plan import make_plan
+from diffprune_plugin.planning import make_plan
 from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.removal import remove_
 

@@ -5,51 +5,42 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch_pruning as tp
 from torch import nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.calibration import Calibration, calibrate
+from diffprune_plugin.calibrating import calibrate
+from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, as_pruned_
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.groups import CoupledGroup, differentiable, groups_of, layer_costs
 from diffprune_plugin.history import History
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.patterns import matching
-from diffprune_plugin.plan import (
-    GroupPlan,
-    PruningPlan,
-    architecture_hash,
-    check_ratio,
-    choose,
-    library_versions,
-    requested_ratio,
-    sizes,
-)
+from diffprune_plugin.plan import GroupPlan, PruningPlan, architecture_hash
+from diffprune_plugin.planning import asked_group, check_ratio, library_versions, requested_ratio, sizes
 from diffprune_plugin.plugins import find_adapter, importance
+from diffprune_plugin.selection import Rules, group_plan, head_groups, select
 from diffprune_plugin.tensors import weights_hash
 
 SIGNATURE = inspect.signature(tp.pruner.BasePruner)
 HONOURED = (
     *("model", "example_inputs", "importance", "global_pruning", "pruning_ratio", "pruning_ratio_dict"),
     *("max_pruning_ratio", "iterative_steps", "iterative_pruning_ratio_scheduler", "ignored_layers", "round_to"),
-    *("isomorphic", "out_channel_groups", "num_heads", "prune_head_dims", "root_module_types", "forward_fn"),
-    "output_transform",
+    *("isomorphic", "out_channel_groups", "num_heads", "prune_num_heads", "prune_head_dims", "head_pruning_ratio"),
+    *("root_module_types", "forward_fn", "output_transform"),
 )
 RENAMED = {
     "channel_groups": "out_channel_groups",
     "ch_sparsity": "pruning_ratio",
     "ch_sparsity_dict": "pruning_ratio_dict",
 }
-WHOLE_HEADS = "whole heads are never removed, their dimensions are; leave it out (the softmax keeps its scale)"
 REFUSED = {
-    "prune_num_heads": WHOLE_HEADS,
-    "head_pruning_ratio": WHOLE_HEADS,
-    "head_pruning_ratio_dict": WHOLE_HEADS,
+    "head_pruning_ratio_dict": "every attention loses the same share of its heads; use head_pruning_ratio",
     "in_channel_groups": "the adapter's table says which channels go together; leave it out",
     "customized_pruners": "a pruned UNet is rebuilt from convolutions, linear, norm and embedding layers only; "
     "use torch_pruning's own BasePruner with **adapter.torch_pruning_kwargs(unet)",
@@ -118,7 +109,9 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ratios = {key: float(ratio) for key, ratio in (given["pruning_ratio_dict"] or {}).items()}
         layers = {key: layers_of(model, key, "pruning_ratio_dict") for key in ratios}
         self._stays = stays(model, self.adapter, given)
-        self._parts = equal_parts(model, self.adapter, given)
+        self._parts = dict(given["out_channel_groups"])
+        equal_parts(model, self.adapter, self._parts)
+        check_heads(model, self.adapter, given["num_heads"])
         fresh = self.adapter.torch_pruning_kwargs(model)
         given |= fresh | {
             "importance": criterion_of(importance),
@@ -131,8 +124,10 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
             Scope(f"pruning_ratio_dict[{i}]", layers[key], self._ratios(ratios[key])) for i, key in enumerate(ratios)
         ]
         self._ratios(self.pruning_ratio)
+        self._head_layers = self.adapter.head_layers(model) if self.prune_num_heads else {}
         self._heads = self.adapter.head_sizes(model)
         self._dense, self._costs = self._groups(), layer_costs(model, self.adapter)
+        self._units = {group.root: group.units for group in self._dense}
         self._history, self._decided = History(self._dense, self._costs), dict[str, GroupPlan]()
         self._architecture = architecture_hash(model)
 
@@ -164,6 +159,7 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
             criterion={"name": name or type(self._wanted).__name__, **options},
             pruning_ratio=float(self.pruning_ratio),
             groups=groups,
+            heads=self._head_counts(),
             layers=layers,
             params=params,
             macs=macs,
@@ -193,31 +189,42 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return ratios
 
     def _groups(self) -> list[CoupledGroup]:
-        return groups_of(self.DG, self.model, self.adapter, self._parts, self.root_module_types)
+        parts = equal_parts(self.model, self.adapter, self._parts)
+        return groups_of(self.DG, self.model, self.adapter, parts, self.root_module_types)
 
     def _decide(self, step: int) -> None:
         """Choose, for each group as it is now, what goes in this step."""
         self.importance = calibrated(self._wanted, self._calibration, self.model)
-        groups, ratio = self._groups(), float(self._ratios(self.pruning_ratio)[step])
-        special = {layer: (float(s.ratios[step]), s.label) for s in self._scopes for layer in s.layers}
-        asked = {group.root: requested_ratio(group, ratio, special, self._stays) for group in groups}
-        chosen = choose(
-            groups,
-            asked,
-            self.importance,
-            self.round_to or getattr(self.importance, "round_to", None) or 1,
-            scopes={group.root: self._scope(group) for group in groups} if self.global_pruning else {},
-            dense={group.root: group.units for group in self._dense},
-            most=self.max_pruning_ratio,
+        rules = Rules(
+            global_pruning=self.global_pruning,
+            isomorphic=self.isomorphic,
+            round_to=self.round_to or getattr(self.importance, "round_to", None) or 1,
+            max_pruning_ratio=self.max_pruning_ratio,
+            halves=getattr(self.importance, "halves", None) or "together",
         )
+        groups = self._groups()
+        heads = head_groups(groups, self._head_layers)
+        special = {layer: (float(s.ratios[step]), s.label) for s in self._scopes for layer in s.layers}
+        items = [
+            replace(
+                asked_group(g, requested_ratio(g, special, self._stays), self.importance, heads.get(g.root, "")),
+                scope=next((scope.label for scope in self._scopes if scope.layers.intersection(g.layers)), ""),
+                gone=self._units[g.root] - g.units,
+            )
+            for g in groups
+        ]
+        common, head_ratio = (self._ratios(ratio)[step] for ratio in (self.pruning_ratio, self.head_pruning_ratio))
+        chosen = select(items, float(common), float(head_ratio) if heads else None, rules)
         self._decided = {group.root: group for group in chosen}
 
-    def _scope(self, group: CoupledGroup) -> Hashable:
-        """What a group is ranked together with: its entry in pruning_ratio_dict, groups of its shape, or all."""
-        for scope in self._scopes:
-            if scope.layers.intersection(group.layers):
-                return scope.label
-        return pattern(group) if self.isomorphic else ""
+    def _head_counts(self) -> dict[str, tuple[int, int]]:
+        """Heads before and now of each attention that lost whole ones."""
+        counts = {}
+        for group in self._dense:
+            attention = self._head_layers.get(group.root)
+            if attention and (gone := len(self._history.removed[group.root])):
+                counts[attention] = (group.parts, group.parts - gone * group.parts // group.units)
+        return counts
 
     def _graph_group(self, root: str) -> Any:
         """torch-pruning's group of what was decided for one root layer, in today's numbering."""
@@ -230,6 +237,8 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Bring everything that depends on the sizes up to date."""
         self._history.read(self.DG.pruning_history())
         self._history.check(self.model)
+        self.adapter.set_heads_(self.model, self._head_counts())
+        self.num_heads.update(self.adapter.torch_pruning_kwargs(self.model)["num_heads"])
         self.adapter.mend_(self.model)
         self.adapter.keep_softmax_scale_(self.model, self._heads)
         self._heads = self.adapter.head_sizes(self.model)
@@ -257,6 +266,13 @@ def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
     given = {key: bound.arguments.get(key, defaults[key]) for key in HONOURED}
     if given["isomorphic"] and not given["global_pruning"]:
         raise BadInput("isomorphic: ranks groups of one shape together, which needs global_pruning=True; add it")
+    if given["prune_num_heads"] is not (given["head_pruning_ratio"] > 0):
+        raise BadInput("prune_num_heads, head_pruning_ratio: one has no effect without the other; give both or none")
+    if given["prune_num_heads"] and (given["prune_head_dims"] or given["global_pruning"]):
+        raise BadInput(
+            "prune_num_heads: an attention loses whole heads, ranked among its own; add prune_head_dims=False and "
+            "leave out global_pruning"
+        )
     if not isinstance(given["iterative_steps"], int) or given["iterative_steps"] < 1:
         raise BadInput(f"iterative_steps: {given['iterative_steps']!r} is no whole number from 1 on")
     if not 0 < given["max_pruning_ratio"] <= 1:
@@ -285,29 +301,37 @@ def layers_of(model: nn.Module, key: Key, argument: str) -> frozenset[str]:
 def stays(model: nn.Module, adapter: UNetAdapter, given: Mapping[str, Any]) -> dict[str, str]:
     """The layers that stay as they are, and why."""
     found = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
-    if not given["prune_head_dims"]:
+    if not given["prune_head_dims"] and not given["prune_num_heads"]:
         found |= dict.fromkeys(adapter.head_counts(model), "prune_head_dims is False")
     for key in given["ignored_layers"] or ():
         found |= dict.fromkeys(layers_of(model, key, "ignored_layers"), "ignored_layers")
     return found
 
 
-def equal_parts(model: nn.Module, adapter: UNetAdapter, given: Mapping[str, Any]) -> dict[str, int]:
+def check_heads(model: nn.Module, adapter: UNetAdapter, stated: Mapping[nn.Module, int]) -> None:
+    """Raises BadInput where the caller states other heads than the model has."""
+    names, heads = {module: name for name, module in model.named_modules()}, adapter.head_counts(model)
+    for layer, count in stated.items():
+        name = names.get(layer, f"a {type(layer).__name__} outside the model")
+        if heads.get(name) != count:
+            raise BadInput(f"{count} heads asked for {name}, which has {heads.get(name, 'none')}; leave it out")
+
+
+def equal_parts(model: nn.Module, adapter: UNetAdapter, stated: Mapping[nn.Module, int]) -> dict[str, int]:
     """For each layer, into how many parts that lose equally many it falls, by the adapter and by the caller.
 
-    Raises BadInput where the caller states other heads than the model has.
+    Raises BadInput where the caller names no layer of the model.
     """
     names = {module: name for name, module in model.named_modules()}
-    parts, heads, paired = adapter.equal_parts(model), adapter.head_counts(model), adapter.paired(model)
-    for argument in ("out_channel_groups", "num_heads"):
-        for layer, count in (given[argument] or {}).items():
-            if layer not in names:
-                raise BadInput(f"{argument}: a {type(layer).__name__} that is no layer of the model; leave it out")
-            name = names[layer]
-            if argument == "num_heads" and heads.get(name) != count:
-                raise BadInput(f"num_heads: {count} for {name}, which has {heads.get(name, 'none')}; leave it out")
-            if paired.get(name) != count:
-                parts[name] = math.lcm(parts.get(name, 1), count)
+    parts, paired, heads = adapter.equal_parts(model), adapter.paired(model), adapter.head_counts(model)
+    for layer, count in stated.items():
+        if layer not in names:
+            raise BadInput(f"out_channel_groups: a {type(layer).__name__} outside the model; leave it out")
+        name = names[layer]
+        if name in heads:
+            check_heads(model, adapter, {layer: count})
+        elif paired.get(name) != count:
+            parts[name] = math.lcm(parts.get(name, 1), count)
     return parts
 
 
@@ -376,29 +400,10 @@ def calibrated(wanted: Any, calibration: Calibrations | None, unet: nn.Module) -
     return criterion_of(wanted, made)
 
 
-def pattern(group: CoupledGroup) -> Hashable:
-    """The shape of a group: the kinds of layers that are coupled, and how (arXiv 2407.04616)."""
-    graph = group.graph_group._DG
-    return tuple(
-        (type(dep.source.module), type(dep.target.module), graph.is_out_channel_pruning_fn(dep.handler))
-        for dep, _ in group.graph_group
-    )
-
-
 def overall(group: CoupledGroup, decided: GroupPlan | None, removed: Sequence[int]) -> GroupPlan:
     """A group of the dense UNet with all that is gone of it; ``decided`` is its last step."""
-    step = decided.step if decided else group.parts
-    requested, reason = (decided.requested, decided.reason) if decided else (0, "")
-    if decided and len(removed) < group.units - decided.units + len(decided.removed):
-        reason = "not pruned by the caller of step(interactive=True)"
-    return GroupPlan(
-        root=group.root,
-        layers=group.layers,
-        units=group.units,
-        pairs=group.pairs,
-        parts=group.parts,
-        step=step,
-        requested=requested,
-        removed=tuple(removed),
-        reason=reason,
-    )
+    if decided is None:
+        return group_plan(group, group.parts, group.parts, 0, removed, "")
+    left_out = len(removed) < group.units - decided.units + len(decided.removed)
+    reason = "not pruned by the caller of step(interactive=True)" if left_out else decided.reason
+    return group_plan(group, decided.parts, decided.step, decided.requested, removed, reason)

@@ -166,8 +166,6 @@ def test_every_argument_of_this_torch_pruning_is_honoured_renamed_or_refused() -
 @pytest.mark.parametrize(
     ("argument", "value"),
     {
-        "prune_num_heads": True,
-        "head_pruning_ratio": 0.5,
         "head_pruning_ratio_dict": {"layer": 0.5},
         "in_channel_groups": {"layer": 2},
         "customized_pruners": {"layer": None},
@@ -177,7 +175,9 @@ def test_every_argument_of_this_torch_pruning_is_honoured_renamed_or_refused() -
 )
 def test_what_is_not_honoured_is_refused_by_name_with_a_remedy(argument, value) -> None:
     assert argument in module.REFUSED
-    with pytest.raises(BadInput, match=f"^{argument}: .*(leave it out|use torch_pruning's own BasePruner)"):
+    with pytest.raises(
+        BadInput, match=f"^{argument}: .*(leave it out|use torch_pruning's own BasePruner|use head_pruning_ratio)"
+    ):
         made(make_unet(), **{argument: value})
     stock = inspect.signature(tp.pruner.BasePruner).parameters[argument].default
     made(make_unet(), **{argument: stock})
@@ -213,7 +213,11 @@ def test_layers_can_be_ignored_as_modules_types_and_names() -> None:
         assert groups[layer].reason.startswith("ignored_layers"), layer
         assert not groups[layer].removed
     assert groups["down_blocks.0.resnets.0.conv1"].removed
-    for wrong, words in (([torch.nn.LSTM], "LSTM.* no such layer"), ([make_unet().conv_in], "no such layer"), ([3], "int")):
+    for wrong, words in (
+        ([torch.nn.LSTM], "LSTM.* no such layer"),
+        ([make_unet().conv_in], "no such layer"),
+        ([3], "int"),
+    ):
         with pytest.raises(BadInput, match=f"ignored_layers: .*{words}"):
             made(make_unet(), ignored_layers=wrong)
 
@@ -278,16 +282,34 @@ def test_the_schedule_gives_the_ratio_of_each_step() -> None:
     assert pruner.plan.params[1] == first == dp.make_plan(make_unet(), "magnitude", pruning_ratio=0.5).params[1]
 
 
-def test_head_dimensions_stay_if_asked_and_other_heads_than_the_models_are_refused() -> None:
+@pytest.mark.parametrize("argument", ["num_heads", "out_channel_groups"])
+def test_head_dimensions_stay_if_asked_and_other_heads_than_the_models_are_refused(argument) -> None:
     unet = make_unet()
     attention = unet.mid_block.attentions[0]
-    pruner = made(unet, prune_head_dims=False, num_heads={attention.to_q: 4})
+    pruner = made(unet, prune_head_dims=False, **{argument: {attention.to_q: 4}})
     pruner.step()
     assert attention.to_q.out_features == 32
     assert attention.to_q.in_features == 16
     dense = make_unet()
-    with pytest.raises(BadInput, match=r"num_heads: 3 for mid_block.attentions.0.to_q, which has 4; leave it out"):
-        made(dense, num_heads={dense.mid_block.attentions[0].to_q: 3})
+    with pytest.raises(BadInput, match=r"3 heads asked for mid_block.attentions.0.to_q, which has 4; leave it out"):
+        made(dense, **{argument: {dense.mid_block.attentions[0].to_q: 3}})
+
+
+def test_whole_heads_go_in_steps_and_the_model_reloads(tmp_path) -> None:
+    unet = make_unet()
+    heads = {"prune_num_heads": True, "head_pruning_ratio": 0.75, "prune_head_dims": False}
+    pruner, attention = made(unet, iterative_steps=3, **heads), unet.mid_block.attentions[0]
+    left = []
+    for _ in range(3):
+        pruner.step()
+        left.append((attention.heads, attention.to_q.out_features, pruner.num_heads[attention.to_q]))
+    assert left == [(3, 24, 3), (2, 16, 2), (1, 8, 1)]
+    assert pruner.plan.heads["mid_block.attentions.0"] == (4, 1)
+    expected = make_unet()
+    dp.remove_(expected, dp.make_plan(expected, "magnitude", pruning_ratio=0.5, head_pruning_ratio=0.75))
+    assert widths(unet) == widths(expected)
+    loaded = dp.load(dp.save(unet, tmp_path / "pruned"))
+    assert torch.equal(output_of(loaded), output_of(unet))
 
 
 def test_only_groups_with_a_layer_of_the_root_types_are_pruned() -> None:
@@ -361,7 +383,10 @@ def test_a_pruning_history_replayed_on_the_dense_unet_gives_the_same_plan() -> N
         ({"iterative_steps": 0}, "iterative_steps: 0"),
         ({"isomorphic": True}, "isomorphic: .* needs global_pruning=True; add it"),
         ({"pruning_ratio_dict": {"conv_inn": 0.5}}, "did you mean 'conv_in'"),
-        ({"num_heads": {torch.nn.Linear(2, 2): 2}}, "num_heads: a Linear that is no layer of the model"),
+        ({"num_heads": {torch.nn.Linear(2, 2): 2}}, "2 heads asked for a Linear outside the model"),
+        ({"out_channel_groups": {torch.nn.Linear(2, 2): 2}}, "out_channel_groups: a Linear outside the model"),
+        ({"head_pruning_ratio": 0.5}, "one has no effect without the other"),
+        ({"head_pruning_ratio": 0.5, "prune_num_heads": True}, "add prune_head_dims=False"),
         ({"calibration": {}}, "calibration: GroupMagnitudeImportance takes none; leave it out"),
         (
             {"importance": "taylor", "calibration": {"scheduler": 1, "imges": 2}},
