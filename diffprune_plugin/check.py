@@ -1,4 +1,4 @@
-"""Checks for the author of a criterion or an adapter, to be called from tests: they raise CheckFailed or say nothing."""
+"""Checks for the author of a criterion or an adapter, to be called from tests; what does not hold is a CheckFailed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffprune_plugin.adapters.table import UNetAdapter, axis_size, sample_size
 from diffprune_plugin.calibrating import calibrate
 from diffprune_plugin.checkpoint import load, save
 from diffprune_plugin.data import Samples
-from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError
 from diffprune_plugin.groups import CoupledGroup, trace_groups
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.permute import NORMS, new_order, reorder_
@@ -33,7 +33,7 @@ RATIOS = (0.3, 0.5)
 def check_criterion(
     criterion: Criterion | str, unet: nn.Module | None = None, *, equivariant: bool = True, **options: Any
 ) -> None:
-    """Test a criterion, an object or a registered name with ``options``, on every group of a UNet (by default a tiny one).
+    """Test a criterion, an object or a registered name with ``options``, on every group of a UNet (else a tiny one).
 
     A score is a tensor of shape (channels,), finite, not negative, on the weights' device, of a floating type not
     narrower than theirs (float32 and bfloat16 are tried). Scoring leaves the model as it was, gives the same twice,
@@ -81,8 +81,8 @@ def check_equivariant(criterion: Any, unet: nn.Module, adapter: UNetAdapter, sco
         largest = float(expected.abs().max())
         if not torch.allclose(found[group.root], expected, rtol=1e-3, atol=1e-4 * largest):
             raise CheckFailed(
-                f"{label(criterion)} is not permutation-equivariant: when channels of {group.root} change places, their "
-                "scores do not; pass equivariant=False if it does not look at the weights"
+                f"{label(criterion)} is not permutation-equivariant: when channels of {group.root} change places, "
+                "their scores do not; pass equivariant=False if it does not look at the weights"
             )
 
 
@@ -90,7 +90,13 @@ def scored(criterion: Criterion, unet: nn.Module, adapter: UNetAdapter) -> dict[
     """The score of every group; raises CheckFailed for one that the plan could not use."""
     scores = {}
     for group in trace_groups(unet, adapter):
-        score = criterion(group.graph_group)
+        try:
+            score = criterion(group.graph_group)
+        except DiffPruneError:
+            raise
+        except Exception as error:
+            where = f"{group.root} in {next(unet.parameters()).dtype}"
+            raise CheckFailed(f"{label(criterion)} on {where}: {type(error).__name__}: {error}") from error
         weight = next(unet.get_submodule(group.root).parameters())
         for fault in faults(score, group, weight):
             raise CheckFailed(f"{label(criterion)} scored {group.root} {fault}")
@@ -190,7 +196,7 @@ def check_adapter(adapter: UNetAdapter, *unets: nn.Module, export: bool = True) 
 
     Enough: coupled channels can change places, dead ones can be removed, without any effect on the output; at ratios
     0.3 and 0.5 the UNet runs, gives outputs of the shape that the table says, and is saved and loaded with
-    difference 0; ``export``: the first one's ONNX file is verified. Needed: without any one row, something of this fails.
+    difference 0; ``export``: the first one's ONNX file is verified. Needed: without any one row, some of this fails.
 
     Raises CheckFailed naming the UNet's fault or the row; BadInput without a UNet.
     """
@@ -205,11 +211,11 @@ def check_adapter(adapter: UNetAdapter, *unets: nn.Module, export: bool = True) 
         check_export(adapter, unets[0])
     for field in ROWS:
         for row in getattr(adapter, field):
-            rest = tuple(other for other in getattr(adapter, field) if other is not row)
+            rest: Any = tuple(other for other in getattr(adapter, field) if other is not row)
             shorter = dataclasses.replace(adapter, **{field: rest})
             if not any(fails(shorter, unet) for unet in unets):
                 raise CheckFailed(
-                    f"{adapter.model_class}: nothing fails without {row!r} in {field}; drop it, or give a UNet that needs it"
+                    f"{adapter.model_class}: nothing fails without {row!r} in {field}; drop it, or give a UNet with it"
                 )
 
 

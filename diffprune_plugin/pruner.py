@@ -285,17 +285,17 @@ def layers_of(model: nn.Module, key: Key, argument: str) -> frozenset[str]:
 
     Raises BadInput for what means no layer of the model.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     if isinstance(key, tuple):
         return frozenset().union(*(layers_of(model, part, argument) for part in key))
     if isinstance(key, str):
         return frozenset(matching(key, [name for name in names.values() if name], argument))
     if not isinstance(key, (type, nn.Module)):
         raise BadInput(f"{argument}: a {type(key).__name__} is no layer; give the module, a type or a name")
-    modules = [module for module in names if module is key or (isinstance(key, type) and isinstance(module, key))]
-    if not modules:
+    found = [module for module in names if (isinstance(module, key) if isinstance(key, type) else module is key)]
+    if not found:
         raise BadInput(f"{argument}: {key if isinstance(key, type) else type(key)}: the model has no such layer")
-    return frozenset(names[inside] for module in modules for inside in module.modules())
+    return frozenset(names[inside] for module in found for inside in module.modules())
 
 
 def stays(model: nn.Module, adapter: UNetAdapter, given: Mapping[str, Any]) -> dict[str, str]:
