@@ -22,7 +22,14 @@ from diffprune_plugin.history import History
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.patterns import matching
 from diffprune_plugin.plan import GroupPlan, PruningPlan, architecture_hash
-from diffprune_plugin.planning import asked_group, check_ratio, library_versions, requested_ratio, sizes
+from diffprune_plugin.planning import (
+    asked_group,
+    asked_of_heads,
+    check_ratio,
+    library_versions,
+    requested_ratio,
+    sizes,
+)
 from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.selection import Rules, group_plan, head_groups, select
 from diffprune_plugin.tensors import weights_hash
@@ -205,9 +212,10 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         groups = self._groups()
         heads = head_groups(groups, self._head_layers)
         special = {layer: (float(s.ratios[step]), s.label) for s in self._scopes for layer in s.layers}
+        asked = asked_of_heads({g.root: requested_ratio(g, special, self._stays) for g in groups}, heads)
         items = [
             replace(
-                asked_group(g, requested_ratio(g, special, self._stays), self.importance, heads.get(g.root, "")),
+                asked_group(g, asked[g.root], self.importance, heads.get(g.root, "")),
                 scope=next((scope.label for scope in self._scopes if scope.layers.intersection(g.layers)), ""),
                 gone=self._units[g.root] - g.units,
             )
