@@ -5,10 +5,10 @@ READY := .venv/ready
 
 .PHONY: demo test test-all lint bench bench-quick clean
 
-$(READY): pyproject.toml constraints.txt tests/plugin/pyproject.toml
+$(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,eval,train,test]'
-	$(BIN)/pip install -q -c constraints.txt ./tests/plugin
+	$(BIN)/pip install -q -c constraints.txt ./examples/plugin
 	touch $@
 
 demo: $(READY)

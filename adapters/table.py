@@ -90,7 +90,7 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class UNetAdapter:
-    """One UNet class as a table; everything else is derived from it."""
+    """One UNet class as a table; everything else is derived from it. ``module``: where the class is imported from."""
 
     model_class: str
     inputs: tuple[Port, ...]
@@ -102,6 +102,7 @@ class UNetAdapter:
     known: tuple[Known, ...] = ()
     words: tuple[tuple[str, int], ...] = ()  # sizes of dynamic axes other than batch, height and width, in examples
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
+    module: str = "diffusers"
 
     def ports(self, unet: nn.Module) -> tuple[Port, ...]:
         """The inputs that this UNet's config asks for."""
@@ -195,10 +196,30 @@ class UNetAdapter:
     def equal_parts(self, unet: nn.Module) -> dict[str, int]:
         """For each layer, into how many parts its channels fall that must lose equally many: norm groups, heads."""
         parts = {name: m.num_groups for name, m in unet.named_modules() if isinstance(m, nn.GroupNorm)}
-        for row in self.heads:
-            for name, owner in modules_of(unet, row.owner):
-                parts |= {f"{name}.{layer}": int(getattr(owner, row.count)) for layer in row.layers}
-        return parts
+        return parts | self.head_counts(unet)
+
+    def head_counts(self, unet: nn.Module) -> dict[str, int]:
+        """For each layer whose outputs an attention splits into heads, how many heads."""
+        return {
+            f"{name}.{layer}": int(getattr(owner, row.count))
+            for row in self.heads
+            for name, owner in modules_of(unet, row.owner)
+            for layer in row.layers
+        }
+
+    def torch_pruning_kwargs(self, unet: nn.Module) -> dict[str, Any]:
+        """What torch_pruning.pruner.BasePruner has to be told about this UNet, in dicts of its own for each call.
+
+        ``BasePruner(unet, example_inputs, importance, **adapter.torch_pruning_kwargs(unet))``, and `mend_` after
+        each step. What no argument mends: ``round_to`` beside norm groups, the softmax scale, reloading; for those
+        there is `diffprune_plugin.Pruner`.
+        """
+        return {
+            "ignored_layers": [unet.get_submodule(name) for name in sorted(self.kept_layers(unet))],
+            "num_heads": {unet.get_submodule(name): count for name, count in self.head_counts(unet).items()},
+            "in_channel_groups": {},
+            "out_channel_groups": {unet.get_submodule(name): parts for name, parts in self.paired(unet).items()},
+        }
 
     def paired(self, unet: nn.Module) -> dict[str, int]:
         """For each layer whose output is cut into parts that live and die together, how many parts."""

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from diffprune_plugin.plan import PruningPlan
     from diffprune_plugin.planning import make_plan
     from diffprune_plugin.plugins import importance, plugin_manager
+    from diffprune_plugin.pruner import Pruner
     from diffprune_plugin.removal import remove_
 
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
 _HOME = {
     "Calibration": "calibration",
     "FinetuneConfig": "config",
+    "Pruner": "pruner",
     "PruningConfig": "config",
     "PruningPlan": "plan",
     "calibrate": "calibrating",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "Calibration",
     "FinetuneConfig",
+    "Pruner",
     "PruningConfig",
     "PruningPlan",
     "calibrate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -70,17 +71,23 @@ def pruned_class(base: Any) -> type:
 
 def pruned_class_named(name: str) -> type:
     """The pruned class of this name; raises AttributeError if no adapter knows the UNet class behind it."""
-    dense = name.removeprefix(PREFIX)
-    base = getattr(diffusers, dense, None)
-    if not name.startswith(PREFIX) or dense not in adapters(plugin_manager()) or base is None:
+    base = unet_class_named(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if base is None:
         raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")
     return pruned_class(base)
+
+
+def unet_class_named(name: str) -> Any:
+    """The UNet class that an adapter describes; None if none does, or its module has no such class."""
+    known = adapters(plugin_manager())
+    return getattr(importlib.import_module(known[name].value.module), name, None) if name in known else None
 
 
 def as_pruned_(unet: nn.Module, plan: PruningPlan) -> None:
     """Make a UNet whose channels are gone an instance of the pruned class, with its plan."""
     base: Any = type(unet)
-    unet.__class__ = pruned_class(base)
+    if not isinstance(unet, PrunedModelMixin):
+        unet.__class__ = pruned_class(base)
     unet.pruning_plan = plan  # type: ignore[assignment]
 
 
@@ -190,9 +197,9 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
     if name.startswith(PREFIX):
         cls = getattr_or_bad(name, folder)
         return cls.from_pretrained(folder, torch_dtype=torch_dtype)
-    found = getattr(diffusers, name, None)
+    found = getattr(diffusers, name, None) or unet_class_named(name)
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
-        raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model")
+        raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model, and no plugin has it")
     base: Any = found
     adapter_for(base)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning import ops
+from torch_pruning.dependency import index_mapping
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput
@@ -64,8 +66,11 @@ class CoupledGroup:
         return tuple(dict.fromkeys(m.layer for m in self.members if m.side == "out"))
 
     def closed(self, units: Iterable[int]) -> Channels:
-        """The root channels of these units: each with its twin in every other half."""
-        first = np.asarray(sorted(units), dtype=np.int64)
+        """The root channels of these units, sorted: each with its twin in every other half."""
+        return self.rooted(np.asarray(sorted(units), dtype=np.int64))
+
+    def rooted(self, first: Channels) -> Channels:
+        """The root channels of units, half by half in the order given."""
         return np.concatenate([first + half * self.units for half in range(self.pairs)])
 
 
@@ -86,21 +91,44 @@ def trace_groups(unet: nn.Module, adapter: UNetAdapter) -> list[CoupledGroup]:
     Raises BadInput where the graph couples root channels that the adapter's table does not pair.
     """
     adapter.check(unet)
-    names = {module: name for name, module in unet.named_modules()}
     example = adapter.trace_inputs(unet)
     with differentiable(unet):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
         graph = tp.DependencyGraph().build_dependency(unet, example, verbose=False)
-    graph.module2node = Settled(graph.module2node)
-    parts, paired = adapter.equal_parts(unet), adapter.paired(unet)
+    return groups_of(graph, unet, adapter)
+
+
+def groups_of(
+    graph: Any,
+    unet: nn.Module,
+    adapter: UNetAdapter,
+    parts: Mapping[str, int] | None = None,
+    root_types: Sequence[type] = (ops.TORCH_CONV, ops.TORCH_LINEAR),
+) -> list[CoupledGroup]:
+    """The coupled groups of a dependency graph; ``parts``: equal parts by layer, by default those of the adapter."""
+    names = {module: name for name, module in unet.named_modules()}
+    parts, paired = adapter.equal_parts(unet) if parts is None else parts, adapter.paired(unet)
     groups = []
-    for group in graph.get_all_groups():
-        members = tuple(members_of(group, graph, names))
-        root = names[group[0].dep.target.module]
-        pairs = paired.get(root, 1)
-        check_pairs(group, graph, root, pairs, adapter)
-        equal = (parts.get(m.layer, 1) for m in members if m.side == "out")
-        groups.append(CoupledGroup(root, len(group[0].idxs), pairs, math.lcm(*equal), members, group))
+    with settled(graph):
+        for group in graph.get_all_groups(root_module_types=root_types):
+            members = tuple(members_of(group, graph, names))
+            root = names[group[0].dep.target.module]
+            pairs = paired.get(root, 1)
+            check_pairs(group, graph, root, pairs, adapter)
+            equal = (parts.get(m.layer, 1) for m in members if m.side == "out")
+            groups.append(CoupledGroup(root, len(group[0].idxs), pairs, math.lcm(*equal), members, group))
     return groups
+
+
+@contextlib.contextmanager
+def settled(graph: Any) -> Iterator[None]:
+    """Groups are listed without updating index mappings each time: they are brought up to date once."""
+    index_mapping.update_index_mapping(graph)
+    nodes = graph.module2node
+    graph.module2node = Settled(nodes)
+    try:
+        yield
+    finally:
+        graph.module2node = nodes
 
 
 @contextlib.contextmanager

@@ -90,14 +90,17 @@ def make_plan(
         layers=layers,
         params=params,
         macs=macs,
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("diffprune-plugin", "torch", "torch-pruning", "diffusers")
-        },
+        versions=library_versions(),
     )
     if strict and plan.shortfalls():
         raise CheckFailed("strict: " + "; ".join(plan.shortfalls()))
     return plan
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a plan depends on."""
+    names = ("diffprune-plugin", "torch", "torch-pruning", "diffusers")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def check_asked(options: Mapping[str, Any]) -> dict[str, float]:

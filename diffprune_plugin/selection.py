@@ -34,13 +34,21 @@ class AskedGroup:
     """A coupled group with what is asked of it.
 
     ``asked``: its ratio; None for the common one; or in words why it stays as it is. ``scores``: one for each unit,
-    shape (units,). ``heads``: name of the attention whose whole heads are its units' fate, or nothing.
+    shape (units,). ``heads``: name of the attention whose whole heads are its units' fate, or nothing. ``scope``: it
+    is ranked together with those of the same scope only. ``gone``: units that it lost before, of which ratios count.
     """
 
     group: CoupledGroup
     asked: float | str | None
     scores: Scores
     heads: str = ""
+    scope: str = ""
+    gone: int = 0
+
+    @property
+    def dense(self) -> int:
+        """Units before the first was removed."""
+        return self.group.units + self.gone
 
     def ratio(self, common: float, rules: Rules) -> float | None:
         """The share of its units that is asked to go; None if it stays or loses heads.
@@ -64,24 +72,25 @@ def select(groups: Sequence[AskedGroup], common: float, head_ratio: float | None
 
 
 def requested_units(groups: Sequence[AskedGroup], common: float, rules: Rules) -> dict[str, int]:
-    """How many units each group is asked to lose: C - int(C * (1 - ratio)).
+    """How many of its C dense units each group is asked to have lost: C - int(C * (1 - ratio)).
 
-    With ``global_pruning`` the groups of one ratio (and with ``isomorphic`` of one family) are ranked together, and
-    each loses those below a common score.
+    With ``global_pruning`` the groups of one ratio and scope (and with ``isomorphic`` of one family) are ranked
+    together, and each loses those below a common score.
     """
     counts = {}
     shared: dict[object, list[AskedGroup]] = {}
     for item in groups:
         ratio = item.ratio(common, rules)
         if ratio is not None:
-            counts[item.group.root] = asked_of(item.group.units, ratio)
-            shared.setdefault((ratio, item.group.family if rules.isomorphic else ""), []).append(item)
+            counts[item.group.root] = asked_of(item.dense, ratio)
+            family = item.group.family if rules.isomorphic and not item.scope else ()
+            shared.setdefault((ratio, item.scope, family), []).append(item)
     for ranked in shared.values() if rules.global_pruning else ():
         everything = np.sort(np.concatenate([item.scores for item in ranked]))
         ratio = ranked[0].ratio(common, rules)
-        total = asked_of(len(everything), ratio or 0.0)
-        if total:
-            counts |= {item.group.root: int((item.scores <= everything[total - 1]).sum()) for item in ranked}
+        total = asked_of(sum(item.dense for item in ranked), ratio or 0.0) - sum(item.gone for item in ranked)
+        limit = everything[total - 1] if total > 0 else -np.inf
+        counts |= {item.group.root: item.gone + int((item.scores <= limit).sum()) for item in ranked}
     return counts
 
 
@@ -96,39 +105,42 @@ def plan_group(item: AskedGroup, requested: int, rules: Rules) -> GroupPlan:
     step = math.lcm(group.parts, rules.round_to)
     if isinstance(item.asked, str):
         return group_plan(group, group.parts, step, 0, [], item.asked)
-    allowed = min(requested, int(group.units * rules.max_pruning_ratio))
-    kept = min(max(math.ceil((group.units - allowed) / step), 1) * step, group.units)
+    allowed = min(requested, int(item.dense * rules.max_pruning_ratio))
+    kept = min(max(math.ceil((item.dense - allowed) / step), 1) * step, group.units)
     size = group.units // group.parts
     order = np.argsort(item.scores.reshape(group.parts, size), axis=1, kind="stable")
     lowest = order[:, : (group.units - kept) // group.parts] + np.arange(group.parts)[:, None] * size
     removed = sorted(lowest.ravel().tolist())
     limits = [f"max_pruning_ratio {rules.max_pruning_ratio}"] if allowed < requested else []
-    reason = why_fewer(requested - len(removed), group, rules.round_to, step, limits)
+    reason = why_fewer(requested - (item.dense - kept), group, rules.round_to, step, limits)
     return group_plan(group, group.parts, step, requested, removed, reason)
 
 
 def chosen_heads(groups: Sequence[AskedGroup], ratio: float) -> dict[str, list[int]]:
-    """For each attention the heads that go: of H heads H - int(H * (1 - ratio)), one at least stays.
+    """For each attention the heads that go: of H dense heads H - int(H * (1 - ratio)), one at least stays.
 
     A head's score is the sum over its queries, keys and values, each group's divided by the group's mean.
     """
     totals: dict[str, Scores] = {}
+    gone: dict[str, int] = {}
     for item in groups:
         if item.heads:
+            gone[item.heads] = item.gone * item.group.parts // item.group.units
             score = item.scores.reshape(item.group.parts, -1).sum(1) / max(item.scores.mean(), 1e-300)
             totals[item.heads] = totals.get(item.heads, np.zeros(1)) + score
-    return {
-        name: sorted(np.argsort(score, kind="stable")[: min(asked_of(len(score), ratio), len(score) - 1)].tolist())
-        for name, score in totals.items()
-    }
+    chosen = {}
+    for name, score in totals.items():
+        count = max(min(asked_of(len(score) + gone[name], ratio) - gone[name], len(score) - 1), 0)
+        chosen[name] = sorted(np.argsort(score, kind="stable")[:count].tolist())
+    return chosen
 
 
 def plan_heads(item: AskedGroup, heads: Sequence[int]) -> GroupPlan:
     """The same whole heads of every group of one attention."""
     size = item.group.units // item.group.parts
     removed = [head * size + place for head in heads for place in range(size)]
-    reason = "" if heads else f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
-    return group_plan(item.group, 1, size, len(removed), removed, reason)
+    reason = "" if heads or item.gone else f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
+    return group_plan(item.group, 1, size, item.gone + len(removed), removed, reason)
 
 
 def group_plan(
@@ -149,7 +161,7 @@ def group_plan(
 
 def why_fewer(missing: int, group: CoupledGroup, round_to: int, step: int, limits: list[str]) -> str:
     """In words, the constraint that kept a group from losing what was asked; empty if nothing is missing."""
-    if not missing:
+    if missing <= 0:
         return ""
     limits = limits + ([f"{group.parts} norm groups or heads lose equally many"] if group.parts > 1 else [])
     limits += [f"round_to {round_to}"] if round_to > 1 else []

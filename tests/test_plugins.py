@@ -7,6 +7,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from diffprune_example import GatedUNet
+from diffusers import DDPMPipeline, DiffusionPipeline
 from tiny import make_unet
 
 import diffprune_plugin as dp
@@ -17,20 +19,32 @@ from diffprune_plugin.plugins import adapters, criteria, plugin_manager
 
 
 def test_an_installed_packages_criterion_is_selectable_by_name_from_a_config(run, config_file, tmp_path) -> None:
-    assert run("prune", config_file, "--set", "importance={name: last_channels, scale: 2.0}", "--set", "data=")[0] == 0
+    assert run("prune", config_file, "--set", "importance.name=fisher", "--set", "compensate=false")[0] == 0
     plan = read_plan(tmp_path / "pruned")
-    group = next(g for g in plan.groups if g.root == "time_embedding.linear_1")
-    assert group.removed == tuple(range(20))
-    assert plan.criterion["name"] == "last_channels"
+    assert plan.criterion["name"] == "fisher"
+    assert run("prune", config_file, "--output", tmp_path / "other", "--set", "compensate=false")[0] == 0
+    assert plan.removed_units() != read_plan(tmp_path / "other").removed_units()
+
+
+def test_an_installed_packages_unet_goes_through_the_whole_workflow(run, config_file, scheduler, tmp_path) -> None:
+    """A pipeline with a UNet class that diffusers does not have: pruned, compensated, saved, loaded, sampled from."""
+    dense = dp.save(DDPMPipeline(GatedUNet(), scheduler), tmp_path / "gated")
+    code, _, error = run("prune", config_file, "--model", dense)
+    assert code == 0, error
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pruned")
+    assert type(pipeline.unet).__name__ == "PrunedGatedUNet"
+    assert isinstance(pipeline.unet, GatedUNet)
+    assert sum(p.numel() for p in pipeline.unet.parameters()) == read_plan(tmp_path / "pruned").params[1]
+    assert run("sample", tmp_path / "pruned", "-o", tmp_path / "grid.png", "--count", 2, "--steps", 2)[0] == 0
 
 
 def test_the_command_lists_each_plugin_with_its_package_version_and_offers(run) -> None:
     code, out, _ = run("plugins", "--json")
     rows = {row["plugin"]: row for row in json.loads(out)}
     assert code == 0
-    assert rows["last_channels"]["package"] == "diffprune-last-channels"
-    assert rows["last_channels"]["version"] == "0.3.0"
-    assert rows["last_channels"]["offers"] == ["criterion last_channels"]
+    assert rows["example"]["package"] == "diffprune-example"
+    assert rows["example"]["version"] == "0.3.0"
+    assert rows["example"]["offers"] == ["criterion fisher", "adapter GatedUNet"]
     assert "adapter UNet2DModel" in rows["adapters"]["offers"]
     code, out, _ = run("plugins")
     assert code == 0

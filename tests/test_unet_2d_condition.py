@@ -21,7 +21,8 @@ import diffprune_plugin as dp
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.groups import CoupledGroup, Member, trace_groups
+from diffprune_plugin.groups import CoupledGroup, trace_groups
+from diffprune_plugin.permute import new_order, reorder_
 
 SD: dict[str, Any] = {
     "sample_size": 8,
@@ -136,36 +137,10 @@ def test_the_units_of_a_group_can_change_places_without_any_effect(config: dict[
 
 def permute_(unet: torch.nn.Module, group: CoupledGroup, rng: np.random.Generator) -> None:
     """Let the units of a group that share heads and norm groups change places, in all of its layers."""
-    order = np.arange(group.units)
-    places = [[unit * group.parts // group.units] for unit in range(group.units)]
-    for member in group.members:
-        layer = unet.get_submodule(member.layer)
-        if isinstance(layer, torch.nn.GroupNorm):  # those of a concatenation cut across the parts
-            for channel, root in zip(member.channels, member.roots, strict=True):
-                places[root % group.units].append(channel * layer.num_groups // layer.num_channels)
-    for place in {tuple(place) for place in places}:
-        same = np.array([unit for unit in range(group.units) if tuple(places[unit]) == place])
-        order[same] = rng.permutation(same)
-    roots = np.concatenate([half * group.units + order for half in range(group.pairs)])
-    for member in group.members:
-        layer = unet.get_submodule(member.layer)
-        for parameter in layer.parameters(recurse=False):
-            axis = 1 if parameter.dim() > 1 and (member.side == "in" or isinstance(layer, torch.nn.Embedding)) else 0
-            if member.side == "out" or parameter.dim() > 1 or is_norm(layer):
-                parameter.data = parameter.data.index_select(axis, new_places(member, roots, parameter.shape[axis]))
-
-
-def is_norm(layer: torch.nn.Module) -> bool:
-    return isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))
-
-
-def new_places(member: Member, roots: np.ndarray, size: int) -> torch.Tensor:
-    """For each channel of a layer's side, the one that takes its place: of the root that takes its root's place."""
-    places = np.arange(size)
-    for root in np.unique(member.roots):
-        mine, theirs = (np.sort(member.channels[member.roots == r]) for r in (root, roots[root]))
-        places[mine] = theirs
-    return torch.from_numpy(places)
+    weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}
+    reorder_(weights, unet, group, new_order(unet, group, rng))
+    for name, parameter in unet.named_parameters():
+        parameter.data = weights[name]
 
 
 def test_the_inner_width_of_a_geglu_is_exact() -> None:

@@ -1,0 +1,16 @@
+"""What pruning has to know about GatedUNet, as a table."""
+
+import torch
+
+from diffprune_plugin.adapters.table import Heads, Mirror, Pairs, Port, UNetAdapter
+
+GATED_UNET = UNetAdapter(
+    model_class="GatedUNet",
+    module="diffprune_example",
+    inputs=(Port("sample", "batch {in_channels} height width"), Port("timestep", "batch", torch.int64)),
+    outputs=(Port("out_sample", "batch {out_channels} height width"),),
+    keep=("conv_out",),
+    heads=(Heads("SelfAttention", "heads", ("query", "key", "value"), query="query", scale="scale"),),
+    pairs=(Pairs("Gated", "proj", 2),),
+    mirrors=(Mirror("Shrink", "width", "conv.in_channels"),),
+)
