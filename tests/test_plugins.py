@@ -19,9 +19,9 @@ from diffprune_plugin.plugins import adapters, criteria, plugin_manager
 
 
 def test_an_installed_packages_criterion_is_selectable_by_name_from_a_config(run, config_file, tmp_path) -> None:
-    assert run("prune", config_file, "--set", "importance.name=fisher", "--set", "compensate=false")[0] == 0
+    assert run("prune", config_file, "--set", "importance.name=fisher_example", "--set", "compensate=false")[0] == 0
     plan = read_plan(tmp_path / "pruned")
-    assert plan.criterion["name"] == "fisher"
+    assert plan.criterion["name"] == "fisher_example"
     assert run("prune", config_file, "--output", tmp_path / "other", "--set", "compensate=false")[0] == 0
     assert plan.removed_units() != read_plan(tmp_path / "other").removed_units()
 
@@ -44,7 +44,7 @@ def test_the_command_lists_each_plugin_with_its_package_version_and_offers(run) 
     assert code == 0
     assert rows["example"]["package"] == "diffprune-example"
     assert rows["example"]["version"] == "0.3.0"
-    assert rows["example"]["offers"] == ["criterion fisher", "adapter GatedUNet"]
+    assert rows["example"]["offers"] == ["criterion fisher_example", "adapter GatedUNet"]
     assert "adapter UNet2DModel" in rows["adapters"]["offers"]
     code, out, _ = run("plugins")
     assert code == 0

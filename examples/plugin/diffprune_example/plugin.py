@@ -7,7 +7,7 @@ from diffprune_plugin import hookimpl
 def diffprune_register_criteria(register):
     from diffprune_example.fisher import Fisher
 
-    register("fisher", Fisher)
+    register("fisher_example", Fisher)
 
 
 @hookimpl

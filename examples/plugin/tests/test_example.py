@@ -12,7 +12,7 @@ from diffprune_plugin.errors import MissingGradients
 
 
 def test_the_criterion_keeps_its_promises():
-    check_criterion("fisher")
+    check_criterion("fisher_example")
     check_criterion(Fisher(), GatedUNet())
 
 
@@ -40,4 +40,4 @@ def test_the_score_is_the_squared_derivative_by_a_mask_on_the_channel():
 
 def test_without_gradients_the_layer_is_named():
     with pytest.raises(MissingGradients, match="has no gradient of its shape; calibrate"):
-        dp.make_plan(GatedUNet(), "fisher")
+        dp.make_plan(GatedUNet(), "fisher_example")
