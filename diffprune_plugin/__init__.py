@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffprune_plugin.calibration import Calibration
     from diffprune_plugin.checkpoint import load, save
     from diffprune_plugin.compensate import compensate_
-    from diffprune_plugin.config import PruningConfig
+    from diffprune_plugin.config import FinetuneConfig, PruningConfig
     from diffprune_plugin.encoding import encode
     from diffprune_plugin.hookspecs import hookimpl
     from diffprune_plugin.plan import PruningPlan
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
 _HOME = {
     "Calibration": "calibration",
+    "FinetuneConfig": "config",
     "PruningConfig": "config",
     "PruningPlan": "plan",
     "calibrate": "calibrating",
@@ -42,6 +43,7 @@ _HOME = {
 
 __all__ = [
     "Calibration",
+    "FinetuneConfig",
     "PruningConfig",
     "PruningPlan",
     "calibrate",

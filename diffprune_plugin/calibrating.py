@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,26 +21,19 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.draws import CURVE, GRADIENTS, Draw, batch_of, draw, settled_dropout
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import differentiable
 from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
 from diffprune_plugin.passes import GradientSums, Passes, checkpointing
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.processes import check_same, decided, joined, part_of, place, summed
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
-from diffprune_plugin.timesteps import CONDITION_DROPOUT, Sweep, above_threshold, share, strata
+from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
 
-STAGES = {"curve": 0, "gradients": 1}
-
-
-class Draw(NamedTuple):
-    """A row of the samples, a timestep, a noise, and whether the row's condition is dropped."""
-
-    row: int
-    timestep: int
-    noise: Tensor
-    dropped: bool
+STAGES = {"curve": CURVE, "gradients": GRADIENTS}
 
 
 def calibrate(
@@ -68,7 +61,8 @@ def calibrate(
     rounding; gradients add up in float32. Where memory runs out, half as many samples go through the UNet at once, with
     the same result. ``gradient_checkpointing`` trades time for memory; ``autocast`` computes in bfloat16.
     With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
-    progress is cleared at the end unless ``keep_progress``.
+    progress is cleared at the end unless ``keep_progress``. Where torch.distributed is initialized (by Accelerate, say)
+    every process has to make the same call: each takes its part of every batch, and all get the whole result.
     The UNet is left as it was.
 
     Raises BadInput for images that do not fit the UNet, an unknown prediction type, or too little memory for a single
@@ -76,7 +70,8 @@ def calibrate(
     """
     adapter, samples = adapter or find_adapter(unet), load_samples(images)
     samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
-    sweep = with_dropout(sweep or Sweep(), samples)
+    sweep = sweep or Sweep()
+    sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples, "importance"))
     total = int(scheduler.config.num_train_timesteps)
     points = timesteps if timesteps is not None else default_points(sweep, total)
     if not 1 <= points <= total:
@@ -90,15 +85,16 @@ def calibrate(
         gradients_of(unet),
         run.sums.collecting(),
         checkpointing(unet, gradient_checkpointing),
-        progress_bar(progress) as bar,
+        progress_bar(progress and place()[0] == 0) as bar,
     ):
         if sweep.sampling == "stratified":
             run.measure_curve(bar)
             run.sum_gradients(bar)
         else:
             run.reference_loop(bar)
-        calibration = run.result()
         run.checkpoint(now=keep_progress)
+        run.sums.totals = run.totals()
+        calibration = run.result()
     if not keep_progress:
         run.forget_progress()
     return calibration
@@ -107,22 +103,6 @@ def calibrate(
 def default_points(sweep: Sweep, total: int) -> int:
     """A hundred points of the loss curve, or every timestep for the authors' loop."""
     return min(100, total) if sweep.sampling == "stratified" else total
-
-
-def with_dropout(sweep: Sweep, samples: Samples) -> Sweep:
-    """The sweep with its condition_dropout settled for these samples.
-
-    Raises BadInput if conditions are to be dropped and nothing is known to stand for none.
-    """
-    if sweep.condition_dropout is None:
-        return replace(sweep, condition_dropout=CONDITION_DROPOUT if samples.null else 0.0)
-    if sweep.condition_dropout and not samples.null:
-        have = ", ".join(sorted(samples.extra)) or "no conditions"
-        raise BadInput(
-            f"importance: condition_dropout {sweep.condition_dropout}, but the data ({have}) has no null condition; "
-            f"add null_... to the file, or set it to 0"
-        )
-    return sweep
 
 
 class Run:
@@ -163,8 +143,8 @@ class Run:
             part = pairs[self.done : self.done + self.batch_size]
             draws = [self.draw("curve", self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
             with torch.no_grad():
-                loss = torch.cat(self.passes.over(draws, self.loss))
-            self.losses[tuple(zip(*part, strict=True))] = loss.cpu().numpy()
+                losses = self.passes.over(part_of(draws), self.loss)
+            self.losses[tuple(zip(*part, strict=True))] = self.joined(losses, len(draws))
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=len(pairs))
@@ -180,7 +160,7 @@ class Run:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
             draws = [self.draw("gradients", int(i), share(counting, int(i), count)) for i in part]
-            self.add_gradients(draws, len(counting) / count)
+            self.add_gradients(part_of(draws), len(counting) / count)
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=count)
@@ -193,20 +173,26 @@ class Run:
             timestep = self.points[self.done][:1]
             fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
             draws = [self.draw("gradients", fresh + i, timestep) for i in range(self.batch_size)]
-            graph = self.passes.over(draws, self.kept_loss)
-            self.losses[self.done] = torch.cat(graph).detach().cpu().numpy()
+            graph = self.passes.over(part_of(draws), self.kept_loss)
+            self.losses[self.done] = self.joined(graph, len(draws))
             means = self.losses[: self.done + 1].mean(axis=1)
             below = means[-1] < self.sweep.threshold * means.max()
             if not below or self.sweep.include_last:
-                self.add_gradients(draws, 1 / self.batch_size, graph if len(graph) == 1 else None)
+                self.add_gradients(part_of(draws), 1 / self.batch_size, graph if len(graph) == 1 else None)
             self.done = self.done + 1 if not below else len(self.points)
             self.checkpoint()
         bar.update(task, completed=len(self.points))
 
     def kept_loss(self, draws: Sequence[Draw]) -> Tensor:
-        """The loss with its graph if the whole batch fits in one pass, else without."""
+        """The loss with its graph if this process's part of the batch fits in one pass, else without."""
         loss = self.loss(draws)
-        return loss if len(draws) == self.batch_size else loss.detach()
+        return loss if len(draws) == len(part_of(range(self.batch_size))) else loss.detach()
+
+    def joined(self, losses: Sequence[Tensor], count: int) -> npt.NDArray[np.float32]:
+        """The losses of a batch of ``count``, of which this process has its part."""
+        mine = torch.cat([loss.detach() for loss in losses] or [self.parameter.new_zeros(0, dtype=torch.float32)])
+        whole: npt.NDArray[np.float32] = joined(mine, count).cpu().numpy()
+        return whole
 
     def add_gradients(self, draws: Sequence[Draw], scale: float, known: list[Tensor] | None = None) -> None:
         """Add the gradients of the samples' losses times ``scale``; ``known``: the whole batch's losses, used up."""
@@ -229,30 +215,22 @@ class Run:
 
     def draw(self, stage: str, index: int, timesteps: npt.NDArray[np.int64]) -> Draw:
         """One sample; all of it depends on the seed, the stage and its index alone."""
-        epoch, position = divmod(index, len(self.samples))
-        rows = np.random.default_rng([self.seed, STAGES[stage], epoch]).permutation(len(self.samples))
-        source = np.random.default_rng([self.seed, STAGES[stage], index, 1])
-        generator = torch.Generator().manual_seed(int(source.integers(2**62)))
-        noise = torch.randn(self.samples.shape, generator=generator)
-        dropped = np.random.default_rng([self.seed, STAGES[stage], index, 2]).random() < self.sweep.condition_dropout
-        return Draw(int(rows[position]), int(source.choice(timesteps)), noise, bool(dropped))
+        dropout = self.sweep.condition_dropout or 0.0
+        return draw(self.samples, self.seed, STAGES[stage], index, timesteps, dropout)
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Loss of each sample, shape (len(draws),); raises CheckFailed if one is not finite."""
-        rows, timesteps = torch.tensor([d.row for d in draws]), torch.tensor([d.timestep for d in draws])
-        sample = self.samples.sample(rows).to(self.parameter)
-        noise = torch.stack([d.noise for d in draws]).to(self.parameter)
-        dropped = torch.tensor([d.dropped for d in draws])
-        extra = self.adapter.nested(self.samples.inputs(rows, self.parameter, dropped))
-        with torch.autocast(sample.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = noise_prediction_loss(self.unet, self.scheduler, sample, noise, timesteps.to(sample.device), extra)
+        batch = batch_of(self.samples, draws).to(self.parameter)
+        extra = self.adapter.nested(batch.extra)
+        with torch.autocast(self.parameter.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = noise_prediction_loss(self.unet, self.scheduler, batch.sample, batch.noise, batch.timesteps, extra)
         finite = torch.isfinite(loss)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
-            place = f"batch at sample {self.done} of stage {self.stage}"
             raise CheckFailed(
-                f"calibration: the loss is {loss[bad].item()} at timestep {timesteps[bad].item()}, "
-                f"image {rows[bad].item()} ({place}); check the model's weights and the images"
+                f"calibration: the loss is {loss[bad].item()} at timestep {draws[bad].timestep}, "
+                f"image {draws[bad].row} (batch at sample {self.done} of stage {self.stage}); "
+                "check the model's weights and the images"
             )
         return loss
 
@@ -312,17 +290,30 @@ class Run:
             stage, done = tensors.pop("position").tolist()
             self.stage, self.done = list(STAGES)[stage], done
             device = self.parameter.device
-            self.sums.totals = {name.removeprefix("grad."): tensor.to(device) for name, tensor in tensors.items()}
+            if place()[0] == 0:  # what is stored is the sum over processes
+                self.sums.totals = {name.removeprefix("grad."): tensor.to(device) for name, tensor in tensors.items()}
+        check_same(self.done, self.file, self.parameter.device)
+
+    def totals(self) -> dict[str, Tensor]:
+        """The sums of gradients so far, over all processes; every process has to ask for them."""
+        if place()[1] == 1:
+            return self.sums.totals
+        mine, named = self.sums.totals, dict(self.unet.named_parameters())
+        somewhere = summed(torch.tensor([name in mine for name in named], device=self.parameter.device).int()) > 0
+        names = [name for name, found in zip(named, somewhere.tolist(), strict=True) if found]
+        return {name: summed(mine[name] if name in mine else torch.zeros_like(named[name]).float()) for name in names}
 
     def checkpoint(self, now: bool = False) -> None:
-        """Store the progress, if the last time is long enough ago, or ``now``."""
-        if self.file is None or (time.monotonic() - self.saved_at < self.every and not now):
+        """Store the progress, if the last time is long enough ago, or ``now``; the first process decides and writes."""
+        due = now or time.monotonic() - self.saved_at >= self.every
+        if self.file is None or not decided(due, self.parameter.device):
             return
-        tensors = {f"grad.{name}": total.cpu() for name, total in self.sums.totals.items()}
+        tensors = {f"grad.{name}": total.cpu() for name, total in self.totals().items()}
         tensors["losses"] = torch.from_numpy(self.losses)
         tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
-        with new_file(self.file) as temporary:
-            save_tensors(tensors, temporary)
+        if place()[0] == 0:
+            with new_file(self.file) as temporary:
+                save_tensors(tensors, temporary)
         self.saved_at = time.monotonic()
 
     def forget_progress(self) -> None:

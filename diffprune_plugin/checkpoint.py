@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -255,11 +255,11 @@ def save(
     directory: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    extra: dict[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write a pipeline or a UNet, dense or pruned, as a diffusers directory, all of it or nothing; returns the path.
 
-    ``extra``: further text files by name. Raises BadInput if the directory exists and ``overwrite`` is not set.
+    ``extra``: further files by name. Raises BadInput if the directory exists and ``overwrite`` is not set.
     """
     path = Path(directory)
     with new_directory(path, overwrite) as temporary:
@@ -269,8 +269,8 @@ def save(
             model.save_pretrained(str(temporary), safe_serialization=True)
         else:
             write_unet(model, temporary)
-        for name, text in (extra or {}).items():
-            (temporary / name).write_text(text)
+        for name, content in (extra or {}).items():
+            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in files_below(temporary):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())

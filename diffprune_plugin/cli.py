@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,32 @@ def prune(
         console.print(compensation_line(result.compensation))
         say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
         say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
+
+
+@app.command(epilog="Example: diffprune finetune config.yaml, or: accelerate launch -m diffprune_plugin.finetune ...")
+def finetune(
+    config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
+    model: Annotated[str | None, typer.Option(help="Pruned pipeline directory; overrides the config's.")] = None,
+    output: Annotated[str | None, typer.Option(help="Where the trained model goes; overrides the config's.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train a pruned model further, on one device or, under accelerate launch, on several."""
+    from diffprune_plugin.config import FinetuneConfig, read_as
+    from diffprune_plugin.finetune import finetune as run
+
+    settled = read_as(FinetuneConfig, config, settings or [], model=model, output=output)
+    report = run(settled, overwrite=overwrite)
+    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+        return
+    if json:
+        console.print_json(data=report.as_dict())
+        return
+    first, last = report.ends()
+    say(f"{report.steps} steps in {report.seconds:.0f} s on {report.processes} processes ({report.device}): ", end="")
+    say(f"loss {first:.4f} -> {last:.4f} (means of the first and last tenth)")
+    say(f"wrote {settled.output}: the moving average of the weights, and the loss curve in finetune.json")
 
 
 @app.command(epilog="Example: diffprune inspect pruned")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import Port, UNetAdapter
@@ -23,19 +24,48 @@ def noise_prediction_loss(
     sample, noise: (batch, channels, height, width); timesteps: (batch,). What is predicted is the scheduler's
     prediction_type: the noise, the velocity, or the sample. Learned variances (twice the channels) are left out.
     """
+    prediction, target = predicted(unet, scheduler, sample, noise, timesteps, extra)
+    return squared_error(prediction, target)
+
+
+def predicted(
+    unet: nn.Module, scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, extra: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The UNet's prediction for noisy samples and what it should be, both (batch, channels, height, width)."""
     noisy = scheduler.add_noise(sample, noise, timesteps)
     prediction = unet(noisy, timesteps, **extra, return_dict=False)[0][:, : sample.shape[1]]
+    return prediction, target_of(scheduler, sample, noise, timesteps)
+
+
+def target_of(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the scheduler's prediction_type says is predicted; raises BadInput for one that is unknown."""
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
-        target = noise
-    elif kind == "sample":
-        target = sample
-    elif kind == "v_prediction":
-        target = scheduler.get_velocity(sample, noise, timesteps)
-    else:
-        raise BadInput(f"scheduler: prediction_type {kind!r} is none of epsilon, v_prediction, sample")
-    loss: Tensor = (prediction.float() - target.float()).square().flatten(1).mean(1)
-    return loss
+        return noise
+    if kind == "sample":
+        return sample
+    if kind == "v_prediction":
+        velocity: Tensor = scheduler.get_velocity(sample, noise, timesteps)
+        return velocity
+    raise BadInput(f"scheduler: prediction_type {kind!r} is none of epsilon, v_prediction, sample")
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, shape (batch,), in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weight of each sample's loss, shape (batch,): min(SNR, gamma) in the loss of the predicted sample.
+
+    SNR = alpha / (1 - alpha), alpha the scheduler's alphas_cumprod. The loss of the predicted noise is SNR times, that
+    of the velocity SNR + 1 times the sample's, hence min(SNR, gamma) / SNR and / (SNR + 1). arXiv 2303.09556.
+    """
+    snr = compute_snr(scheduler, timesteps)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return (gamma / snr).clamp(max=1)  # 1 at SNR = 0, where the quotient has no value
+    return snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else 1)
 
 
 def training_scheduler(scheduler: Any) -> Any:

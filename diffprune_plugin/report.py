@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,11 +69,8 @@ def quantity(number: int) -> str:
     return str(number)
 
 
-def plot_curve(calibration: Calibration, path: Path) -> None:
-    """The loss at each timestep with its standard error, and the threshold that decides which timesteps count.
-
-    Raises MissingExtra without matplotlib.
-    """
+def pyplot_or_missing() -> Any:
+    """matplotlib's pyplot, drawing into files; raises MissingExtra without it."""
     try:
         import matplotlib
     except ImportError:
@@ -80,6 +78,15 @@ def plot_curve(calibration: Calibration, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_curve(calibration: Calibration, path: Path) -> None:
+    """The loss at each timestep with its standard error, and the threshold that decides which timesteps count.
+
+    Raises MissingExtra without matplotlib.
+    """
+    pyplot = pyplot_or_missing()
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     points = (calibration.timesteps, calibration.loss, calibration.stderr)
     axes.errorbar(*points, fmt=".-", ms=3, lw=0.8, label="loss L_t, standard error")
@@ -95,6 +102,27 @@ def plot_curve(calibration: Calibration, path: Path) -> None:
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
+
+
+def loss_plot(curve: Mapping[str, Sequence[float]]) -> bytes:
+    """A training's loss and its terms at each step, and their running means, as PNG.
+
+    Raises MissingExtra without matplotlib.
+    """
+    pyplot = pyplot_or_missing()
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for colour, (name, values) in enumerate(curve.items()):
+        steps = np.arange(1, len(values) + 1)
+        window = max(len(values) // 20, 1)
+        means = np.convolve(values, np.ones(window) / window, "valid")
+        axes.plot(steps, values, color=f"C{colour}", alpha=0.25, lw=0.6)
+        axes.plot(steps[window - 1 :], means, color=f"C{colour}", lw=1.2, label=f"{name}, mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    pyplot.close(figure)
+    return image.getvalue()
 
 
 def image_grid(rows: Mapping[str, Sequence[Image.Image]], scale: int = 2) -> Image.Image:

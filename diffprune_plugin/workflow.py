@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from diffprune_plugin.calibrating import calibrate
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, load, load_pipeline, save
 from diffprune_plugin.compensate import CompensationReport, compensate_
-from diffprune_plugin.config import PruningConfig
+from diffprune_plugin.config import FinetuneConfig, PruningConfig
 from diffprune_plugin.data import Samples
 from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput, HardwareUnproved
@@ -69,7 +69,7 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     output = Path(config.output)
     if not dry_run:
         check_absent(output, overwrite)
-        check_apart(output, config)
+        check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration")})
     name, options = config.criterion()
     for key in {"plugins", "calibration"} & set(options):
         raise BadInput(f"importance: unknown option {key!r}; 'calibration' is a key of its own")
@@ -110,11 +110,11 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     return Pruned(model, plan, calibration, compensation)
 
 
-def check_apart(output: Path, config: PruningConfig) -> None:
-    """Raises BadInput if writing the output would replace what it is made from."""
+def check_apart(output: Path, sources: Mapping[str, str | None]) -> None:
+    """Raises BadInput if writing the output would replace one of the sources, by config key, that it is made from."""
     place = output.resolve()
-    for key in ("model", "data", "calibration"):
-        source = Path(value).resolve() if (value := getattr(config, key)) else None
+    for key, value in sources.items():
+        source = Path(value).resolve() if value else None
         if source and (source == place or place in source.parents or source in place.parents):
             raise BadInput(f"output: {output} and {key}: {value} lie inside each other; choose another output")
 
@@ -152,7 +152,7 @@ def compensate(
     )
 
 
-def progress_directory(config: PruningConfig) -> Path:
+def progress_directory(config: PruningConfig | FinetuneConfig) -> Path:
     """Where an interrupted run keeps what it needs to go on: beside the output."""
     output = Path(config.output)
     return output.parent / f".{output.name}.progress"

@@ -1,0 +1,150 @@
+"""What a short fine-tune recovers: the embedded model at half its MACs, compensated, then 10 % of the dense steps.
+
+    python benchmarks/recover.py            # every row
+    python benchmarks/recover.py --quick    # a tenth of the steps, fewer images
+
+Held-out loss, and SSIM to the images that the dense model draws from the same noise. Beside it a model of the same
+shape, trained from scratch for as long. Each finished row is in benchmarks/results/recover.json at once; a training
+that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from common import RUNS, Store, dense, publish
+from compensate import similarity
+from torch import nn
+from train_demo import digits, held_out_loss, to_sample
+
+import diffprune_plugin as dp
+from diffprune_plugin import demo
+from diffprune_plugin.checkpoint import load_pipeline
+from diffprune_plugin.finetune import finetune
+from diffprune_plugin.sample import sample_images
+from diffprune_plugin.workflow import prune
+
+RATIO = 0.36  # the lowest that leaves less than half of the MACs
+DENSE_STEPS = json.loads((demo.HERE / "training.json").read_text())["steps"]
+COMMON = {"batch_size": 32, "timestep_sampling": "stratified", "tracker": "none", "checkpoint_every": 50}
+TAUGHT = {"teacher": str(demo.MODEL), "task_weight": 0.0}
+FINE = {"learning_rate": 1e-3, "ema_decay": 0.99}
+RECIPES: dict[str, tuple[bool, dict[str, Any]]] = {  # whether from scratch, and the settings
+    "fine-tuned": (False, FINE),
+    "taught by the dense model's prediction": (False, FINE | TAUGHT),
+    "taught by its prediction and features": (False, FINE | TAUGHT | {"feature_weight": 0.01}),
+    "from scratch": (True, FINE),
+    "from scratch, taught": (True, FINE | TAUGHT),
+}
+
+
+class Bench:
+    """The directories that rows start from, and what is measured of each model."""
+
+    def __init__(self, quick: bool) -> None:
+        self.store = Store("recover-quick" if quick else "recover")
+        self.steps = DENSE_STEPS // (100 if quick else 10)
+        self.count, self.draw_steps = (16, 25) if quick else (64, 50)
+        self.work = RUNS / ("recover-quick" if quick else "recover")
+        images, held_out = digits()
+        self.held_out = to_sample(held_out)
+        self.data = self.work / "digits.npz"
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not self.data.exists():
+            np.savez(self.data, images=images)
+
+    def row(self, name: str, make: Any) -> dict[str, float]:
+        """Loss, SSIM and the seconds of training of the pipeline that ``make`` gives."""
+        return dict(self.store.get(name, lambda: self.measure(*make())))
+
+    def measure(self, pipeline: Any, seconds: float) -> dict[str, float]:
+        row = {"loss": held_out_loss(pipeline.unet, dense().scheduler, self.held_out), "seconds": seconds}
+        row["ssim"] = similarity(self.drawn(pipeline), self.dense_images)
+        return row
+
+    def drawn(self, pipeline: Any) -> torch.Tensor:
+        """Images from fixed noise, float (count, 1, height, width) in [0, 1]."""
+        images = sample_images(pipeline, self.count, seed=0, steps=self.draw_steps, progress=False)
+        return torch.stack([torch.from_numpy(np.array(image.convert("L"))) for image in images])[:, None] / 255.0
+
+    @functools.cached_property
+    def dense_images(self) -> torch.Tensor:
+        return self.drawn(dense())
+
+    def pruned(self, seed: int) -> Path:
+        """The embedded model at half its MACs, compensated."""
+        output = self.work / f"pruned-{seed}"
+        if not output.exists():
+            values = {"model": str(demo.MODEL), "output": str(output), "data": str(demo.CALIBRATION_IMAGES)}
+            prune(dp.PruningConfig.make({**values, "pruning_ratio": RATIO, "seed": seed}))
+        return output
+
+    def scratch(self, seed: int) -> Path:
+        """The same shape with weights as a new model has them."""
+        output = self.work / f"scratch-{seed}"
+        if not output.exists():
+            pipeline = load_pipeline(self.pruned(seed))
+            torch.manual_seed(seed)
+            for module in pipeline.unet.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm)):
+                    module.reset_parameters()
+            dp.save(pipeline, output)
+        return output
+
+    def tuned(self, name: str, seed: int, scratch: bool, settings: dict[str, Any]) -> tuple[Any, float]:
+        """The model after a recipe, and the seconds of its training."""
+        start = self.scratch(seed) if scratch else self.pruned(seed)
+        output = self.work / f"{name.replace(' ', '-')}-{seed}"
+        values = {"model": str(start), "output": str(output), "data": str(self.data), "seed": seed}
+        report = finetune(dp.FinetuneConfig.make({**COMMON, **values, "steps": self.steps, **settings}), overwrite=True)
+        return load_pipeline(output), report.seconds
+
+
+def table(rows: dict[str, list[dict[str, float]]], bench: Bench) -> list[str]:
+    """Mean over seeds of each row as Markdown."""
+    lines = [
+        f"{bench.steps} steps of batch {COMMON['batch_size']} ({bench.steps / DENSE_STEPS:.0%} of the dense model's), "
+        f"pruning_ratio {RATIO}, SSIM over {bench.count} images of {bench.draw_steps} DDIM steps.",
+        "",
+        "| model | seeds | held-out loss | SSIM to the dense images | seconds of training |",
+        "|---|---|---|---|---|",
+    ]
+    for name, group in rows.items():
+        loss, ssim, seconds = (np.mean([row[key] for row in group]) for key in ("loss", "ssim", "seconds"))
+        lines.append(f"| {name} | {len(group)} | {loss:.4f} | {ssim:.3f} | {seconds:.0f} |")
+    return lines
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="a tenth of the steps, fewer images")] = False,
+    seeds: int = 1,
+    only: Annotated[str, typer.Option(help="only recipes whose name contains this")] = "",
+    threads: int = 1,
+) -> None:
+    """Measure what is missing, then print the table."""
+    torch.set_num_threads(threads)
+    bench = Bench(quick)
+    rows: dict[str, list[dict[str, float]]] = {}
+
+    def add(name: str, seed: int, make: Any) -> None:
+        if only in name:
+            rows.setdefault(name, []).append(bench.row(f"{name} seed {seed}", make))
+            print(name, seed, rows[name][-1], flush=True)
+
+    for seed in range(seeds):
+        add("dense", seed, lambda: (dense(), 0.0))
+        add("pruned and compensated", seed, lambda: (load_pipeline(bench.pruned(seed)), 0.0))  # noqa: B023
+        for name, (scratch, settings) in RECIPES.items():
+            add(name, seed, functools.partial(bench.tuned, name, seed, scratch, settings))
+    if not only:
+        publish(bench.store.path.stem, table(rows, bench))
+
+
+if __name__ == "__main__":
+    typer.run(main)

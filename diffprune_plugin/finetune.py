@@ -1,0 +1,234 @@
+"""From a pruned directory to a trained one: what `diffprune finetune` does.
+
+accelerate launch -m diffprune_plugin.finetune CONFIG     # several processes, GPUs or machines
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch import nn
+
+from diffprune_plugin.checkpoint import PrunedModelMixin, check_architecture, load, load_pipeline, save
+from diffprune_plugin.config import FinetuneConfig
+from diffprune_plugin.data import Samples
+from diffprune_plugin.distillation import kept_features
+from diffprune_plugin.draws import settled_dropout
+from diffprune_plugin.encoding import encode
+from diffprune_plugin.errors import BadInput, MissingExtra, first_line
+from diffprune_plugin.files import check_absent
+from diffprune_plugin.objective import fitting, training_scheduler
+from diffprune_plugin.passes import checkpointing
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.progress import progress_bar
+from diffprune_plugin.report import loss_plot
+from diffprune_plugin.tensors import weights_hash
+from diffprune_plugin.training import Teacher, Training
+from diffprune_plugin.workflow import (
+    COMPENSATION_FILE,
+    CONFIG_FILE,
+    check_apart,
+    progress_directory,
+    unet_of,
+)
+
+FINETUNE_FILE = "finetune.yaml"
+REPORT_FILE = "finetune.json"
+PLOT_FILE = "finetune.png"
+PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"}  # ways that leave the whole model in a process
+FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision"}  # keys that change no result
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a training did: settings, steps and wall seconds, processes, and the curve of each term of the loss.
+
+    ``curve``: one entry a step, the mean over its batch before the step; ``loss`` is the weighted sum of the terms.
+    ``resumed``: the step that this run went on from.
+    """
+
+    settings: dict[str, Any]
+    steps: int
+    resumed: int
+    seconds: float
+    processes: int
+    device: str
+    mixed_precision: str
+    versions: dict[str, str]
+    curve: dict[str, list[float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def ends(self) -> tuple[float, float]:
+        """The mean loss over the first tenth of the steps and over the last."""
+        loss = self.curve["loss"]
+        tenth = max(len(loss) // 10, 1)
+        return sum(loss[:tenth]) / tenth, sum(loss[-tenth:]) / tenth
+
+
+def finetune(
+    config: FinetuneConfig, *, overwrite: bool = False, progress: bool = True, accelerator: Accelerator | None = None
+) -> FinetuneReport:
+    """Train the pruned model of a directory and write one that loads the same way; its weights are the moving average.
+
+    An interrupted call goes on from its last checkpoint, on one process to identical bits. The output also holds the
+    config, the loss curve (finetune.json) and, where matplotlib is installed, its plot.
+
+    Raises BadInput for anything in the config that cannot be used, before anything is written; CheckFailed for a loss
+    that is not finite.
+    """
+    output = Path(config.output)
+    check_absent(output, overwrite)
+    check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
+    accelerator = accelerator or make_accelerator(config)
+    check_shares(config, accelerator)
+    training, pipeline = prepare(config, accelerator)
+    training.resume()
+    resumed = training.step
+    if config.tracker != "none":
+        accelerator.init_trackers(training.file.stem)
+    try:
+        shown = progress and accelerator.is_local_main_process
+        with checkpointing(training.unet, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
+            training.run(bar)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    training.finish_()
+    report = report_of(training, resumed)
+    if accelerator.is_main_process:
+        save(pipeline, output, overwrite=overwrite, extra=provenance(config, report))
+        shutil.rmtree(progress_directory(config), ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Accelerate as the config and ``accelerate launch`` want it.
+
+    Raises MissingExtra without the tracker's package, BadInput for what this machine or process cannot do.
+    """
+    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtra("tensorboard", "train")
+    place = Path(config.output)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_config=ProjectConfiguration(str(place.parent), str(place.parent / f"{place.name}.logs")),
+        )
+    except ValueError as error:
+        raise BadInput(f"mixed_precision: {config.mixed_precision}: {first_line(error)}") from None
+    if accelerator.distributed_type not in {DistributedType[name] for name in PARALLEL}:
+        raise BadInput(
+            f"accelerate: {accelerator.distributed_type.value} splits the model; use multi-GPU (accelerate config)"
+        )
+    return accelerator
+
+
+def check_shares(config: FinetuneConfig, accelerator: Accelerator) -> None:
+    """Raises BadInput unless the batch divides evenly."""
+    passes, processes = config.gradient_accumulation_steps, accelerator.num_processes
+    if config.batch_size % (passes * processes):
+        raise BadInput(
+            f"batch_size: {config.batch_size} does not divide over {processes} processes x {passes} "
+            f"gradient_accumulation_steps; choose a multiple of {passes * processes}"
+        )
+
+
+def prepare(config: FinetuneConfig, accelerator: Accelerator) -> tuple[Training, Any]:
+    """The training at its first step, and the pipeline whose UNet it trains.
+
+    Raises BadInput for a model that is no pruned pipeline, and for images or a teacher that do not fit it.
+    """
+    pipeline = load_pipeline(Path(config.model))
+    unet = unet_of(pipeline, Path(config.model))
+    if not isinstance(unet, PrunedModelMixin):
+        raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
+    adapter = find_adapter(unet)
+    unet.to(accelerator.device)
+    samples = fitting(encode(pipeline, config.data, config.resolution), unet, adapter)
+    settled_dropout(config.condition_dropout, samples, "fine-tune")
+    scheduler = training_scheduler(pipeline.scheduler)
+    teacher = teacher_of(config, unet, accelerator) if config.teacher else None
+    name = fingerprint(config, unet, teacher, scheduler, samples, accelerator)
+    file = progress_directory(config) / f"finetune-{name}.safetensors"
+    return Training(unet, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
+
+
+def teacher_of(config: FinetuneConfig, unet: Any, accelerator: Accelerator) -> Teacher | None:
+    """The dense UNet, if it is the one that was pruned; None if nothing is to be learned from it."""
+    weights, directory = config.weights(), str(config.teacher)
+    if not weights["output"] and not weights["features"]:
+        return None
+    dense: nn.Module = load(directory)
+    check_architecture(dense, unet.pruning_plan, f"teacher: {directory}")
+    dense.to(accelerator.device).requires_grad_(False)
+    adapter = find_adapter(dense)
+    return Teacher(dense, kept_features(unet, dense, unet.pruning_plan, adapter) if weights["features"] else {})
+
+
+def fingerprint(
+    config: FinetuneConfig, unet: nn.Module, teacher: Teacher | None, scheduler: Any, samples: Samples, by: Accelerator
+) -> str:
+    """Of everything that the result depends on but the number of processes: other progress is never taken up."""
+    facts = [
+        config.model_dump(mode="json", exclude={*FREE, "model", "data", "teacher"}),
+        by.mixed_precision,
+        weights_hash(unet),
+        teacher and weights_hash(teacher.unet),
+        {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")},
+        samples.sha256,
+        torch.__version__,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def report_of(training: Training, resumed: int) -> FinetuneReport:
+    accelerator = training.accelerator
+    packages = ("diffprune-plugin", "torch", "diffusers", "accelerate")
+    return FinetuneReport(
+        settings=training.config.model_dump(mode="json"),
+        steps=training.step,
+        resumed=resumed,
+        seconds=training.seconds,
+        processes=accelerator.num_processes,
+        device=accelerator.device.type,
+        mixed_precision=accelerator.mixed_precision,
+        versions={name: importlib.metadata.version(name) for name in packages},
+        curve=training.curve,
+    )
+
+
+def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str | bytes]:
+    """The files beside the model: what pruning left there, the config, the report, the plot."""
+    files: dict[str, str | bytes] = {
+        name: path.read_bytes()
+        for name in (CONFIG_FILE, COMPENSATION_FILE)
+        if (path := Path(config.model) / name).exists()
+    }
+    files[FINETUNE_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    files[REPORT_FILE] = json.dumps(report.as_dict(), indent=1) + "\n"
+    if importlib.util.find_spec("matplotlib") is not None:
+        files[PLOT_FILE] = loss_plot(report.curve)
+    return files
+
+
+if __name__ == "__main__":
+    from diffprune_plugin.cli import main
+
+    main(["finetune", *sys.argv[1:]])

@@ -1,0 +1,407 @@
+"""Fine-tuning: what a hand-written loop gives, resumable to the bit, shared out over processes, loud about trouble."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from test_calibrate import FAST, SMALL
+from tiny import make_unet
+
+import diffprune_plugin as dp
+from diffprune_plugin import training
+from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.calibration import Calibration
+from diffprune_plugin.data import load_samples
+from diffprune_plugin.distillation import feature_error, kept_features, watched
+from diffprune_plugin.draws import FINETUNE, draw
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.finetune import FinetuneReport, finetune
+from diffprune_plugin.objective import min_snr_weights
+
+STEPS, BATCH, RATE, DECAY = 6, 4, 3e-3, 0.9
+
+
+@pytest.fixture(scope="module")
+def made(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dense, pruned and images.npz, made once."""
+    place, pipeline = tmp_path_factory.mktemp("made"), DDPMPipeline(make_unet(), DDPMScheduler(num_train_timesteps=100))
+    np.savez(place / "images.npz", images=images)
+    dp.save(pipeline, place / "dense")
+    dp.remove_(pipeline.unet, dp.make_plan(pipeline.unet, "magnitude", pruning_ratio=0.5))
+    dp.save(pipeline, place / "pruned")
+    return place
+
+
+@pytest.fixture
+def values(made: Path, tmp_path: Path) -> dict[str, Any]:
+    """A fine-tune of a second."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    paths = {"model": str(tmp_path / "pruned"), "output": str(tmp_path / "tuned"), "data": str(tmp_path / "images.npz")}
+    numbers = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "ema_decay": DECAY, "warmup_steps": 2}
+    return {**paths, **numbers, "tracker": "none"}
+
+
+@pytest.fixture
+def tuning(values: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def tune(values: dict[str, Any], **changes: Any) -> FinetuneReport:
+    return finetune(dp.FinetuneConfig.make({**values, **changes}), progress=False, overwrite=True)
+
+
+def weights(directory: Any) -> dict[str, torch.Tensor]:
+    return dict(dp.load(directory).state_dict())
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_ends_in_a_directory_that_loads_as_the_one_it_started_from(run, tuning, values, tmp_path) -> None:
+    code, out, _ = run("finetune", tuning)
+    assert code == 0
+    assert "the moving average of the weights" in out
+    loaded = DiffusionPipeline.from_pretrained(values["output"])
+    assert loaded.unet.pruning_plan.sha256 == dp.load(values["model"]).pruning_plan.sha256
+    assert not same_bits(weights(values["output"]), weights(values["model"]))
+    report = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
+    assert len(report["curve"]["loss"]) == report["steps"] == STEPS
+    assert report["settings"]["learning_rate"] == RATE
+    assert (tmp_path / "tuned" / "finetune.png").exists()
+    assert not (tmp_path / ".tuned.progress").exists()
+    code, _, err = run("finetune", tuning)
+    assert code == 2
+    assert "exists; use --overwrite" in err
+    first = weights(values["output"])
+    code, out, _ = run("finetune", tmp_path / "tuned" / "finetune.yaml", "--overwrite", "--json")
+    assert code == 0
+    assert json.loads(out)["curve"] == report["curve"], "the config beside the model trains the same again"
+    assert same_bits(first, weights(values["output"]))
+
+
+def by_hand(values: dict[str, Any], gamma: float | None = None, teacher: Any = None) -> dict[str, torch.Tensor]:
+    """The weights after the same fine-tune, written out: AdamW, clipping, warm-up and cosine, moving average.
+
+    Without biases that a softmax or a norm cancels: their gradients are rounding, which Adam blows up.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(values["model"])
+    unet, samples = pipeline.unet.train(), load_samples(values["data"])
+    optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.0)
+    average = [p.detach().clone() for p in unet.parameters()]
+    for step in range(STEPS):
+        draws = [draw(samples, 0, FINETUNE, step * BATCH + i, np.arange(100)) for i in range(BATCH)]
+        sample = samples.sample(torch.tensor([row for row, _, _ in draws]))
+        timesteps, noise = torch.tensor([t for _, t, _ in draws]), torch.stack([n for _, _, n in draws])
+        alpha = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * sample + (1 - alpha).sqrt() * noise
+        prediction = unet(noisy, timesteps).sample
+        loss = (prediction - noise).square().mean((1, 2, 3))
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher(noisy, timesteps).sample
+            loss = 0.5 * loss + 2.0 * (prediction - taught).square().mean((1, 2, 3))
+        if gamma is not None:
+            snr = (alpha / (1 - alpha)).flatten()
+            loss = loss * snr.clamp(max=gamma) / snr
+        optimizer.zero_grad()
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / (STEPS - 2)))
+        optimizer.param_groups[0]["lr"] = RATE * (step / 2 if step < 2 else cosine)
+        optimizer.step()
+        decay = 0.0 if step == 0 else min(DECAY, (1 + step) / (10 + step))
+        for mean, parameter in zip(average, unet.parameters(), strict=True):
+            mean.lerp_(parameter.detach(), 1 - decay)
+    real = [optimizer.state[p]["exp_avg_sq"].max() > 1e-12 for p in unet.parameters()]
+    return {name: a for (name, _), a, moved in zip(unet.named_parameters(), average, real, strict=True) if moved}
+
+
+@pytest.mark.parametrize("how", ["plain", "min-SNR", "taught"])
+def test_the_weights_are_those_of_a_hand_written_loop(how, values, tmp_path) -> None:
+    changes: dict[str, Any] = {
+        "plain": {},
+        "min-SNR": {"snr_gamma": 2.0},
+        "taught": {"teacher": str(tmp_path / "dense"), "task_weight": 0.5, "output_weight": 2.0},
+    }[how]
+    tune(values, **changes)
+    teacher = dp.load(tmp_path / "dense") if how == "taught" else None
+    expected = by_hand(values, changes.get("snr_gamma"), teacher)
+    assert len(expected) > 60
+    tuned = weights(values["output"])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tuned[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulating_gradients_changes_nothing_but_rounding_and_workers_nothing_at_all(values) -> None:
+    whole = tune(values)
+    first = weights(values["output"])
+    assert tune(values, num_workers=1).curve == whole.curve
+    assert same_bits(first, weights(values["output"]))
+    halves = tune(values, gradient_accumulation_steps=2)
+    np.testing.assert_allclose(halves.curve["loss"], whole.curve["loss"], rtol=1e-3)
+    assert tune(values, seed=1).curve != whole.curve
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_every_prediction_as_the_error_of_the_sample_it_stands_for(kind) -> None:
+    """The predicted sample's squared error times min(SNR, gamma), whatever is predicted (arXiv 2303.09556, Eq. 5)."""
+    scheduler, gamma = DDPMScheduler(num_train_timesteps=100, prediction_type=kind), 5.0
+    timesteps = torch.tensor([0, 20, 60, 99])
+    alpha = scheduler.alphas_cumprod[timesteps]
+    error = torch.tensor([0.1, 0.2, 0.3, 0.4])  # of the sample
+    of_prediction = {"sample": error, "epsilon": error * (alpha / (1 - alpha)).sqrt(), "v_prediction": None}[kind]
+    if of_prediction is None:  # v = (sqrt(alpha) noisy - sample) / sqrt(1 - alpha)
+        of_prediction = error / (1 - alpha).sqrt()
+    weighted = min_snr_weights(scheduler, timesteps, gamma) * of_prediction.square()
+    torch.testing.assert_close(weighted, (alpha / (1 - alpha)).clamp(max=gamma) * error.square())
+
+
+def test_features_are_compared_at_the_kept_channels(made) -> None:
+    """A student whose features are the dense ones at the kept channels is without error; at others it is not."""
+    student, dense = dp.load(made / "pruned"), dp.load(made / "dense")
+    kept = kept_features(student, dense, student.pruning_plan, UNET_2D)
+    assert {"down_blocks.0.resnets.0", "mid_block.attentions.0"} <= kept.keys()
+    inputs = UNET_2D.example_inputs(dense, batch=2)
+    with torch.no_grad(), watched(dense, kept) as taught, watched(student, kept) as values:
+        dense(**inputs), student(**inputs)
+    assert {name: value.shape[1] for name, value in values.items()} == {name: len(c) for name, c in kept.items()}
+    perfect = {name: value[:, kept[name]] for name, value in taught.items()}
+    assert feature_error(perfect, taught, kept).eq(0).all()
+    shifted = {name: value[:, (kept[name] + 1) % value.shape[1]] for name, value in taught.items()}
+    assert feature_error(shifted, taught, kept).gt(0.01).all()
+    twice = {name: 2 * value for name, value in perfect.items()}
+    assert feature_error(twice, taught, kept).mean().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_the_teacher_moves_the_student_towards_its_features(values, tmp_path) -> None:
+    report = tune(values, teacher=str(tmp_path / "dense"), feature_weight=1.0, steps=20, ema_decay=0.0)
+    assert report.curve.keys() == {"loss", "task", "output", "features"}
+    features = report.curve["features"]
+    assert np.mean(features[-5:]) < 0.9 * np.mean(features[:5])
+    total = [sum(terms) for terms in zip(*(report.curve[name] for name in ("task", "output", "features")), strict=True)]
+    np.testing.assert_allclose(report.curve["loss"], total, rtol=1e-5)
+
+
+VICTIM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_finetune import hang_at
+hang_at(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+"""
+
+
+def hang_at(config: str, place: str, count: int) -> None:
+    """Fine-tune, and stop for good at the ``count``-th pass, or halfway through writing the ``count``-th checkpoint."""
+    inner, calls = getattr(training, place), iter(range(1, 100))
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(calls) < count:
+            return inner(*arguments, **options)
+        if place == "save_tensors":
+            arguments[1].write_bytes(b"half a file")
+        Path("here").touch()
+        return time.sleep(600)
+
+    setattr(training, place, call)
+    tune(json.loads(Path(config).read_text()))
+
+
+def test_killed_at_several_points_it_resumes_to_the_same_bits(values, tuning, tmp_path, monkeypatch) -> None:
+    """Processes of their own are killed with SIGKILL: in the middle of a step, and of writing a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    values |= {"checkpoint_every": 2, "teacher": str(tmp_path / "dense"), "gradient_accumulation_steps": 2}
+    values |= {"snr_gamma": 5.0}
+    unbroken = tune(values)
+    expected = weights(values["output"])
+    tuning.write_text(json.dumps(values))
+    progress = tmp_path / ".tuned.progress"
+    for place, count in (("batch_of", 8), ("save_tensors", 1)):  # in the fourth step; at the checkpoint after it
+        command = [sys.executable, "-c", VICTIM, str(Path(__file__).parent), str(tuning), place, str(count)]
+        victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not (tmp_path / "here").exists() and victim.poll() is None:
+            time.sleep(0.02)
+        victim.kill()
+        assert victim.wait() == -signal.SIGKILL
+        (tmp_path / "here").unlink()
+        assert len(list(progress.glob("finetune-*.safetensors"))) == 1
+    resumed = tune(values)
+    assert resumed.resumed == 2
+    assert resumed.curve == unbroken.curve
+    assert same_bits(weights(values["output"]), expected)
+    assert not progress.exists()
+
+
+def stop_after(values: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fine-tune interrupted in the step after this one, with a checkpoint of each; returns the last."""
+    inner, calls = training.batch_of, iter(range(1, 100))
+
+    def call(*arguments: Any) -> Any:
+        if next(calls) > step:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_of", call)
+        with pytest.raises(KeyboardInterrupt):
+            tune(values, checkpoint_every=1)
+    (file,) = (Path(values["output"]).parent / ".tuned.progress").glob("finetune-*")
+    return file
+
+
+def test_progress_of_other_settings_is_not_taken_up_and_damage_is_noticed(values, monkeypatch) -> None:
+    file = stop_after(values, 3, monkeypatch)
+    assert tune(values, learning_rate=1e-3).resumed == 0
+    file = stop_after(values, 3, monkeypatch)
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match="altered since it was written"):
+        tune(values)
+
+
+def test_a_loss_that_is_not_finite_stops_it_at_the_last_good_checkpoint(values, tmp_path) -> None:
+    with pytest.raises(CheckFailed) as caught:
+        tune(values, learning_rate=1e30, warmup_steps=0, checkpoint_every=1, steps=50)
+    words = str(caught.value)
+    assert re.search(r"the (loss|norm of the gradients) is (nan|inf) in step \d+: image \d+ at timestep \d+, ", words)
+    (file,) = (tmp_path / ".tuned.progress").iterdir()
+    assert str(file) in words
+    assert not (tmp_path / "tuned").exists()
+
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_finetune import two_processes
+two_processes(sys.argv[2])
+"""
+
+
+def two_processes(config: str) -> None:
+    """The fine-tune of a config, then a calibration by each sampling, on the processes that there are."""
+    tune(json.loads(Path(config).read_text()))
+    for sampling in ("stratified", "reference"):
+        calibration = calibrate(sampling)
+        if torch.distributed.get_rank() == 1:  # all have the same
+            calibration.save(Path(sampling))
+
+
+def calibrate(sampling: str) -> Calibration:
+    from dataclasses import replace
+
+    scheduler, sweep = DDPMScheduler(num_train_timesteps=20), replace(SMALL, sampling=sampling, threshold=0.0)
+    settings = {**FAST, "batch_size": 3, "checkpoint": Path("progress"), "checkpoint_seconds": 0}
+    return dp.calibrate(make_unet(), scheduler, "images.npz", sweep, **settings)
+
+
+def test_two_processes_train_and_calibrate_as_one_does(values, tuning, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values |= {"checkpoint_every": 4, "timestep_sampling": "stratified"}
+    one = tune(values)
+    tuning.write_text(json.dumps(values))
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    words = [str(script), str(Path(__file__).parent), str(tuning)]
+    result = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
+    assert (report["processes"], one.processes) == (2, 1)
+    np.testing.assert_allclose(report["curve"]["loss"], one.curve["loss"], rtol=1e-3)
+    for sampling in ("stratified", "reference"):
+        alone, shared = calibrate(sampling), Calibration.load(tmp_path / sampling)
+        np.testing.assert_allclose(shared.loss, alone.loss, rtol=1e-4)
+        assert shared.gradients.keys() == alone.gradients.keys()
+        for name, gradient in alone.gradients.items():
+            torch.testing.assert_close(shared.gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_class_labels_are_trained_with(images, scheduler, values) -> None:
+    unet = make_unet(num_class_embeds=4)
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
+    dp.save(DDPMPipeline(unet, scheduler), values["model"], overwrite=True)
+    np.savez(values["data"], images=images, class_labels=np.arange(16) % 3)
+    before = weights(values["model"])["class_embedding.weight"]
+    tune(values)
+    moved = (weights(values["output"])["class_embedding.weight"] - before).abs().sum(1) > 0
+    assert moved.tolist() == [True, True, True, False], "no image has the last label"
+
+
+def test_half_precision_and_the_curve_for_tensorboard(values, tmp_path) -> None:
+    pytest.importorskip("tensorboard")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    exact = tune(values)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    report = tune(values, mixed_precision="bf16", tracker="tensorboard")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert report.mixed_precision == "bf16"
+    assert report.curve != exact.curve
+    np.testing.assert_allclose(report.curve["loss"], exact.curve["loss"], rtol=0.05)
+    assert all(tensor.dtype is torch.float32 for tensor in weights(values["output"]).values())
+    assert list((tmp_path / "tuned.logs").rglob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["stpes=3"], "did you mean 'steps'"),
+        (["learning_rate=fast"], "learning_rate: 'fast'"),
+        (["learning_rate=0"], "learning_rate: 0"),
+        (["lr_scheduler=cosin"], "lr_scheduler: 'cosin'"),
+        (["warmup_steps=7"], "warmup_steps 7 is more than the 6 steps"),
+        (["feature_weight=1"], "feature_weight needs the dense model; add 'teacher: DIRECTORY'"),
+        (["task_weight=0"], "all weights of the loss are 0"),
+        (["gradient_accumulation_steps=3"], "batch_size: 4 does not divide"),
+        (["mixed_precision=bf16"], "mixed_precision: bf16: AcceleratorState has already been initialized"),
+        (["model=dense"], "dense is not pruned; prune it first"),
+        (["model=nowhere"], "nowhere: no model_index.json"),
+        (["data=nowhere"], "nowhere: no such folder"),
+        (["teacher=nowhere"], "nowhere: no such directory"),
+        (["teacher=pruned"], "teacher: pruned is pruned already"),
+        (["output=pruned/new"], "lie inside each other"),
+        (["output=dense", "teacher=dense"], "dense exists"),
+        (["tracker=tensorboard"], "pip install 'diffprune-plugin[train]'"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    run, tuning, tmp_path, monkeypatch, settings, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(mixed_precision="no")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run("finetune", tuning, *[word for s in settings for word in ("--set", s)])
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_small_number_is_a_number_in_yaml_too(values, tmp_path) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text("model: a\ndata: b\nsteps: 3\nlearning_rate: 1e-4\n")
+    from diffprune_plugin.config import read_as
+
+    assert read_as(dp.FinetuneConfig, path).learning_rate == 1e-4
