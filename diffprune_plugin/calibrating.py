@@ -29,7 +29,7 @@ from diffprune_plugin.groups import differentiable
 from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
 from diffprune_plugin.passes import GradientSums, Passes, checkpointing
 from diffprune_plugin.plugins import find_adapter, weights_of_timesteps
-from diffprune_plugin.processes import check_same, decided, joined, mine, place, summed
+from diffprune_plugin.processes import check_same, decided, joined, part_of, place, summed
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
 from diffprune_plugin.timesteps import POWERS, Sweep, above_threshold, share, strata
@@ -74,7 +74,7 @@ def calibrate(
     adapter, samples = adapter or find_adapter(unet), load_samples(images)
     samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
     sweep = sweep or Sweep()
-    sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples))
+    sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples, "importance"))
     total = int(scheduler.config.num_train_timesteps)
     points = timesteps if timesteps is not None else default_points(sweep, total)
     if not 1 <= points <= total:
@@ -146,7 +146,7 @@ class Run:
             part = pairs[self.done : self.done + self.batch_size]
             draws = [self.draw(CURVE, self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
             with torch.no_grad():
-                loss = self.passes.over(mine(draws), self.loss)
+                loss = self.passes.over(part_of(draws), self.loss)
             self.losses[tuple(zip(*part, strict=True))] = self.together(loss, draws)
             self.done += len(part)
             self.checkpoint()
@@ -163,7 +163,7 @@ class Run:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
             draws = [self.draw(GRADIENTS, int(i), share(counting, int(i), count)) for i in part]
-            self.together(self.add_gradients(mine(draws), len(counting) / count), draws)
+            self.together(self.add_gradients(part_of(draws), len(counting) / count), draws)
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=count)
@@ -183,7 +183,7 @@ class Run:
             timestep = np.random.default_rng([self.seed, GRADIENTS, self.done, 3]).choice(part, 1)
             draws = [self.draw(GRADIENTS, self.done + i, timestep) for i in range(size)]
             with self.one_gradient(int(timestep[0]), len(counting) * size / count):
-                self.together(self.add_gradients(mine(draws), 1 / size), draws)
+                self.together(self.add_gradients(part_of(draws), 1 / size), draws)
             self.done += size
             self.checkpoint()
         bar.update(task, completed=count)
@@ -196,7 +196,7 @@ class Run:
             timestep = self.points[self.done][:1]
             fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
             draws = [self.draw(GRADIENTS, fresh + i, timestep) for i in range(self.batch_size)]
-            own = mine(draws)
+            own = part_of(draws)
             graph = self.passes.over(own, functools.partial(self.kept_loss, len(own)))
             self.losses[self.done] = self.together(graph, draws)
             means = self.losses[: self.done + 1].mean(axis=1)

@@ -125,8 +125,9 @@ class PruningConfig(Config):
 class FinetuneConfig(Config):
     """How to train a pruned model further. Paths are relative to the working directory.
 
-    model, output: directories of the pruned model (a pipeline) and of the result; data: training images, to which
-        resolution they are resized and cropped, if any.
+    model, output: directories of the pruned model (a pipeline) and of the result; data, resolution: as for pruning.
+    condition_dropout: share of samples trained without their condition, for classifier-free guidance; by default 0.1
+        where the data says what stands for none (the empty caption), else 0.
     steps: optimizer steps; batch_size: samples a step, over all processes and accumulated passes together, so that the
         same config trains the same on any number of processes.
     learning_rate, lr_scheduler, warmup_steps (by default a twentieth of the steps), weight_decay: of AdamW.
@@ -134,10 +135,10 @@ class FinetuneConfig(Config):
     ema_decay: of the moving average of the weights, which is what is saved; 0 saves the last weights.
     snr_gamma: min-SNR weights (arXiv 2303.09556), 5 in the paper; by default all timesteps weigh the same.
     timestep_sampling: ``uniform``, each sample on its own, or ``stratified``, a batch spread evenly over the timesteps.
-    condition_dropout: share of the samples that get the empty condition; 0.1 where the data knows one, else 0.
     teacher: directory of the dense model; task_weight, output_weight, feature_weight: weights of the noise-prediction
         loss, of the distance to the teacher's prediction, and of that between features (arXiv 2305.15798).
-    mixed_precision: by default what ``accelerate launch`` was told, else ``no``.
+    mixed_precision: by default what ``accelerate launch`` was told, else ``no``. gradient_checkpointing: less memory,
+        more time.
     checkpoint_every: steps; num_workers: processes that load data; tracker: where the curve is followed, in
         ``OUTPUT.logs``.
     """
@@ -146,6 +147,7 @@ class FinetuneConfig(Config):
     output: str = "finetuned"
     data: str
     resolution: int | None = Field(default=None, ge=1)
+    condition_dropout: Number | None = Field(default=None, ge=0, le=1)
     steps: int = Field(ge=1)
     batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -157,12 +159,12 @@ class FinetuneConfig(Config):
     ema_decay: Number = Field(default=0.999, ge=0, lt=1)
     snr_gamma: Number | None = Field(default=None, gt=0)
     timestep_sampling: Literal["uniform", "stratified"] = "uniform"
-    condition_dropout: Number | None = Field(default=None, ge=0, le=1)
     teacher: str | None = None
     task_weight: Number = Field(default=1.0, ge=0)
     output_weight: Number | None = Field(default=None, ge=0)
     feature_weight: Number | None = Field(default=None, ge=0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    gradient_checkpointing: bool = False
     checkpoint_every: int = Field(default=500, ge=1)
     num_workers: int = Field(default=0, ge=0)
     tracker: Literal["tensorboard", "none"] = "tensorboard"

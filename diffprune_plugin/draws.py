@@ -28,7 +28,7 @@ class Draw(NamedTuple):
     dropped: bool
 
 
-def settled_dropout(asked: float | None, samples: Samples) -> float:
+def settled_dropout(asked: float | None, samples: Samples, where: str) -> float:
     """Share of the samples that get the null condition: as asked, else CONDITION_DROPOUT where there is one.
 
     Raises BadInput if conditions are to be dropped and nothing is known to stand for none.
@@ -36,8 +36,8 @@ def settled_dropout(asked: float | None, samples: Samples) -> float:
     if asked and not samples.null:
         have = ", ".join(sorted(samples.extra)) or "no conditions"
         raise BadInput(
-            f"condition_dropout: {asked}, but the data ({have}) has no null condition; add null_... to the file, or "
-            "set it to 0"
+            f"{where}: condition_dropout {asked}, but the data ({have}) has no null condition; add null_... to the "
+            "file, or set it to 0"
         )
     return asked if asked is not None else CONDITION_DROPOUT if samples.null else 0.0
 

@@ -155,8 +155,10 @@ def evaluate(
     if samples is not None:
         facts["reference"] = {"images": len(samples), "sha256": samples.sha256}
         facts["timesteps"] = [int(part[len(part) // 2]) for part in parts_of(pipeline)]
-    for role, model in models.items() if features is not None and real is not None else ():
-        facts["models"][role] |= distances(real, features.of(model.images, drawing.batch_size), features, drawing.seed)
+    if features is not None and real is not None:
+        for role, model in models.items():
+            drawn = features.of(model.images, drawing.batch_size)
+            facts["models"][role] |= distances(real, drawn, features, drawing.seed)
     if against is not None:
         facts["compared"] = compare(models["model"], models["against"])
     rows = {model.name: model.pictures[:SHOWN] for model in models.values() if model.pictures}

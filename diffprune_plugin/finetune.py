@@ -30,6 +30,7 @@ from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput, MissingExtra, first_line
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.objective import fitting, training_scheduler
+from diffprune_plugin.passes import checkpointing
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.report import loss_plot
@@ -100,7 +101,8 @@ def finetune(
     if config.tracker != "none":
         accelerator.init_trackers(training.file.stem)
     try:
-        with progress_bar(progress and accelerator.is_local_main_process, "steps") as bar:
+        shown = progress and accelerator.is_local_main_process
+        with checkpointing(training.unet, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
             training.run(bar)
     finally:
         for tracker in accelerator.trackers:
@@ -154,14 +156,13 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator) -> tuple[Training,
     Raises BadInput for a model that is no pruned pipeline, and for images or a teacher that do not fit it.
     """
     pipeline = load_pipeline(Path(config.model))
-    unet = unet_of(pipeline, Path(config.model))
+    unet = unet_of(pipeline)
     if not isinstance(unet, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
     adapter = find_adapter(unet)
-    pipeline.to(accelerator.device)
+    unet.to(accelerator.device)
     samples = fitting(encode(pipeline, config.data, config.resolution), unet, adapter)
-    dropout = settled_dropout(config.condition_dropout, samples)
-    config = config.model_copy(update={"condition_dropout": dropout})
+    settled_dropout(config.condition_dropout, samples, "fine-tune")
     scheduler = training_scheduler(pipeline.scheduler)
     teacher = teacher_of(config, unet, accelerator) if config.teacher else None
     name = fingerprint(config, unet, teacher, scheduler, samples, accelerator)

@@ -21,7 +21,7 @@ def place() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def mine(items: Sequence[Item]) -> Sequence[Item]:
+def part_of(items: Sequence[Item]) -> Sequence[Item]:
     """The part of the items that this process of n works on: every n-th."""
     rank, processes = place()
     return items[rank::processes]

@@ -22,7 +22,7 @@ from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.config import FinetuneConfig
 from diffprune_plugin.data import Samples
 from diffprune_plugin.distillation import feature_error, watched
-from diffprune_plugin.draws import FINETUNE, Batch, batch_of, draw
+from diffprune_plugin.draws import FINETUNE, Batch, batch_of, draw, settled_dropout
 from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.files import new_file
 from diffprune_plugin.objective import min_snr_weights, predicted, squared_error
@@ -40,11 +40,12 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Passes(Dataset[Batch]):
+class Shares(Dataset[Batch]):
     """The batches of one process, one a forward pass; a step has as many as gradients are accumulated over."""
 
     samples: Samples
     config: FinetuneConfig
+    dropout: float
     timesteps: int
     process: int
     processes: int
@@ -61,13 +62,13 @@ class Passes(Dataset[Batch]):
             spread = config.timestep_sampling == "stratified"
             choice = share(every, place, config.batch_size) if spread else every
             index = step * config.batch_size + place
-            draws.append(draw(self.samples, config.seed, FINETUNE, index, choice, config.condition_dropout or 0.0))
+            draws.append(draw(self.samples, config.seed, FINETUNE, index, choice, self.dropout))
         return batch_of(self.samples, draws)
 
 
 @dataclass
 class Training:
-    """One training under way; what `state` holds is all that a resumed one needs, since every batch, and the random
+    """One training under way; what `save` stores is all that a resumed one needs, since every batch, and the random
     numbers inside the model, follow from the seed and the step.
     """
 
@@ -105,13 +106,15 @@ class Training:
         config, accelerator = self.config, self.accelerator
         task = bar.add_task("fine-tune", total=config.steps, completed=self.step)
         passes, before = config.gradient_accumulation_steps, time.monotonic() - self.seconds
-        place = accelerator.process_index, accelerator.num_processes
-        data = Passes(self.samples, config, int(self.scheduler.config.num_train_timesteps), *place)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        dropout = settled_dropout(config.condition_dropout, self.samples, "fine-tune")
+        total = int(self.scheduler.config.num_train_timesteps)
+        data = Shares(self.samples, config, dropout, total, rank, processes)
         order = range(self.step * passes, config.steps * passes)
         sums: dict[str, float] = dict.fromkeys(self.curve, 0.0)
         batches = DataLoader(data, None, sampler=order, num_workers=config.num_workers)
         for number, batch in zip(order, batches, strict=True):
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, number, place[0]]).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, number, rank]).generate_state(1)[0]))
             with accelerator.accumulate(self.model):
                 means = self.run_pass(batch)
                 sums = {name: total + means[name] / passes for name, total in sums.items()}
@@ -156,10 +159,10 @@ class Training:
 
     def checked(self, terms: Mapping[str, Tensor], batch: Batch) -> dict[str, float]:
         """The mean of each term over all processes; raises CheckFailed on all of them if a loss is not finite."""
-        mine = torch.stack([*(loss.detach() for loss in terms.values())])
-        everyone = self.accelerator.gather(mine.T.contiguous())
-        if not bool(torch.isfinite(everyone).all()):
-            self.stop(f"the loss is {everyone[:, 0].mean().item()}", batch)
+        everyone = self.accelerator.gather(torch.stack([loss.detach() for loss in terms.values()], 1))
+        bad = ~torch.isfinite(everyone).all(1)
+        if bool(bad.any()):
+            self.stop(f"the loss is {everyone[bad][0, 0].item()}", batch, bad)
         return dict(zip(terms, everyone.mean(0).tolist(), strict=True))
 
     def clip(self, batch: Batch) -> None:
@@ -167,15 +170,18 @@ class Training:
         largest = self.config.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), largest)
         if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
-            self.stop(f"the norm of the gradients is {norm.item()}", batch)
+            self.stop(f"the norm of the gradients is {norm.item()}", batch, None)
 
-    def stop(self, what: str, batch: Batch) -> None:
-        gather = self.accelerator.gather
-        device = self.accelerator.device
-        rows, timesteps = (gather(part.to(device)).tolist() for part in (batch.rows, batch.timesteps))
+    def stop(self, what: str, batch: Batch, bad: Tensor | None) -> None:
+        """Raise CheckFailed with the samples of the batch that are at fault, or all of them."""
+        places = torch.stack([batch.rows, batch.timesteps.cpu()], 1).to(self.accelerator.device)
+        places = self.accelerator.gather(places)
+        found = (places if bad is None else places[bad]).tolist()
+        shown = ", ".join(f"image {row} at timestep {timestep}" for row, timestep in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         last = f"the last checkpoint is {self.file}" if self.file.exists() else "there is no checkpoint yet"
         raise CheckFailed(
-            f"fine-tune: {what} at step {self.step + 1}: image rows {rows}, timesteps {timesteps}; {last}; "
+            f"fine-tune: {what} in step {self.step + 1}: {shown}{more}; {last}; "
             "try a smaller learning_rate, and check the images"
         )
 
@@ -188,7 +194,7 @@ class Training:
             self.curve[name].append(value)
         self.step += 1
         self.accelerator.log({**means, "learning_rate": self.rate.get_last_lr()[0]}, step=self.step)
-        if self.step % self.config.checkpoint_every == 0 and self.step < self.config.steps:
+        if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             self.save()
 
     def finish_(self) -> None:

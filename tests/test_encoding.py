@@ -125,7 +125,7 @@ def test_the_condition_of_a_share_of_the_samples_is_left_out_whatever_the_batch_
     torch.testing.assert_close(gradients(samples, 0.5), gradients(samples, 0.5, batch_size=3), rtol=1e-3, atol=1e-5)
     assert torch.equal(gradients(samples, None), gradients(samples, 0.1))
     assert torch.equal(gradients(empty, None), gradients(empty, 0.0))
-    with pytest.raises(BadInput, match=r"condition_dropout: 0\.1, but the data \(encoder_hidden_states\) has no null"):
+    with pytest.raises(BadInput, match=r"condition_dropout 0\.1, but the data \(encoder_hidden_states\) has no null"):
         gradients(empty, 0.1)
 
 

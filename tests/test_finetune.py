@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,8 +110,8 @@ def by_hand(values: dict[str, Any], gamma: float | None = None, teacher: Any = N
     average = [p.detach().clone() for p in unet.parameters()]
     for step in range(STEPS):
         draws = [draw(samples, 0, FINETUNE, step * BATCH + i, np.arange(100)) for i in range(BATCH)]
-        sample = samples.sample(torch.tensor([d.row for d in draws]))
-        timesteps, noise = torch.tensor([d.timestep for d in draws]), torch.stack([d.noise for d in draws])
+        sample = samples.sample(torch.tensor([row for row, _, _ in draws]))
+        timesteps, noise = torch.tensor([t for _, t, _ in draws]), torch.stack([n for _, _, n in draws])
         alpha = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * sample + (1 - alpha).sqrt() * noise
         prediction = unet(noisy, timesteps).sample
@@ -282,9 +283,7 @@ def test_a_loss_that_is_not_finite_stops_it_at_the_last_good_checkpoint(values, 
     with pytest.raises(CheckFailed) as caught:
         tune(values, learning_rate=1e30, warmup_steps=0, checkpoint_every=1, steps=50)
     words = str(caught.value)
-    assert "at step" in words
-    assert "image rows [" in words
-    assert "timesteps [" in words
+    assert re.search(r"the (loss|norm of the gradients) is (nan|inf) in step \d+: image \d+ at timestep \d+, ", words)
     (file,) = (tmp_path / ".tuned.progress").iterdir()
     assert str(file) in words
     assert not (tmp_path / "tuned").exists()
