@@ -13,6 +13,7 @@ ORDER = [
     "progress",
     "tensors",
     "patterns",
+    "schedules",
     "hookspecs",
     "config",
     "timesteps",
