@@ -415,7 +415,8 @@ def test_bad_input_is_one_line_with_the_path_of_the_key_and_exit_code_2(name, te
     path = tmp_path / name
     path.write_text(text if isinstance(text, str) else json.dumps(text))
     for command in ("prune", "config"):
-        code, _, err = run(command, path, *(("-o", tmp_path / "native.yaml") if command == "config" else ()))
+        output = ("-o", tmp_path / "native.yaml") if command == "config" else ()
+        code, _, err = run(command, path, "--model", "m", *output)
         assert code == 2
         assert err.startswith(f"error: {path}: ")
         assert message in err
