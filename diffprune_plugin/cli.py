@@ -32,6 +32,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Scheduler = Annotated[str, typer.Option(help="ddim, ddpm, dpm, or a diffusers class.")]
 Skip = Annotated[str, typer.Option(help="Spacing of the timesteps: uniform or quad.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(help="Native YAML, JSON or TOML; NNCF's JSON; Torch-Pruning's arguments; or Diff-Pruning's flags."),
+]
+FromFlags = Annotated[
+    str | None, typer.Option("--from-flags", metavar="FLAGS", help="Diff-Pruning's flags, in place of CONFIG.")
+]
+Model = Annotated[str | None, typer.Option(help="Pipeline or UNet directory; overrides the config's.")]
+Data = Annotated[str | None, typer.Option(help="Folder of images or .npz to calibrate with; overrides the config's.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a native config key.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 
 
@@ -42,20 +52,28 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 @app.command(epilog="Example: diffprune prune config.yaml --set importance.threshold=0.02 --output small")
 def prune(
-    config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
-    model: Annotated[str | None, typer.Option(help="Pipeline or UNet directory; overrides the config's.")] = None,
+    config: ConfigFile = None,
+    flags: FromFlags = None,
+    model: Model = None,
+    data: Data = None,
     output: Annotated[str | None, typer.Option(help="Where the pruned model goes; overrides the config's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key.")] = None,
+    settings: Settings = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Prune a UNet by a config and write a directory that diffusers loads."""
-    from diffprune_plugin.config import read_config
+    """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
+    from diffprune_plugin.dialects import read, settle
     from diffprune_plugin.workflow import prune as run
 
-    settled = read_config(config, settings or [], model=model, output=output)
-    result = run(settled, overwrite=overwrite, dry_run=dry_run)
+    listing = read(config, flags)
+    settled = settle(listing, settings or [], model=model, data=data, output=output)
+    if listing.dialect != "native":
+        Console(stderr=True).print(f"{listing.summary()}; diffprune config lists them", markup=False, soft_wrap=True)
+    try:
+        result = run(settled, overwrite=overwrite, dry_run=dry_run)
+    except BadInput as error:
+        raise listing.located(error) from None
     show_plan(result.plan, json)
     if not json and not dry_run:
         console.print(compensation_line(result.compensation))
@@ -87,6 +105,37 @@ def finetune(
     say(f"{report.steps} steps in {report.seconds:.0f} s on {report.processes} processes ({report.device}): ", end="")
     say(f"loss {first:.4f} -> {last:.4f} (means of the first and last tenth)")
     say(f"wrote {settled.output}: the moving average of the weights, and the loss curve in finetune.json")
+
+
+@app.command(epilog="Example: diffprune config nncf.json -o native.yaml")
+def config(
+    config: ConfigFile = None,
+    flags: FromFlags = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the native config to this file.")] = None,
+    model: Model = None,
+    data: Data = None,
+    settings: Settings = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Translate a config to the native form, and list what becomes of each of its keys and why."""
+    import yaml
+
+    from diffprune_plugin.dialects import read, translated
+    from diffprune_plugin.files import write_text
+
+    if output and output.exists() and not overwrite:
+        raise BadInput(f"{output} exists; use --overwrite or another file")
+    listing = read(config, flags)
+    if json:
+        console.print_json(data=listing.as_dict(), default=str)
+    else:
+        console.print(listing.table())
+    native = yaml.safe_dump(translated(listing, settings or [], model=model, data=data), sort_keys=False)
+    if output:
+        write_text(output, native)
+    if not json:
+        say(f"wrote {output}" if output else native)
 
 
 @app.command(epilog="Example: diffprune inspect pruned")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +10,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diffprune_plugin.documents import parse_mapping, parse_yaml, read_text
 from diffprune_plugin.errors import BadInput, nearest
 
 if sys.version_info >= (3, 11):
     from typing import Self
-
-    import tomllib
 else:
-    import tomli as tomllib
     from typing_extensions import Self
 
 
@@ -27,12 +23,9 @@ ConfigType = TypeVar("ConfigType", bound="Config")
 
 
 def number(value: Any) -> Any:
-    """A whole number as a float; so is what YAML takes for a word for want of a dot: 1e-4."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
+    """A whole number as a float."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+    return float(value) if whole else value
 
 
 Number = Annotated[float, BeforeValidator(number)]
@@ -80,6 +73,7 @@ class PruningConfig(Config):
     max_pruning_ratio: Number = Field(default=1.0, gt=0, le=1)
     head_pruning_ratio: Number | None = Field(default=None, ge=0, lt=1)
     ignored_layers: tuple[str, ...] = ()
+    target_layers: tuple[str, ...] = ()
     global_pruning: bool = False
     isomorphic: bool = False
     round_to: int | None = Field(default=None, ge=1)
@@ -111,7 +105,7 @@ class PruningConfig(Config):
             raise ValueError("is neither a criterion's name nor a mapping with a 'name'")
         return dict(value)
 
-    @field_validator("ignored_layers", mode="before")
+    @field_validator("ignored_layers", "target_layers", mode="before")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -195,33 +189,11 @@ def explain(error: Any) -> str:
     """One pydantic error as key, value and what is expected."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
-        return f"{key} is missing; add '{key}: ...'"
+        return f"{key} is missing; add '{key}: ...'" + (" or give --model" if key == "model" else "")
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return str(message)
     return f"{key}: {error['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML, JSON or TOML file; raises BadInput if there is none."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        if path.suffix == ".toml":
-            content: Any = tomllib.loads(text)
-        elif path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            content = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise BadInput(
-            f"{path}: not valid {path.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: holds {type(content).__name__}, not keys and values")
-    return content
 
 
 def read_config(path: Path, settings: Sequence[str] = (), **overrides: str | None) -> PruningConfig:
@@ -231,27 +203,34 @@ def read_config(path: Path, settings: Sequence[str] = (), **overrides: str | Non
 
 def read_as(kind: type[ConfigType], path: Path, settings: Sequence[str] = (), **overrides: str | None) -> ConfigType:
     """A config file with ``KEY=VALUE`` settings (values in YAML, dots reach into mappings) and overrides on top."""
-    values = read_mapping(path)
+    values = parse_mapping(read_text(path), path)
+    apply_(values, settings, overrides)
+    return kind.make(values, str(path))
+
+
+def apply_(values: dict[str, Any], settings: Sequence[str], overrides: Mapping[str, str | None]) -> None:
+    """Put settings and overrides on top of a config's values; raises BadInput for a setting that cannot be set."""
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise BadInput(f"--set {setting!r}: not KEY=VALUE")
         try:
-            set_at(values, key.split("."), yaml.safe_load(text))
-        except yaml.YAMLError as error:
+            set_at(values, key, parse_yaml(text))
+        except (ValueError, yaml.YAMLError) as error:
             raise BadInput(f"--set {setting!r}: {' '.join(str(error).split())}") from None
     values |= {key: value for key, value in overrides.items() if value is not None}
-    return kind.make(values, str(path))
 
 
-def set_at(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """``values[a][b] = value`` for the path (a, b); a criterion's name becomes a mapping when options are set on it."""
-    *parents, last = path
-    for key in parents:
-        inner = values.setdefault(key, {})
-        if key == "importance" and isinstance(inner, str):
-            inner = values[key] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise BadInput(f"--set {'.'.join(path)}: {key} is {inner!r}, not a mapping")
-        values = inner
-    values[last] = value
+def set_at(values: dict[str, Any], key: str, value: Any) -> None:
+    """``values[key] = value``; what follows the key's first dot is a key of the mapping there, dots and all.
+
+    A criterion's name becomes a mapping when options are set on it.
+    """
+    first, dot, inner = key.partition(".")
+    if dot:
+        before = values.get(first) or {}
+        before = {"name": before} if first == "importance" and isinstance(before, str) else before
+        if not isinstance(before, dict):
+            raise BadInput(f"--set {key}: {first} is {before!r}, not a mapping")
+        value = {**before, inner: value}
+    values[first] = value

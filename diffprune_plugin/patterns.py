@@ -4,24 +4,70 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from diffprune_plugin.errors import BadInput, nearest
 
+STRIDED = "{strided}"
+# The operation that NNCF 2 names a layer's node after, by the layer's class.
+OPERATIONS = {"Conv1d": "conv1d", "Conv2d": "conv2d", "ConvTranspose2d": "conv_transpose2d", "Linear": "linear"}
 
-def matching(pattern: str, names: Sequence[str], key: str) -> list[str]:
-    """The names that a pattern means: a layer, everything below a module, a glob, or ``{re}`` and an expression.
+
+def layer_names(model: Any) -> dict[str, tuple[str, ...]]:
+    """Every module's name, with what else a convolution or linear layer is called: see `also_called`."""
+    modules = dict(model.named_modules())
+    return {name: also_called(name, modules) for name in modules if name}
+
+
+def also_called(name: str, modules: Mapping[str, Any]) -> tuple[str, ...]:
+    """A layer's name, NNCF 2's names of its node (wrapped and not), and ``{strided}`` if its stride is above 1."""
+    kind = type(modules[name]).__name__
+    if kind not in OPERATIONS:
+        return ()
+    scopes, parts = [type(modules[""]).__name__], name.split(".")
+    for depth, part in enumerate(parts[:-1], 1):
+        scopes.append(f"{type(modules['.'.join(parts[:depth])]).__name__}[{part}]")
+    scope = "/".join(scopes)
+    layer, node = f"{kind}[{parts[-1]}]", f"{OPERATIONS[kind]}_0"
+    stride = max(getattr(modules[name], "stride", (1,)))
+    names = (name, f"{scope}/{layer}", f"{scope}/{layer}/{node}", f"{scope}/NNCF{layer}/{node}")
+    return (*names, STRIDED) if stride > 1 else names
+
+
+def matching(pattern: str, names: Mapping[str, Iterable[str]], key: str) -> list[str]:
+    """The names (of `layer_names`) that a pattern means.
+
+    A layer, everything below a module, a glob, or ``{re}`` and an expression; ``{nncf}`` and a scope as NNCF 2 matches
+    it with its names of convolutions and linear layers; ``{strided}``, those with a stride above 1, if there are any.
 
     Raises BadInput, naming the config key, if the pattern matches nothing or is no valid expression.
     """
-    if pattern.startswith("{re}"):
-        try:
-            expression = re.compile(pattern[4:])
-        except (re.error, OverflowError) as error:
-            raise BadInput(f"{key}: {pattern!r} is no valid expression: {error}") from None
+    if pattern == STRIDED:
+        return [name for name, also in names.items() if STRIDED in also]
+    if pattern.startswith("{nncf}"):
+        fits = scope_test(pattern.removeprefix("{nncf}"), key)
+        found = [name for name, also in names.items() if any(map(fits, also))]
+    elif pattern.startswith("{re}"):
+        expression = compiled(pattern[4:], pattern, key)
         found = [name for name in names if expression.fullmatch(name)]
     else:
         found = [n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)]
     if not found:
-        raise BadInput(f"{key}: {pattern!r} matches no layer{nearest(pattern, names)}")
+        raise BadInput(f"{key}: {pattern!r} matches no layer{nearest(pattern.removeprefix('{nncf}'), names)}")
     return found
+
+
+def scope_test(scope: str, key: str) -> Callable[[str], Any]:
+    """How NNCF 2 compares a scope with a node: equal, or with ``{re}`` found anywhere in its name."""
+    if "{re}" in scope:
+        return compiled(scope.replace("{re}", ""), scope, key).search
+    return scope.__eq__
+
+
+def compiled(expression: str, pattern: str, key: str) -> re.Pattern[str]:
+    """Raises BadInput, naming the config key, for what is no valid expression."""
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise BadInput(f"{key}: {pattern!r} is no valid expression: {error}") from None

@@ -14,7 +14,7 @@ from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.groups import CoupledGroup, LayerCost, layer_costs, removed_channels, trace_groups
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.patterns import matching
+from diffprune_plugin.patterns import layer_names, matching
 from diffprune_plugin.plan import GroupPlan, LayerSize, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.selection import AskedGroup, Halves, Rules, Scores, head_groups, nearest_to, select
@@ -34,6 +34,7 @@ def make_plan(
     max_pruning_ratio: float = 1.0,
     head_pruning_ratio: float | None = None,
     ignored_layers: Sequence[str] = (),
+    target_layers: Sequence[str] = (),
     global_pruning: bool = False,
     isomorphic: bool = False,
     round_to: int | None = None,
@@ -45,8 +46,9 @@ def make_plan(
     """Decide which channels go, without touching the UNet.
 
     ``pruning_ratio`` (0.3) is the share of each group's channels asked to go, ``pruning_ratio_dict`` the same by
-    pattern of layer names; groups with a layer in ``ignored_layers`` stay. Counts follow the published rule: of C
-    channels n = C - int(C * (1 - ratio)) are asked to go and floor(n / parts) go from each part, ranked inside it.
+    pattern of layer names; groups with a layer in ``ignored_layers``, or with one outside ``target_layers`` if there
+    are any, stay. Counts follow the published rule: of C channels n = C - int(C * (1 - ratio)) are asked to go and
+    floor(n / parts) go from each part, ranked inside it.
     ``macs_target`` or ``params_target``, the share of the dense UNet's that is to be left, searches for the ratio.
     ``max_pruning_ratio`` bounds the share that a group loses. ``head_pruning_ratio``: attention loses this share of
     its heads, whole, instead of dimensions inside them. ``global_pruning`` ranks all groups together, ``isomorphic``
@@ -68,7 +70,7 @@ def make_plan(
         halves=halves or getattr(criterion, "halves", None) or "together",
     )
     groups = trace_groups(unet, adapter)
-    asked = requested_ratios(groups, unet, adapter, pruning_ratio_dict or {}, ignored_layers)
+    asked = requested_ratios(groups, unet, adapter, pruning_ratio_dict or {}, ignored_layers, target_layers)
     heads = {} if head_pruning_ratio is None else head_groups(groups, adapter.head_layers(unet))
     asked = asked_of_heads(asked, heads)
     items = [asked_group(g, asked[g.root], criterion, heads.get(g.root, "")) for g in groups]
@@ -126,11 +128,11 @@ def check_ratio(ratio: float, key: str) -> None:
         raise BadInput(f"{key}: {ratio} is outside [0, 1); 0.3 removes 30 % of the channels")
 
 
-def check_patterns(unet: nn.Module, ratio_dict: Mapping[str, float], ignored: Sequence[str]) -> None:
+def check_patterns(unet: nn.Module, **patterns: Iterable[str]) -> None:
     """Raises BadInput for a pattern that matches no layer: before a long calibration rather than after it."""
-    names = [name for name, _ in unet.named_modules() if name]
-    for key, patterns in (("ignored_layers", ignored), ("pruning_ratio_dict", ratio_dict)):
-        for pattern in patterns:
+    names = layer_names(unet)
+    for key, given in patterns.items():
+        for pattern in given:
             matching(pattern, names, key)
 
 
@@ -140,10 +142,14 @@ def requested_ratios(
     adapter: UNetAdapter,
     ratio_dict: Mapping[str, float],
     ignored: Sequence[str],
+    targets: Sequence[str],
 ) -> dict[str, float | str | None]:
     """For each group its own ratio, None for the common one, or in words why it stays as it is."""
-    names = [name for name, _ in unet.named_modules() if name]
+    names = layer_names(unet)
     stays = dict.fromkeys(adapter.kept_layers(unet), "kept: the adapter says that its width is the output's")
+    wanted = {name for pattern in targets for name in matching(pattern, names, "target_layers")}
+    if targets:
+        stays |= {name: "outside target_layers" for name, also in names.items() if also and name not in wanted}
     for pattern in ignored:
         stays |= dict.fromkeys(matching(pattern, names, "ignored_layers"), f"ignored_layers: {pattern}")
     special: dict[str, tuple[float, str]] = {}

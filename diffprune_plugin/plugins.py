@@ -15,6 +15,7 @@ from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
 from diffprune_plugin import timesteps as built_in_timesteps
 from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.config import PruningConfig
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
@@ -156,6 +157,16 @@ def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = 
         return factory(**options)
     except TypeError as error:
         raise BadInput(f"importance: {name} cannot be made with {sorted(options)}: {error}") from None
+
+
+def criterion_of(config: PruningConfig) -> Criterion:
+    """The criterion that a config names; raises BadInput if it cannot be made."""
+    name, options = config.criterion()
+    for key in {"plugins", "calibration"} & set(options):
+        raise BadInput(f"importance: unknown option {key!r}; 'calibration' is a key of its own")
+    if name == "random":
+        options.setdefault("seed", config.seed)
+    return importance(name, **options)
 
 
 def find_adapter(unet: Any, plugins: Plugins | None = None) -> UNetAdapter:

@@ -28,7 +28,7 @@ from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.planning import check_asked, check_patterns, make_plan
-from diffprune_plugin.plugins import find_adapter, importance
+from diffprune_plugin.plugins import criterion_of, find_adapter
 from diffprune_plugin.removal import remove_
 from diffprune_plugin.tensors import weights_hash
 
@@ -42,6 +42,7 @@ PLANNING = (
     "max_pruning_ratio",
     "head_pruning_ratio",
     "ignored_layers",
+    "target_layers",
     "global_pruning",
     "isomorphic",
     "round_to",
@@ -70,19 +71,14 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     if not dry_run:
         check_absent(output, overwrite)
         check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration")})
-    name, options = config.criterion()
-    for key in {"plugins", "calibration"} & set(options):
-        raise BadInput(f"importance: unknown option {key!r}; 'calibration' is a key of its own")
-    if name == "random":
-        options.setdefault("seed", config.seed)
-    criterion = importance(name, **options)
+    criterion = criterion_of(config)
     model, unet = load_model(config)
     if isinstance(unet, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(unet)
     asked = {key: getattr(config, key) for key in PLANNING}
     check_asked(asked)
-    check_patterns(unet, config.pruning_ratio_dict, config.ignored_layers)
+    check_patterns(unet, **{key: asked[key] for key in ("pruning_ratio_dict", "ignored_layers", "target_layers")})
     compensating = wants_compensation(config, model)
     samples = functools.cache(lambda: encode(model, config.data, config.resolution))
     calibration = calibration_for(criterion, model, unet, config, samples, progress, store=not dry_run)

@@ -33,6 +33,16 @@ def test_settings_and_overrides_win_over_the_file(tmp_path) -> None:
     assert (config.pruning_ratio, config.output, config.model) == (0.5, "small", "dense")
 
 
+def test_a_setting_may_be_a_number_in_any_notation_or_a_pattern_with_dots(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: dense\npruning_ratio: 2e-1\n")
+    assert read_config(path).pruning_ratio == 0.2
+    settings = ["pruning_ratio=1e-1", "pruning_ratio_dict.down_blocks.0=0.2", "pruning_ratio_dict.conv_in=0"]
+    config = read_config(path, settings)
+    assert (config.pruning_ratio, config.pruning_ratio_dict) == (0.1, {"down_blocks.0": 0.2, "conv_in": 0.0})
+    assert read_config(path, ["pruning_ratio_dict={down_blocks.0: 3e-1}"]).pruning_ratio_dict == {"down_blocks.0": 0.3}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -67,6 +77,11 @@ def test_a_wrong_value_is_named(values, words) -> None:
         ("c.yaml", "a: [", "not valid yaml"),
         ("c.json", "{", "not valid json"),
         ("c.toml", "a =", "not valid toml"),
+        ("c.yaml", "model: a\nmodel: b", "key 'model' is given twice"),
+        ("c.json", '{"model": "a", "model": "b"}', "key 'model' is given twice"),
+        ("c.toml", 'model = "a"\nmodel = "b"', "not valid toml"),
+        ("c.yaml", "model: &m [*m]", "nested too deeply"),
+        ("c.yaml", "on: a", "key True is no word; put it in quotes"),
         ("c.yaml", "- a", "holds list, not keys and values"),
         ("c.yaml", None, "cannot be read"),
     ],
