@@ -300,16 +300,23 @@ two_processes(sys.argv[2])
 def two_processes(config: str) -> None:
     """The fine-tune of a config, then a calibration by each sampling, on the processes that there are."""
     tune(json.loads(Path(config).read_text()))
-    for sampling in ("stratified", "reference"):
+    for sampling in SAMPLINGS:
         calibration = calibrate(sampling)
         if torch.distributed.get_rank() == 1:  # all have the same
             calibration.save(Path(sampling))
 
 
+SAMPLINGS = {
+    "stratified": {},
+    "reference": {"sampling": "reference"},
+    "squares": {"accumulate": "square", "micro_batch": 4},
+}
+
+
 def calibrate(sampling: str) -> Calibration:
     from dataclasses import replace
 
-    scheduler, sweep = DDPMScheduler(num_train_timesteps=20), replace(SMALL, sampling=sampling, threshold=0.0)
+    scheduler, sweep = DDPMScheduler(num_train_timesteps=20), replace(SMALL, threshold=0.0, **SAMPLINGS[sampling])
     settings = {**FAST, "batch_size": 3, "checkpoint": Path("progress"), "checkpoint_seconds": 0}
     return dp.calibrate(make_unet(), scheduler, "images.npz", sweep, **settings)
 
@@ -329,7 +336,7 @@ def test_two_processes_train_and_calibrate_as_one_does(values, tuning, tmp_path,
     report = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
     assert (report["processes"], one.processes) == (2, 1)
     np.testing.assert_allclose(report["curve"]["loss"], one.curve["loss"], rtol=1e-3)
-    for sampling in ("stratified", "reference"):
+    for sampling in SAMPLINGS:
         alone, shared = calibrate(sampling), Calibration.load(tmp_path / sampling)
         np.testing.assert_allclose(shared.loss, alone.loss, rtol=1e-4)
         assert shared.gradients.keys() == alone.gradients.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ def test_a_pipeline_that_adds_to_the_skip_connections_is_refused(component, tmp_
     pipeline = PIPELINES["stable diffusion"][0](tmp_path)
     setattr(pipeline, component, torch.nn.Identity())
     with pytest.raises(BadInput, match=f"adds the outputs of its {component} to the UNet's skip connections"):
-        unet_of(pipeline, Path("dense"))
+        unet_of(pipeline)
 
 
 def test_a_stored_calibration_knows_the_dropout_and_the_precision_that_it_was_made_with(tmp_path) -> None:
