@@ -20,7 +20,7 @@ from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.groups import CoupledGroup, differentiable, groups_of, layer_costs
 from diffprune_plugin.history import History
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.patterns import matching
+from diffprune_plugin.patterns import layer_names, matching
 from diffprune_plugin.plan import GroupPlan, PruningPlan, architecture_hash
 from diffprune_plugin.planning import (
     asked_group,
@@ -297,7 +297,7 @@ def layers_of(model: nn.Module, key: Key, argument: str) -> frozenset[str]:
     if isinstance(key, tuple):
         return frozenset().union(*(layers_of(model, part, argument) for part in key))
     if isinstance(key, str):
-        return frozenset(matching(key, [name for name in names.values() if name], argument))
+        return frozenset(matching(key, layer_names(model), argument))
     if not isinstance(key, (type, nn.Module)):
         raise BadInput(f"{argument}: a {type(key).__name__} is no layer; give the module, a type or a name")
     found = [module for module in names if (isinstance(module, key) if isinstance(key, type) else module is key)]

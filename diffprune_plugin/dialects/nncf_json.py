@@ -156,10 +156,10 @@ PARAMS = {
         "conv_out always keeps its width, which is the output's",
         cases=((False, "honoured", "conv_out keeps its width"),),
     ),
-    # NNCF 2 refuses it here; its manual for NNCF 1 had it here.
+    # NNCF's schema has it beside "params" only, and the next one inside only; manuals and users had them elsewhere.
     "pruning_init": Fact(RATIO, "approximated", ""),
 }
-ENTRY["all_weights"] = replace(PARAMS["all_weights"], default=ABSENT)  # likewise
+ENTRY["all_weights"] = replace(PARAMS["all_weights"], default=ABSENT)
 for synonym in ("importance", "weight_importance"):
     PARAMS[synonym] = replace(PARAMS["filter_importance"], instead_of="filter_importance", default=ABSENT)
 
