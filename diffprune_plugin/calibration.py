@@ -46,6 +46,12 @@ class Calibration:
     images: str
     autocast: bool = False
 
+    def answers(self, sweep: Sweep) -> bool:
+        """Whether it is what a sweep asks for; a dropout left open is answered by any."""
+        if sweep.condition_dropout is None:
+            sweep = replace(sweep, condition_dropout=self.sweep.condition_dropout)
+        return self.sweep == sweep
+
     def matching(self, options: Mapping[str, Any]) -> Calibration:
         """The same for these options of a sweep; raises BadInput if its gradients are not what they ask for."""
         for key, value in options.items():

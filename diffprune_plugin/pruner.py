@@ -360,7 +360,7 @@ def criterion_of(wanted: Any, calibration: Calibration | None = None) -> Criteri
         return importance(name, calibration=calibration, **options)
     criterion: Any = wanted
     if calibration is not None:
-        if calibration.sweep != criterion.sweep:
+        if not calibration.answers(criterion.sweep):
             raise BadInput(f"calibration: made for {calibration.sweep}, the importance asks for {criterion.sweep}")
         criterion.calibration = calibration
     return criterion  # type: ignore[no-any-return]

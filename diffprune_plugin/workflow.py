@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +247,7 @@ def stored_calibration(directory: Path, unet: nn.Module, sweep: Any, config: Pru
         if not fits:
             raise BadInput(f"{directory}: calibrated with other {key}; remove it or name another calibration directory")
     calibration = calibration.with_threshold(sweep.threshold)
-    if sweep.condition_dropout is None:
-        sweep = replace(sweep, condition_dropout=calibration.sweep.condition_dropout)
-    if calibration.sweep != sweep:
+    if not calibration.answers(sweep):
         raise BadInput(f"{directory}: calibrated with {calibration.sweep}, asked is {sweep}; name another directory")
     return calibration
 

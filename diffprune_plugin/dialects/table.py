@@ -253,11 +253,9 @@ class Listing:
 
     def table(self) -> Table:
         """The listing for a terminal."""
-        table = Table(title=escape(self.summary()))
-        for column in ("key", "value", "verdict", "native", "because"):
-            table.add_column(column, overflow="fold", min_width=20 if column == "key" else None)
+        table = Table("key", "verdict", "becomes", title=escape(self.summary()), show_lines=True)
         for row in self.rows.values():
             value = SHORT.repr(row.value) + ("" if row.given else " (default)")
-            native = ", ".join(f"{key}: {new}" for key, new in row.native.items())
-            table.add_row(*map(escape, (row.key, value, row.verdict, native, row.reason)))
+            native = [f"{key}: {new}" for key, new in row.native.items()]
+            table.add_row(*map(escape, (f"{row.key}\n{value}", row.verdict, "\n".join([*native, row.reason]))))
         return table
