@@ -113,7 +113,8 @@ def table(bench: Bench) -> list[str]:
     macs = read_plan(bench.pruned(0)).macs
     lines = [
         f"{bench.steps} steps of batch {COMMON['batch_size']} ({bench.steps / DENSE_STEPS:.0%} of the dense model's), "
-        f"{macs[1] / macs[0]:.0%} of its MACs (pruning_ratio {RATIO}); SSIM over {bench.count} images of {bench.draw_steps} DDIM steps.",
+        f"{macs[1] / macs[0]:.0%} of its MACs (pruning_ratio {RATIO}); "
+        f"SSIM over {bench.count} images of {bench.draw_steps} DDIM steps.",
         "",
         "| model | seeds | held-out loss | SSIM to the dense images | seconds of training |",
         "|---|---|---|---|---|",
