@@ -25,7 +25,7 @@ from train_demo import digits, held_out_loss, to_sample
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.checkpoint import load_pipeline
+from diffprune_plugin.checkpoint import load_pipeline, read_plan
 from diffprune_plugin.finetune import finetune
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.workflow import prune
@@ -42,6 +42,8 @@ RECIPES: dict[str, tuple[bool, dict[str, Any]]] = {  # whether from scratch, and
     "from scratch": (True, FINE),
     "from scratch, taught": (True, FINE | TAUGHT),
 }
+DENSE, PRUNED = "dense", "pruned and compensated"
+ROWS = (DENSE, PRUNED, *RECIPES)
 
 
 class Bench:
@@ -59,14 +61,14 @@ class Bench:
         if not self.data.exists():
             np.savez(self.data, images=images)
 
-    def row(self, name: str, make: Any) -> dict[str, float]:
-        """Loss, SSIM and the seconds of training of the pipeline that ``make`` gives."""
-        return dict(self.store.get(name, lambda: self.measure(*make())))
-
-    def measure(self, pipeline: Any, seconds: float) -> dict[str, float]:
+    def measure(self, name: str, seed: int) -> dict[str, float]:
+        """Loss, SSIM and the seconds of training of the model of a row."""
+        if name in RECIPES:
+            pipeline, seconds = self.tuned(name, seed, *RECIPES[name])
+        else:
+            pipeline, seconds = (dense() if name == DENSE else load_pipeline(self.pruned(seed))), 0.0
         row = {"loss": held_out_loss(pipeline.unet, dense().scheduler, self.held_out), "seconds": seconds}
-        row["ssim"] = similarity(self.drawn(pipeline), self.dense_images)
-        return row
+        return row | {"ssim": similarity(self.drawn(pipeline), self.dense_images)}
 
     def drawn(self, pipeline: Any) -> torch.Tensor:
         """Images from fixed noise, float (count, 1, height, width) in [0, 1]."""
@@ -106,44 +108,39 @@ class Bench:
         return load_pipeline(output), report.seconds
 
 
-def table(rows: dict[str, list[dict[str, float]]], bench: Bench) -> list[str]:
-    """Mean over seeds of each row as Markdown."""
+def table(bench: Bench) -> list[str]:
+    """Mean over seeds of every row that is there, as Markdown."""
+    macs = read_plan(bench.pruned(0)).macs
     lines = [
         f"{bench.steps} steps of batch {COMMON['batch_size']} ({bench.steps / DENSE_STEPS:.0%} of the dense model's), "
-        f"pruning_ratio {RATIO}, SSIM over {bench.count} images of {bench.draw_steps} DDIM steps.",
+        f"{macs[1] / macs[0]:.0%} of its MACs (pruning_ratio {RATIO}); "
+        f"SSIM over {bench.count} images of {bench.draw_steps} DDIM steps.",
         "",
         "| model | seeds | held-out loss | SSIM to the dense images | seconds of training |",
         "|---|---|---|---|---|",
     ]
-    for name, group in rows.items():
-        loss, ssim, seconds = (np.mean([row[key] for row in group]) for key in ("loss", "ssim", "seconds"))
-        lines.append(f"| {name} | {len(group)} | {loss:.4f} | {ssim:.3f} | {seconds:.0f} |")
+    for name in ROWS:
+        group = [row for key, row in bench.store.values.items() if key.rpartition(" seed ")[0] == name]
+        if group:
+            loss, ssim, seconds = (np.mean([row[key] for row in group]) for key in ("loss", "ssim", "seconds"))
+            lines.append(f"| {name} | {len(group)} | {loss:.4f} | {ssim:.3f} | {seconds:.0f} |")
     return lines
 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="a tenth of the steps, fewer images")] = False,
     seeds: int = 1,
-    only: Annotated[str, typer.Option(help="only recipes whose name contains this")] = "",
+    only: Annotated[str, typer.Option(help="measure only the rows whose name contains this")] = "",
     threads: int = 1,
 ) -> None:
-    """Measure what is missing, then print the table."""
+    """Measure what is missing, then print the table of what is there."""
     torch.set_num_threads(threads)
     bench = Bench(quick)
-    rows: dict[str, list[dict[str, float]]] = {}
-
-    def add(name: str, seed: int, make: Any) -> None:
-        if only in name:
-            rows.setdefault(name, []).append(bench.row(f"{name} seed {seed}", make))
-            print(name, seed, rows[name][-1], flush=True)
-
     for seed in range(seeds):
-        add("dense", seed, lambda: (dense(), 0.0))
-        add("pruned and compensated", seed, lambda: (load_pipeline(bench.pruned(seed)), 0.0))  # noqa: B023
-        for name, (scratch, settings) in RECIPES.items():
-            add(name, seed, functools.partial(bench.tuned, name, seed, scratch, settings))
-    if not only:
-        publish(bench.store.path.stem, table(rows, bench))
+        for name in (name for name in ROWS if only in name):
+            row = bench.store.get(f"{name} seed {seed}", functools.partial(bench.measure, name, seed))
+            print(name, seed, row, flush=True)
+    publish(bench.store.path.stem, table(bench))
 
 
 if __name__ == "__main__":

@@ -88,11 +88,12 @@ def moved(inputs: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
     return {k: v.to(like) if v.is_floating_point() else v.to(like.device) for k, v in inputs.items()}
 
 
-def load_samples(source: Any, resolution: int | None = None) -> Samples:
+def load_samples(source: Any, resolution: int | None = None, whole: bool = False) -> Samples:
     """Samples from a folder of images, an .npz with ``images``, a .safetensors with ``latents``, an array, a float
     tensor, or a sequence of images.
 
     ``resolution``: files and sequences of images are resized and cropped around the centre to this height and width.
+    ``whole``: all of them are held in memory, however many; else of too many every n-th.
 
     Raises BadInput for a source that is missing, empty, holds a damaged image, or images of different sizes.
     """
@@ -101,7 +102,7 @@ def load_samples(source: Any, resolution: int | None = None) -> Samples:
         if not path.exists():
             raise BadInput(f"data: {path}: no such folder, .npz or .safetensors file")
         if path.is_dir():
-            return load_folder(path, resolution)
+            return load_folder(path, resolution, whole)
         samples = load_safetensors(path) if path.suffix == ".safetensors" else load_npz(path)
     elif isinstance(source, Samples):
         samples = source
@@ -112,7 +113,7 @@ def load_samples(source: Any, resolution: int | None = None) -> Samples:
     elif isinstance(source, np.ndarray):
         samples = from_array(source, "data")
     else:
-        return from_sequence(source, resolution)
+        return from_sequence(source, resolution, whole)
     if resolution is not None and samples.values.dtype is torch.uint8 and samples.shape[1:] != (resolution,) * 2:
         raise BadInput(
             f"resolution: {resolution} is for image files, not for an array of {samples.shape[1:]}; resize it"
@@ -188,7 +189,7 @@ def from_array(images: npt.NDArray[Any], where: str) -> Samples:
     return Samples(torch.from_numpy(np.ascontiguousarray(images)))
 
 
-def load_folder(path: Path, resolution: int | None = None) -> Samples:
+def load_folder(path: Path, resolution: int | None = None, whole: bool = False) -> Samples:
     """The images that metadata.jsonl lists, with their captions; else every image below a folder, in the order of
     their names, labelled by class where each lies in a folder of its class."""
     captions = read_captions(path / CAPTIONS) if (path / CAPTIONS).exists() else []
@@ -196,7 +197,7 @@ def load_folder(path: Path, resolution: int | None = None) -> Samples:
     files = files or sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise BadInput(f"data: {path}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
-    step = every(len(files), read_image(files[0], resolution)[0])
+    step = 1 if whole else every(len(files), read_image(files[0], resolution)[0])
     samples = stack([(str(file), *read_image(file, resolution)) for file in files[::step]], resolution)
     if captions:
         return replace(samples, captions=tuple(text for _, text in captions[::step]))
@@ -251,7 +252,7 @@ def read_image(path: Path, resolution: int | None) -> tuple[Pixels, Frame]:
         raise BadInput(f"data: {path}: damaged image: {error}; remove or replace it") from None
 
 
-def from_sequence(rows: Sequence[Any], resolution: int | None = None) -> Samples:
+def from_sequence(rows: Sequence[Any], resolution: int | None = None, whole: bool = False) -> Samples:
     """Rows as the datasets library gives them: a PIL image or array, alone or under the key ``image``; beside it there
     may be a caption, ``text``."""
     try:
@@ -261,7 +262,8 @@ def from_sequence(rows: Sequence[Any], resolution: int | None = None) -> Samples
         raise BadInput(f"data: a {type(rows).__name__} is no folder, .npz, array or sequence of images") from None
     if not count:
         raise BadInput("data: the sequence of images is empty")
-    taken = {i: rows[i] for i in range(0, count, every(count, framed(image_of(rows[0], 0), resolution)[0]))}
+    step = 1 if whole else every(count, framed(image_of(rows[0], 0), resolution)[0])
+    taken = {i: rows[i] for i in range(0, count, step)}
     samples = stack([(f"row {i}", *framed(image_of(row, i), resolution)) for i, row in taken.items()], resolution)
     texts = (row.get("text") for row in taken.values() if isinstance(row, Mapping))
     captions = tuple(text for text in texts if isinstance(text, str))

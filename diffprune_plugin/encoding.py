@@ -24,13 +24,13 @@ STATES, POOLED, NUMBERS = "encoder_hidden_states", "text_embeds", "time_ids"
 
 
 @torch.no_grad()
-def encode(pipeline: Any, source: Any, resolution: int | None = None) -> Samples:
+def encode(pipeline: Any, source: Any, resolution: int | None = None, whole: bool = False) -> Samples:
     """Whatever `load_samples` takes, as inputs of the pipeline's UNet: latents (their mean) of images, embeddings of
     captions, and that of the empty prompt as null condition. What is neither stays as it is.
 
     Raises BadInput for images that the autoencoder does not take, or captions without a text encoder.
     """
-    samples, adapter = load_samples(source, resolution), find_adapter(pipeline.unet)
+    samples, adapter = load_samples(source, resolution, whole), find_adapter(pipeline.unet)
     needed = set(adapter.shapes(pipeline.unet)) - set(samples.extra)
     images = samples.values.dtype is torch.uint8
     if images and NUMBERS in needed:

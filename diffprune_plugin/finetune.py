@@ -161,7 +161,7 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator) -> tuple[Training,
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
     adapter = find_adapter(unet)
     unet.to(accelerator.device)
-    samples = fitting(encode(pipeline, config.data, config.resolution), unet, adapter)
+    samples = fitting(encode(pipeline, config.data, config.resolution, whole=True), unet, adapter)
     settled_dropout(config.condition_dropout, samples, "fine-tune")
     scheduler = training_scheduler(pipeline.scheduler)
     teacher = teacher_of(config, unet, accelerator) if config.teacher else None

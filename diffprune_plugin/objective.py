@@ -61,7 +61,7 @@ def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     SNR = alpha / (1 - alpha), alpha the scheduler's alphas_cumprod. The loss of the predicted noise is SNR times, that
     of the velocity SNR + 1 times the sample's, hence min(SNR, gamma) / SNR and / (SNR + 1). arXiv 2303.09556.
     """
-    snr = compute_snr(scheduler, timesteps)
+    snr: Tensor = compute_snr(scheduler, timesteps)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
         return torch.clamp(gamma / snr, max=1)  # 1 at SNR = 0, where the quotient has no value

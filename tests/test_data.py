@@ -45,9 +45,13 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert load_samples([image]).values.unique().tolist() == [116]
 
 
-def test_of_very_many_images_every_nth_is_taken(monkeypatch, images) -> None:
+def test_of_very_many_images_every_nth_is_taken_or_all_for_training(monkeypatch, images, tmp_path) -> None:
     monkeypatch.setattr("diffprune_plugin.data.LIMIT", 5)
-    assert len(load_samples(list(images))) == 4
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{number}.png")
+    for source in (list(images), tmp_path):
+        assert len(load_samples(source)) == 4
+        assert len(load_samples(source, whole=True)) == 16
 
 
 def broken_image(path) -> None:

@@ -110,8 +110,8 @@ def by_hand(values: dict[str, Any], gamma: float | None = None, teacher: Any = N
     average = [p.detach().clone() for p in unet.parameters()]
     for step in range(STEPS):
         draws = [draw(samples, 0, FINETUNE, step * BATCH + i, np.arange(100)) for i in range(BATCH)]
-        sample = samples.sample(torch.tensor([row for row, _, _ in draws]))
-        timesteps, noise = torch.tensor([t for _, t, _ in draws]), torch.stack([n for _, _, n in draws])
+        sample = samples.sample(torch.tensor([d.row for d in draws]))
+        timesteps, noise = torch.tensor([d.timestep for d in draws]), torch.stack([d.noise for d in draws])
         alpha = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * sample + (1 - alpha).sqrt() * noise
         prediction = unet(noisy, timesteps).sample
@@ -344,15 +344,25 @@ def test_two_processes_train_and_calibrate_as_one_does(values, tuning, tmp_path,
             torch.testing.assert_close(shared.gradients[name], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_class_labels_are_trained_with(images, scheduler, values) -> None:
+def test_class_labels_are_trained_with_and_dropped_for_guidance(images, scheduler, values) -> None:
     unet = make_unet(num_class_embeds=4)
     dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
     dp.save(DDPMPipeline(unet, scheduler), values["model"], overwrite=True)
-    np.savez(values["data"], images=images, class_labels=np.arange(16) % 3)
+    arrays = {"images": images, "class_labels": np.arange(16) % 3}
     before = weights(values["model"])["class_embedding.weight"]
-    tune(values)
-    moved = (weights(values["output"])["class_embedding.weight"] - before).abs().sum(1) > 0
-    assert moved.tolist() == [True, True, True, False], "no image has the last label"
+
+    def moved(**changes: Any) -> list[bool]:
+        tune(values, **changes)
+        change = weights(values["output"])["class_embedding.weight"] - before
+        return list((change.abs().sum(1) > 0).tolist())
+
+    np.savez(values["data"], **arrays)
+    assert moved() == [True, True, True, False], "no image has the last label"
+    np.savez(values["data"], **arrays, null_class_labels=np.array([3]))
+    assert moved(condition_dropout=0.5, gradient_checkpointing=True) == [True] * 4
+    np.savez(values["data"], **arrays)
+    with pytest.raises(BadInput, match=r"fine-tune: condition_dropout 0.5, but the data \(class_labels\) has no null"):
+        tune(values, condition_dropout=0.5)
 
 
 def test_half_precision_and_the_curve_for_tensorboard(values, tmp_path) -> None:
