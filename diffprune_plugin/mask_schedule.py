@@ -77,7 +77,7 @@ class Nested:
 
     def __init__(self, criterion: Criterion, plan: PruningPlan | None) -> None:
         self.criterion = criterion
-        self.round_to = getattr(criterion, "round_to", None)
+        self.round_to, self.halves = getattr(criterion, "round_to", None), getattr(criterion, "halves", None)
         self.gone = {
             group.root: [half * group.units + unit for half in range(group.pairs) for unit in group.removed]
             for group in (plan.groups if plan else ())

@@ -37,7 +37,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
 }
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 SMALL = {  # attention in the middle only: half the time
-    "UNet2DModel": lambda: make_unet(**PLAIN),
+    "UNet2DModel": lambda: make_unet(**PLAIN, sample_size=8),
     "UNet2DConditionModel": lambda: make_conditional({**FAMILIES["sd 1.5"], **PLAIN}),
 }
 BOTH = {"UNet2DModel": MAKERS["UNet2DModel"], "UNet2DConditionModel": MAKERS["sd 1.5"]}
@@ -140,7 +140,7 @@ def test_nncfs_statistic_is_exactly_the_plans_ratio(make) -> None:
     assert type(unet) is type(make())  # and no wrapper around it
 
 
-def loss_of(unet: torch.nn.Module, seed: int, batch: int = 4) -> torch.Tensor:
+def loss_of(unet: torch.nn.Module, seed: int, batch: int = 2) -> torch.Tensor:
     """The noise-prediction loss of smooth random images at random timesteps."""
     inputs = inputs_of(unet, batch, seed)
     noise = inputs.pop("sample")
