@@ -228,9 +228,7 @@ def keep_masks(unet: nn.Module, gone: ChannelsToGo) -> dict[str, Tensor]:
     return masks
 
 
-def kept_channels(
-    unet: nn.Module, plan: PruningPlan, gone: ChannelsToGo, adapter: UNetAdapter
-) -> Mapping[str, Tensor]:
+def kept_channels(unet: nn.Module, plan: PruningPlan, gone: ChannelsToGo, adapter: UNetAdapter) -> Mapping[str, Tensor]:
     """For each norm that loses channels, and each query projection whose heads shrink, the indices of those kept."""
     queries = {query for query, attention in adapter.queries(unet).items() if attention not in plan.heads}
     kept = {}

@@ -88,6 +88,17 @@ def test_masked_folded_and_removed_compute_the_same_and_plain_masks_do_not(make)
 
 
 @pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+def test_attention_that_loses_whole_heads_keeps_its_scale(make) -> None:
+    plan = dp.make_plan(make(), "magnitude", pruning_ratio=0.5, head_pruning_ratio=0.5)
+    assert plan.heads
+    unet, expected = masked(make, plan), output_of(removed(make, plan))
+    assert distance(output_of(unet), expected) < 1e-5
+    assert not any(isinstance(layer, KEPT[torch.nn.Linear]) for layer in unet.modules())
+    dp.remove_(unet, dp.fold_(unet).plan)
+    assert distance(output_of(unet), expected) < 1e-5
+
+
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 def test_each_kind_of_exact_layer_is_needed(make) -> None:
     """Put the stock layer of one kind back and the outputs are not those of the removed UNet any more."""
     plan = plan_for(make())
