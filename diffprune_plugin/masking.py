@@ -15,6 +15,7 @@ What NNCF's users should know:
 - ``nncf.pruning_statistic`` on a model without masks fails with ``AttributeError: __nncf_hooks``.
 - ``nncf.torch.wrap_model`` is another function than the ``nncf.torch.function_hook.wrap_model`` that masks need: it
   returns a wrapper instead of the model.
+- Not tried under masks: GPUs, several processes, torch.compile. A loaded LoRA is refused.
 - NNCF reports its use to its makers unless you run ``opt_in_out --opt_out`` or set ``NNCF_CI=1``.
 """
 
