@@ -38,6 +38,7 @@ def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None =
     """
     adapter = adapter or find_adapter(unet)
     check_hooks(unet)
+    check_architecture(unet, plan, type(unet).__name__)
     stock_(unet)
     gone = channels_to_go(unet, plan, adapter)
     heads = adapter.head_sizes(unet)

@@ -318,6 +318,10 @@ def test_what_would_silently_go_wrong_with_a_masked_unet_is_refused(unet, tmp_pa
     for action in (lambda: plan_for(unet), lambda: dp.save(unet, tmp_path / "saved")):
         with pytest.raises(BadInput, match="call remove_"):
             action()
+    before = output_of(unet)
+    with pytest.raises(BadInput, match="another architecture"):
+        dp.remove_(unet, plan_for(make_unet(block_out_channels=(16, 48))))
+    assert torch.equal(output_of(unet), before)
     assert list(tmp_path.iterdir()) == []
     dp.remove_(unet, plan)
     dp.save(unet, tmp_path / "saved")
