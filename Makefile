@@ -7,7 +7,7 @@ READY := .venv/ready
 
 $(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,eval,train,test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,eval,nncf,train,test]'
 	$(BIN)/pip install -q -c constraints.txt ./examples/plugin
 	touch $@
 

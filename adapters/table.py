@@ -281,6 +281,10 @@ class UNetAdapter:
                 if name in heads:
                     setattr(owner, row.count, heads[name][1])
 
+    def queries(self, unet: nn.Module) -> dict[str, str]:
+        """For each query projection the attention that it belongs to."""
+        return {f"{name}.{row.query}": name for row in self.heads for name, _ in modules_of(unet, row.owner)}
+
     def mend_(self, unet: nn.Module) -> None:
         """Set every attribute that repeats a size from the layer it repeats."""
         for mirror in self.mirrors:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffprune_plugin.config import FinetuneConfig, PruningConfig
     from diffprune_plugin.encoding import encode
     from diffprune_plugin.hookspecs import hookimpl
+    from diffprune_plugin.mask_schedule import MaskSchedule
+    from diffprune_plugin.masking import fold_, load_masked_, mask_, nncf_prune, save_masked
     from diffprune_plugin.plan import PruningPlan
     from diffprune_plugin.planning import make_plan
     from diffprune_plugin.plugins import importance, plugin_manager
@@ -28,37 +30,49 @@ if TYPE_CHECKING:
 _HOME = {
     "Calibration": "calibration",
     "FinetuneConfig": "config",
+    "MaskSchedule": "mask_schedule",
     "Pruner": "pruner",
     "PruningConfig": "config",
     "PruningPlan": "plan",
     "calibrate": "calibrating",
     "compensate_": "compensate",
     "encode": "encoding",
+    "fold_": "masking",
     "hookimpl": "hookspecs",
     "importance": "plugins",
     "load": "checkpoint",
+    "load_masked_": "masking",
     "make_plan": "planning",
+    "mask_": "masking",
+    "nncf_prune": "masking",
     "plugin_manager": "plugins",
     "remove_": "removal",
     "save": "checkpoint",
+    "save_masked": "masking",
 }
 
 __all__ = [
     "Calibration",
     "FinetuneConfig",
+    "MaskSchedule",
     "Pruner",
     "PruningConfig",
     "PruningPlan",
     "calibrate",
     "compensate_",
     "encode",
+    "fold_",
     "hookimpl",
     "importance",
     "load",
+    "load_masked_",
     "make_plan",
+    "mask_",
+    "nncf_prune",
     "plugin_manager",
     "remove_",
     "save",
+    "save_masked",
 ]
 
 

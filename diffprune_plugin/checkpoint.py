@@ -20,6 +20,7 @@ from torch import nn
 
 from diffprune_plugin.errors import BadInput, MissingExtra, first_line
 from diffprune_plugin.files import new_directory
+from diffprune_plugin.kept import check_stock
 from diffprune_plugin.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
 from diffprune_plugin.tensors import load_tensors, save_tensors
@@ -266,9 +267,11 @@ def save(
 ) -> Path:
     """Write a pipeline or a UNet, dense or pruned, as a diffusers directory, all of it or nothing; returns the path.
 
-    ``extra``: further files by name. Raises BadInput if the directory exists and ``overwrite`` is not set.
+    ``extra``: further files by name. Raises BadInput if the directory exists and ``overwrite`` is not set, or for
+    a masked UNet, which `save_masked` writes.
     """
     path = Path(directory)
+    check_stock(getattr(model, "unet", model))
     with new_directory(path, overwrite) as temporary:
         if isinstance(model, DiffusionPipeline):
             # A pipeline remembers the class that its UNet had when it was made: before remove_ gave it its own.

@@ -19,9 +19,11 @@ from torch_pruning.dependency import index_mapping
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.kept import check_stock
 
 Channels = npt.NDArray[np.int64]
 Side = Literal["out", "in"]
+ChannelsToGo = dict[tuple[str, Side], Channels]
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ class Settled(dict[Any, Any]):
 def trace_groups(unet: nn.Module, adapter: UNetAdapter) -> list[CoupledGroup]:
     """The UNet's coupled groups, found by torch-pruning's dependency graph; every output channel is in at most one.
 
-    Raises BadInput where the graph couples root channels that the adapter's table does not pair.
+    Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked UNet.
     """
+    check_stock(unet)
     adapter.check(unet)
     example = adapter.trace_inputs(unet)
     with differentiable(unet):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
@@ -168,7 +171,7 @@ def check_pairs(group: Any, graph: Any, root: str, pairs: int, adapter: UNetAdap
         )
 
 
-def removed_channels(groups: Iterable[CoupledGroup], units: dict[str, list[int]]) -> dict[tuple[str, Side], Channels]:
+def removed_channels(groups: Iterable[CoupledGroup], units: dict[str, list[int]]) -> ChannelsToGo:
     """For each side of each layer that shrinks, the channels that go, when these units (by root layer) go."""
     removed: dict[tuple[str, Side], list[Channels]] = {}
     for group in groups:

@@ -12,7 +12,8 @@ from torch_pruning.pruner.function import PrunerBox
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.checkpoint import as_pruned_, check_architecture
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.groups import CoupledGroup, removed_channels, trace_groups
+from diffprune_plugin.groups import ChannelsToGo, CoupledGroup, removed_channels, trace_groups
+from diffprune_plugin.kept import check_hooks, stock_
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 
@@ -33,14 +34,15 @@ def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None =
     Every attribute that repeats a size is mended; attention keeps the dense softmax scale (the query weights are
     multiplied by sqrt(new / old head size)).
 
-    Raises BadInput if the plan belongs to another architecture or the UNet was pruned before.
+    Raises BadInput if the plan belongs to another architecture, or the UNet was pruned before or is masked.
     """
     adapter = adapter or find_adapter(unet)
+    check_hooks(unet)
     check_architecture(unet, plan, type(unet).__name__)
-    groups = trace_groups(unet, adapter)
-    check_groups(groups, plan)
+    stock_(unet)
+    gone = channels_to_go(unet, plan, adapter)
     heads = adapter.head_sizes(unet)
-    remove_channels_(unet, groups, plan)
+    remove_channels_(unet, gone)
     adapter.set_heads_(unet, plan.heads)
     adapter.mend_(unet)
     adapter.keep_softmax_scale_(unet, heads)
@@ -48,10 +50,18 @@ def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None =
     return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
 
 
+def channels_to_go(unet: nn.Module, plan: PruningPlan, adapter: UNetAdapter) -> ChannelsToGo:
+    """For each side of each layer that shrinks, the channels that go; raises BadInput for another UNet's plan."""
+    check_architecture(unet, plan, type(unet).__name__)
+    groups = trace_groups(unet, adapter)
+    check_groups(groups, plan)
+    return removed_channels(groups, plan.removed_units())
+
+
 @torch.no_grad()
-def remove_channels_(unet: nn.Module, groups: list[CoupledGroup], plan: PruningPlan) -> None:
+def remove_channels_(unet: nn.Module, gone: ChannelsToGo) -> None:
     """Slice every layer with torch-pruning's own function for its type."""
-    for (name, side), channels in removed_channels(groups, plan.removed_units()).items():
+    for (name, side), channels in gone.items():
         layer = unet.get_submodule(name)
         pruner = PrunerBox[ops.module2type(layer)]
         slice_ = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
