@@ -57,6 +57,8 @@ ORDER = [
     "features",
     "evaluate",
     "check",
+    "hosts",
+    "hosts.*",
     "demo",
     "cli",
 ]
