@@ -60,6 +60,8 @@ ORDER = [
     "features",
     "evaluate",
     "check",
+    "hosts",
+    "hosts.*",
     "demo",
     "cli",
 ]
