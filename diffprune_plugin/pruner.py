@@ -360,9 +360,8 @@ def criterion_of(wanted: Any, calibration: Calibration | None = None) -> Criteri
         return importance(name, calibration=calibration, **options)
     criterion: Any = wanted
     if calibration is not None:
-        if not calibration.answers(criterion.sweep):
-            raise BadInput(f"calibration: made for {calibration.sweep}, the importance asks for {criterion.sweep}")
-        criterion.calibration = calibration
+        asked = {key: value for key, value in criterion.sweep.as_dict().items() if value is not None}
+        criterion.calibration = calibration.matching(asked)
     return criterion  # type: ignore[no-any-return]
 
 
