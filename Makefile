@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint bench bench-quick clean
+.PHONY: demo test test-all lint bench bench-quick bench-scale clean
 
 $(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,14 +28,20 @@ bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/criteria.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/compensate.py
+	$(BIN)/python benchmarks/recover.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/export_sd15.py
 
 bench-quick: $(READY)
+	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/criteria.py --quick
 	$(BIN)/python benchmarks/calibration.py --quick
 	$(BIN)/python benchmarks/compensate.py --quick
+
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py
 
 clean:
 	rm -rf .venv build dist diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -122,7 +122,7 @@ def table(bench: Bench) -> list[str]:
         f"{macs[1] / macs[0]:.0%} of its MACs (pruning_ratio {RATIO}); "
         f"SSIM over {bench.count} images of {bench.draw_steps} DDIM steps.",
         "",
-        f"| model | seeds | held-out loss | SSIM to the dense images | {bench.features.frechet} | seconds of training |",
+        f"| model | seeds | held-out loss | SSIM to the dense | {bench.features.frechet} | seconds of training |",
         "|---|---|---|---|---|---|",
     ]
     for name in ROWS:

@@ -236,7 +236,8 @@ def plot(rows: dict[str, Row], path: Path) -> None:
             axes.plot(params, values, "o-", label=f"{label}: grows as size to the {slope:.2f}")
     for axes, name in zip(panels, ("seconds, one thread", "peak memory, GiB"), strict=True):
         axes.set(xscale="log", yscale="log", xlabel="parameters of the dense UNet", ylabel=name)
-        axes.legend(fontsize=8)
+        axes.margins(y=0.4)
+        axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)
 
 
