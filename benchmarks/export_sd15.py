@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from architectures import build
 
 from diffprune_plugin.export import check_files, prove, to_onnx, verify_onnx
 from diffprune_plugin.export.benchmark import timed
@@ -23,18 +23,6 @@ from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.memory import high_water
 from diffprune_plugin.export.verify import summary
 
-# The architecture of Stable Diffusion 1.5's UNet.
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 SECONDS, GIB = 300, 8
 THREADS = 2
 
@@ -62,10 +50,9 @@ def run(path: Path, adapter: Any) -> None:
 PHASES = {phase.__name__: phase for phase in (export, manifest, verify, run)}
 
 
-def model() -> UNet2DConditionModel:
+def model() -> Any:
     torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**SD15).eval()
+    return build("sd15")
 
 
 def one_phase(name: str, path: Path, adapter: Any = None) -> None:

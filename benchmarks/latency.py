@@ -12,31 +12,14 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from architectures import build
 
 import diffprune_plugin
 from diffprune_plugin.export import measure, tables, to_onnx, verify_onnx
 from diffprune_plugin.export.verify import summary
 
-# The architecture of google/ddpm-cifar10-32.
-CIFAR10: dict[str, Any] = {
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 2,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": None,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-}
 PROMISED = {"relative error": 1e-5, "share of the MACs ratio": 0.9, "eager / ONNX Runtime at batch 1": 1.3}
 
 
@@ -49,9 +32,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    dense = UNet2DModel(**CIFAR10).eval()
-    pruned = UNet2DModel(**CIFAR10).eval()
+    dense, pruned = build("ddpm-cifar10-32"), build("ddpm-cifar10-32")
     plan = diffprune_plugin.make_plan(pruned, "magnitude", pruning_ratio=0.3, round_to=arguments.round_to)
     diffprune_plugin.remove_(pruned, plan)
     with tempfile.TemporaryDirectory() as folder:
