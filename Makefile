@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/diffprune demo --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --cov --cov-report=term --cov-fail-under=90
 
 test-all: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term
