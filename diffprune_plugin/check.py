@@ -130,7 +130,7 @@ def prepare_(criterion: Any, unet: nn.Module, adapter: UNetAdapter) -> None:
             unet,
             DDPMScheduler(num_train_timesteps=20),
             Samples(inputs["sample"].cpu(), {name: value.cpu() for name, value in extra.items()}),
-            dataclasses.replace(sweep, samples=4, curve_samples=1),
+            dataclasses.replace(sweep, samples=4, curve_samples=1, micro_batch=min(sweep.micro_batch, 4)),
             batch_size=4,
             timesteps=2,
             progress=False,

@@ -204,8 +204,7 @@ def find_systems(
 def softmax_factors(unet: nn.Module, dense: nn.Module, adapter: UNetAdapter) -> dict[str, float]:
     """What `remove_` multiplied each query projection with, to keep the dense softmax scale."""
     before, after = adapter.head_sizes(dense), adapter.head_sizes(unet)
-    queries = {f"{name}.{row.query}": name for row in adapter.heads for name in before}
-    return {query: math.sqrt(after[name] / before[name]) for query, name in queries.items()}
+    return {query: math.sqrt(after[name] / before[name]) for query, name in adapter.queries(unet).items()}
 
 
 def split(unet: nn.Module, names: list[str]) -> Iterator[list[Part]]:

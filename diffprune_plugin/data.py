@@ -215,7 +215,11 @@ def every(count: int, first: Pixels) -> int:
 def read_captions(path: Path) -> list[tuple[Path, str]]:
     """Image file and text of each line of a metadata.jsonl, as the datasets library's image folders have it."""
     captions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut captions at U+2028 too
+    except UnicodeDecodeError as error:
+        raise BadInput(f"data: {path}: not UTF-8: {first_line(error)}; convert it") from None
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:

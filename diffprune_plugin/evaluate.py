@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.report import image_grid, pil_images, quantity, save_image
-from diffprune_plugin.sample import sample_images, sampler
+from diffprune_plugin.sample import check_unprompted, sample_images, sampler
 from diffprune_plugin.tensors import weights_hash
 from diffprune_plugin.timesteps import Sweep, strata
 from diffprune_plugin.workflow import check_apart, check_device, unet_of
@@ -151,6 +151,8 @@ def evaluate(
         real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
         facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": real.shape[1]}
     models = {role: measure(role, each, samples, drawing, progress) for role, each in pipelines.items()}
+    if len({model.name for model in models.values()}) < len(models):
+        models = {role: replace(model, name=f"{model.name} ({role})") for role, model in models.items()}
     facts["models"] = {role: size_and_loss(model) for role, model in models.items()}
     if samples is not None:
         facts["reference"] = {"images": len(samples), "sha256": samples.sha256}
@@ -172,6 +174,8 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
     need("torchmetrics", "eval")
     if drawing.loss_samples < 2:
         raise BadInput(f"--loss-samples {drawing.loss_samples} is below 2: no standard error")
+    for pipeline in pipelines.values() if drawing.count else ():
+        check_unprompted(pipeline)
     shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
         raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")

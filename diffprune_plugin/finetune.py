@@ -79,9 +79,7 @@ class FinetuneReport:
         return sum(loss[:tenth]) / tenth, sum(loss[-tenth:]) / tenth
 
 
-def finetune(
-    config: FinetuneConfig, *, overwrite: bool = False, progress: bool = True, accelerator: Accelerator | None = None
-) -> FinetuneReport:
+def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool = True) -> FinetuneReport:
     """Train the pruned model of a directory and write one that loads the same way; its weights are the moving average.
 
     An interrupted call goes on from its last checkpoint, on one process to identical bits. The output also holds the
@@ -93,7 +91,7 @@ def finetune(
     output = Path(config.output)
     check_absent(output, overwrite)
     check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
-    accelerator = accelerator or make_accelerator(config)
+    accelerator = make_accelerator(config)
     check_shares(config, accelerator)
     training, pipeline = prepare(config, accelerator)
     training.resume()

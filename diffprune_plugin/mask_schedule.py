@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.kept import stock_
+from diffprune_plugin.kept import KeptQuery, stock_
 from diffprune_plugin.masking import MaskReport, fold_, mask_
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.planning import check_ratio, make_plan
-from diffprune_plugin.plugins import importance
+from diffprune_plugin.plugins import importance, with_calibration
+from diffprune_plugin.timesteps import POWERS
 
 
 class MaskSchedule:
@@ -44,8 +46,13 @@ class MaskSchedule:
             raise BadInput("levels: is empty; give a pruning ratio for each epoch")
         for epoch, level in enumerate(levels):
             check_ratio(level, f"levels[{epoch}]")
-        self.unet, self.levels, self.calibrate, self.options = unet, list(levels), calibrate, options
+        self.unet, self.levels, self.calibrate = unet, list(levels), calibrate
         self.criterion: Any = importance(criterion) if isinstance(criterion, str) else criterion
+        if calibrate is not None and getattr(self.criterion, "sweep", None) is None:
+            raise BadInput(f"calibrate: {type(self.criterion).__name__} takes no calibration; leave it out")
+        name = criterion if isinstance(criterion, str) else type(criterion).__name__
+        self.name = criterion if isinstance(criterion, str) else None
+        self.options: dict[str, Any] = {"description": {"name": name}, **options}
         self.exact_norms, self.epoch = exact_norms, 0
         masked = getattr(unet, "mask_report", None)
         self.plan: PruningPlan | None = masked.plan if isinstance(masked, MaskReport) else None
@@ -58,9 +65,7 @@ class MaskSchedule:
         self.epoch = epoch + 1
         if ratio <= self.current_ratio:
             return None
-        if self.calibrate is not None:
-            self.criterion.calibration = self.calibrate(self.unet)
-        nested = Nested(self.criterion, self.plan)
+        nested = Nested(self.scoring(), self.plan)
         if self.plan is not None:
             fold_(self.unet)
             stock_(self.unet)
@@ -70,6 +75,30 @@ class MaskSchedule:
         finally:  # a plan that cannot be made leaves the masks as they were
             report = None if self.plan is None else mask_(self.unet, self.plan, exact_norms=self.exact_norms)
         return report
+
+    def scoring(self) -> Criterion:
+        """The criterion, calibrated anew on the UNet as it is now; its gradients are those of the dense scale."""
+        gains = {name: layer.gain for name, layer in self.unet.named_modules() if isinstance(layer, KeptQuery)}
+        if self.calibrate is None:
+            for name, gain in gains.items():
+                for parameter in self.unet.get_submodule(name).parameters():
+                    parameter.grad = None if parameter.grad is None else parameter.grad / gain
+            criterion: Criterion = self.criterion
+            return criterion
+        calibration = at_dense_scale(self.calibrate(self.unet), gains)
+        if self.name is not None:
+            return importance(self.name, calibration=calibration)
+        return with_calibration(self.criterion, calibration)
+
+
+def at_dense_scale(calibration: Calibration, gains: Mapping[str, float]) -> Calibration:
+    """The calibration of masked query projections, whose weights are held at 1 / gain, for those of the dense scale."""
+    power = POWERS[calibration.sweep.accumulate]
+    gradients = {
+        name: value / gains[layer] ** power if (layer := name.rpartition(".")[0]) in gains else value
+        for name, value in calibration.gradients.items()
+    }
+    return replace(calibration, gradients=gradients)
 
 
 class Nested:

@@ -186,6 +186,8 @@ def nncf_prune(
     criterion, description = importance, None
     if isinstance(importance, str):
         criterion, description = plugins.importance(importance, calibration=calibration), {"name": importance}
+    elif calibration is not None:
+        criterion = plugins.with_calibration(importance, calibration)
     plan = make_plan(
         model, criterion, pruning_ratio=ratio, ignored_layers=ignored, adapter=adapter, description=description
     )

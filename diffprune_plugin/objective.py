@@ -105,9 +105,15 @@ def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:
     for port in ports:
         check_input(port, samples, unet, adapter)
     extra, null = (
-        {port.name: part[port.name] for port in ports if port.name in part} for part in (samples.extra, samples.null)
+        {port.name: typed(part[port.name], port) for port in ports if port.name in part}
+        for part in (samples.extra, samples.null)
     )
     return replace(samples, extra=extra, null=null)
+
+
+def typed(values: Tensor, port: Port) -> Tensor:
+    """Indices as the embeddings take them; numbers as they are."""
+    return values.to(port.dtype) if port.dtype is torch.int64 else values
 
 
 def check_input(port: Port, samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> None:
@@ -124,7 +130,8 @@ def check_input(port: Port, samples: Samples, unet: nn.Module, adapter: UNetAdap
         )
     if port.integers_below:
         count = adapter.classes(unet, port)
-        low, high = int(values.min()), int(values.max())
+        known = torch.cat([values, *([samples.null[port.name].to(values)] if port.name in samples.null else [])])
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high >= count:
             raise BadInput(f"data: {port.name} goes from {low} to {high}, the UNet knows 0 to {count - 1}; mend it")
         if samples.classes not in (None, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -167,6 +168,19 @@ def criterion_of(config: PruningConfig) -> Criterion:
     if name == "random":
         options.setdefault("seed", config.seed)
     return importance(name, **options)
+
+
+def with_calibration(criterion: Any, calibration: Any) -> Criterion:
+    """A copy of a criterion that scores with a calibration; the caller's object stays as it was.
+
+    Raises BadInput for a criterion that takes none, or a calibration that it did not ask for.
+    """
+    sweep = getattr(criterion, "sweep", None)
+    if sweep is None:
+        raise BadInput(f"calibration: {type(criterion).__name__} takes none; leave it out")
+    criterion = copy.copy(criterion)
+    criterion.calibration = calibration.matching({k: v for k, v in sweep.as_dict().items() if v is not None})
+    return criterion  # type: ignore[no-any-return]
 
 
 def find_adapter(unet: Any, plugins: Plugins | None = None) -> UNetAdapter:

@@ -30,7 +30,7 @@ from diffprune_plugin.planning import (
     requested_ratio,
     sizes,
 )
-from diffprune_plugin.plugins import find_adapter, importance
+from diffprune_plugin.plugins import find_adapter, importance, with_calibration
 from diffprune_plugin.selection import Rules, group_plan, head_groups, select
 from diffprune_plugin.tensors import weights_hash
 
@@ -164,7 +164,7 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
             model_class=self.adapter.model_class,
             architecture=self._architecture,
             criterion={"name": name or type(self._wanted).__name__, **options},
-            pruning_ratio=float(self.pruning_ratio),
+            pruning_ratio=float(self._ratios(self.pruning_ratio)[self.current_step]),
             groups=groups,
             heads=self._head_counts(),
             layers=layers,
@@ -358,11 +358,7 @@ def criterion_of(wanted: Any, calibration: Calibration | None = None) -> Criteri
     name, options = named(wanted)
     if name is not None:
         return importance(name, calibration=calibration, **options)
-    criterion: Any = wanted
-    if calibration is not None:
-        asked = {key: value for key, value in criterion.sweep.as_dict().items() if value is not None}
-        criterion.calibration = calibration.matching(asked)
-    return criterion  # type: ignore[no-any-return]
+    return wanted if calibration is None else with_calibration(wanted, calibration)
 
 
 def check_calibration(wanted: Any, calibration: Calibrations | None, steps: int) -> None:

@@ -21,6 +21,12 @@ SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolve
 SKIPS = ("uniform", "quad")
 
 
+def check_unprompted(pipeline: Any) -> None:
+    """Raises BadInput for a pipeline that draws from a prompt."""
+    if "prompt" in inspect.signature(pipeline.__call__).parameters:
+        raise BadInput(f"{type(pipeline).__name__} needs a prompt; draw with diffusers, evaluate with --count 0")
+
+
 def sample_images(
     pipeline: Any,
     count: int = 16,
@@ -40,8 +46,7 @@ def sample_images(
 
     Raises BadInput for an unknown scheduler or spacing, or a pipeline that needs more than a count (a prompt).
     """
-    if "prompt" in inspect.signature(pipeline.__call__).parameters:
-        raise BadInput(f"{type(pipeline).__name__} needs a prompt; sample it with diffusers")
+    check_unprompted(pipeline)
     batch_size = count if batch_size is None else batch_size
     if count < 1 or steps < 1 or batch_size < 1:
         raise BadInput(f"--count {count}, --steps {steps} and --batch-size {batch_size} have to be at least 1")

@@ -75,7 +75,7 @@ def requested_units(groups: Sequence[AskedGroup], common: float, rules: Rules) -
     """How many of its C dense units each group is asked to have lost: C - int(C * (1 - ratio)).
 
     With ``global_pruning`` the groups of one ratio and scope (and with ``isomorphic`` of one family) are ranked
-    together, and each loses those below a common score.
+    together, and each loses those among the lowest of all.
     """
     counts = {}
     shared: dict[object, list[AskedGroup]] = {}
@@ -86,11 +86,12 @@ def requested_units(groups: Sequence[AskedGroup], common: float, rules: Rules) -
             family = item.group.family if rules.isomorphic and not item.scope else ()
             shared.setdefault((ratio, item.scope, family), []).append(item)
     for ranked in shared.values() if rules.global_pruning else ():
-        everything = np.sort(np.concatenate([item.scores for item in ranked]))
         ratio = ranked[0].ratio(common, rules)
         total = asked_of(sum(item.dense for item in ranked), ratio or 0.0) - sum(item.gone for item in ranked)
-        limit = everything[total - 1] if total > 0 else -np.inf
-        counts |= {item.group.root: item.gone + int((item.scores <= limit).sum()) for item in ranked}
+        owner = np.repeat(np.arange(len(ranked)), [len(item.scores) for item in ranked])
+        order = np.argsort(np.concatenate([item.scores for item in ranked]), kind="stable")
+        lost = np.bincount(owner[order[: max(total, 0)]], minlength=len(ranked))
+        counts |= {item.group.root: item.gone + int(count) for item, count in zip(ranked, lost, strict=True)}
     return counts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
+from diffprune_plugin.objective import fitting
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.planning import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import criterion_of, find_adapter
@@ -169,7 +171,9 @@ def load_model(config: PruningConfig) -> tuple[Any, nn.Module]:
 
 
 def check_device(device: str) -> None:
-    """Raises HardwareUnproved if the device is a GPU that torch does not see."""
+    """Raises BadInput for what is no device, HardwareUnproved for a GPU that torch does not see."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise BadInput(f"device: {device!r} is none of cpu, cuda, cuda:1 ...")
     number = int(device.partition(":")[2] or 0)
     if device != "cpu" and (not torch.cuda.is_available() or number >= torch.cuda.device_count()):
         raise HardwareUnproved(f"device: {device}, but torch sees no GPU; use device: cpu or install a CUDA build")
@@ -205,7 +209,9 @@ def calibration_for(
         return None
     stored = Path(config.calibration) if config.calibration else None
     if stored is not None and stored.exists():
-        return stored_calibration(stored, unet, sweep, config)
+        known = config.data is not None and isinstance(model, DiffusionPipeline)
+        images = fitting(samples(), unet, find_adapter(unet)).sha256 if known else None
+        return stored_calibration(stored, unet, sweep, config, images)
     if config.data is None:
         raise BadInput(f"data is missing: {config.importance['name']} needs images; add 'data: FOLDER' or an .npz")
     if not isinstance(model, DiffusionPipeline):
@@ -232,12 +238,15 @@ def calibration_for(
     return calibration
 
 
-def stored_calibration(directory: Path, unet: nn.Module, sweep: Any, config: PruningConfig) -> Calibration:
-    """A calibration from disk; raises BadInput if it is not what the config asks for."""
+def stored_calibration(
+    directory: Path, unet: nn.Module, sweep: Any, config: PruningConfig, images: str | None
+) -> Calibration:
+    """A calibration from disk; raises BadInput if it is not what the config asks for, or not of ``images`` (a hash)."""
     calibration = Calibration.load(directory)
     points = config.timesteps or len(calibration.timesteps)
     same = {
         "weights": calibration.weights == weights_hash(unet),
+        "data": images is None or calibration.images == images,
         "seed": calibration.seed == config.seed,
         "autocast": calibration.autocast == config.autocast,
         "timesteps": sweep.sampling != "stratified" or points == len(calibration.timesteps),

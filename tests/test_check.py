@@ -32,7 +32,7 @@ def touching(change: Any) -> Any:
     return score
 
 
-@pytest.mark.parametrize("name", ["diff_taylor", "magnitude"])
+@pytest.mark.parametrize("name", ["diff_taylor", "magnitude", "fisher", "taylor_absolute"])
 def test_the_built_in_criteria_pass(name) -> None:
     check_criterion(name)
 

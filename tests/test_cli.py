@@ -255,3 +255,12 @@ def test_as_a_module_it_is_the_same_program() -> None:
     assert result.returncode == 2
     assert result.stderr == "error: nowhere: no such directory; give a pipeline directory or a UNet directory\n"
     assert callable(main)
+
+
+def test_a_stored_calibration_is_refused_for_other_images(run, config_file, npz, images, tmp_path) -> None:
+    stored = ["--set", f"calibration={tmp_path / 'stored'}"]
+    assert run("prune", config_file, *stored)[0] == 0
+    np.savez(npz, images=255 - images)
+    code, _, err = run("prune", config_file, *stored, "--dry-run")
+    assert code == 2
+    assert "calibrated with other data" in err

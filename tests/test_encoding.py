@@ -290,3 +290,14 @@ def test_metadata_is_read_as_the_datasets_library_writes_it(folder) -> None:
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "sub/0.png", "text": "é", "id": 3}) + "\n")
     samples = load_samples(folder)
     assert (len(samples), samples.captions) == (1, ("é",))
+
+
+def test_captions_may_hold_any_line_separator_but_have_to_be_utf_8(folder) -> None:
+    file = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = (json.dumps(row | {"text": "a\u2028b"}, ensure_ascii=False) for row in rows)
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert load_samples(folder).captions[0] == "a\u2028b"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match=r"metadata\.jsonl: not UTF-8"):
+        load_samples(folder)

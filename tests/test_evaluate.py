@@ -189,3 +189,8 @@ def test_the_digit_classifier_is_the_one_described_and_tells_digits_from_noise()
     assert one.shape == (250, 64)
     assert features.frechet == "FD (digits_classifier)"
     assert frechet_distance(one, other) < frechet_distance(one, features.of(noisy, 50)) / 3, "mirrored digits"
+
+
+def test_two_models_of_one_name_are_told_apart(pipeline: DDPMPipeline) -> None:
+    found = evaluate(pipeline, against=pipeline, drawing=Drawing(count=2, steps=2), progress=False)
+    assert len(found.rows) == 2

@@ -6,18 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.criteria import TaylorImportance
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.kept import STOCK
+from diffprune_plugin.kept import STOCK, KeptQuery
+from diffprune_plugin.mask_schedule import at_dense_scale
 from diffprune_plugin.schedules import levels
+from diffprune_plugin.timesteps import Sweep
 
 nncf = pytest.importorskip("nncf")
 from nncf.torch.function_hook.pruning.scheduler_fns import exponential_ratio_scheduler  # noqa: E402
 
 LEVELS = levels("exponential", pruning_init=0.1, pruning_target=0.6, pruning_steps=4)
+
+SWEEP = Sweep(samples=8, curve_samples=2)
 
 
 def train(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -67,29 +73,27 @@ def test_nncfs_own_schedule_drives_it_and_a_level_that_does_not_grow_changes_not
     assert schedule.step(epoch=99) is None
 
 
-def test_each_growth_calibrates_the_masked_model_anew_and_scores_what_the_masks_leave() -> None:
+def test_each_growth_calibrates_the_masked_model_anew_and_scores_what_the_masks_leave(images) -> None:
     """The gradient comes from the masked UNet; what training did under the masks is gone before anything is scored."""
-    unet, seen = make_unet(), []
+    unet, seen, calls = make_unet(), [], []
 
-    class Criterion:
-        calibration: Any = None
-
-        def __call__(self, group: Any) -> torch.Tensor:
-            seen.append((self.calibration, int((unet.conv_in.weight == 0).sum())))
-            return torch.ones(len(group[0].idxs))
-
-    calls: list[float] = []
+    class Watched(TaylorImportance):
+        def __call__(self, group: Any) -> torch.Tensor | None:
+            seen.append((id(self.calibration), int((unet.conv_in.weight == 0).sum())))
+            return super().__call__(group)
 
     def calibrate(model: torch.nn.Module) -> Any:
         report = getattr(model, "mask_report", None)
         calls.append(report.plan.pruning_ratio if report else 0.0)
-        return f"calibration {len(calls)}"
+        return calibrated(images)(model)
 
-    schedule = dp.MaskSchedule(unet, [0.5, 0.5, 0.6], Criterion(), calibrate=calibrate)
+    criterion = Watched(SWEEP)
+    schedule = dp.MaskSchedule(unet, [0.5, 0.5, 0.6], criterion, calibrate=calibrate)
     for _ in range(3):
         schedule.step()
     assert calls == [0.0, 0.5]
-    assert [name for name, _ in dict.fromkeys(seen)] == ["calibration 1", "calibration 2"]
+    assert criterion.calibration is None
+    assert len({calibration for calibration, _ in seen}) == 2
     assert seen[0][1] == 0 < seen[-1][1]
 
 
@@ -126,3 +130,35 @@ def test_levels_that_are_none_are_refused(unet, given, words) -> None:
     with pytest.raises(BadInput) as error:
         dp.MaskSchedule(unet, given, "magnitude")
     assert words in str(error.value)
+
+
+def test_query_gradients_of_a_masked_unet_are_brought_to_the_dense_scale(images) -> None:
+    """The oracle: the score of each weight, w * g, is the same whether the query holds w / gain or w."""
+    unet = make_unet()
+    schedule = dp.MaskSchedule(unet, [0.5, 0.75], "diff_taylor", calibrate=calibrated(images))
+    schedule.step()
+    gains = {name: m.gain for name, m in unet.named_modules() if isinstance(m, KeptQuery)}
+    assert len(gains) == 4
+    held = {name: unet.get_submodule(name).weight.detach().clone() for name in gains}
+    raw = schedule.calibrate(unet)
+    scaled = at_dense_scale(raw, gains)
+    for name, gain in gains.items():
+        key = f"{name}.weight"
+        assert gain > 1.2
+        torch.testing.assert_close(held[name] * gain * scaled.gradients[key], held[name] * raw.gradients[key])
+    others = [name for name in raw.gradients if name.rpartition(".")[0] not in gains]
+    assert all(torch.equal(scaled.gradients[name], raw.gradients[name]) for name in others)
+
+
+def test_a_schedule_refuses_a_calibration_that_its_criterion_does_not_take(unet, images) -> None:
+    with pytest.raises(BadInput, match="calibrate: GroupMagnitudeImportance takes no calibration"):
+        dp.MaskSchedule(unet, [0.5], "magnitude", calibrate=calibrated(images))
+    with pytest.raises(BadInput, match="accumulate 'square', but calibrated with 'sum'"):
+        dp.MaskSchedule(unet, [0.5], "fisher", calibrate=calibrated(images)).step()
+    schedule = dp.MaskSchedule(unet, [0.5], "magnitude")
+    schedule.step()
+    assert schedule.plan.criterion == {"name": "magnitude"}
+
+
+def calibrated(images) -> Any:
+    return lambda unet: dp.calibrate(unet, DDPMScheduler(), images, SWEEP, batch_size=8, timesteps=4, progress=False)

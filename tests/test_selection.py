@@ -158,3 +158,10 @@ def test_an_attention_with_an_ignored_layer_keeps_all_its_heads(unet) -> None:
 def test_a_ratio_for_a_layer_whose_whole_heads_go_is_refused(unet) -> None:
     with pytest.raises(BadInput, match="head_pruning_ratio takes whole heads; drop one"):
         dp.make_plan(unet, "magnitude", head_pruning_ratio=0.5, pruning_ratio_dict={"*.to_v": 0.2})
+
+
+def test_among_equal_scores_a_common_ranking_takes_no_more_than_asked() -> None:
+    """All scores equal: the ratio of all units goes, where a limit with "at most" would take every one."""
+    items = [AskedGroup(dataclasses.replace(group_of(10, 1), root=f"{i}"), None, np.ones(10)) for i in range(2)]
+    plans = select(items, 0.3, None, Rules(global_pruning=True))
+    assert sum(len(plan.removed) for plan in plans) == 6

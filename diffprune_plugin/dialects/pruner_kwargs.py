@@ -141,7 +141,10 @@ def recognises(content: Mapping[str, Any]) -> bool:
 def translate(content: Mapping[str, Any], where: str, criteria: Collection[str]) -> Listing:
     """The keyword arguments as a listing; native keys may stand beside them."""
     listing = Listing(NAME, where)
-    found = listing.take(KEYS | BESIDE, content)
+    facts = KEYS | BESIDE
+    if {"macs_target", "params_target"} & set(content):  # native keys that stand for a ratio
+        facts |= {"pruning_ratio": replace(KEYS["pruning_ratio"], default=ABSENT)}
+    found = listing.take(facts, content)
     if "importance" in found:
         listing.take_criterion("importance", found["importance"], IMPORTANCES, criteria)
     elif "importance" not in listing.rows or listing.rows["importance"].verdict != "refused":
