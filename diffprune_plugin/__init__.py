@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffprune_plugin.plugins import importance, plugin_manager
     from diffprune_plugin.pruner import Pruner
     from diffprune_plugin.removal import remove_
+    from diffprune_plugin.timesteps import Sweep
 
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "Pruner": "pruner",
     "PruningConfig": "config",
     "PruningPlan": "plan",
+    "Sweep": "timesteps",
     "calibrate": "calibrating",
     "compensate_": "compensate",
     "encode": "encoding",
@@ -58,6 +60,7 @@ __all__ = [
     "Pruner",
     "PruningConfig",
     "PruningPlan",
+    "Sweep",
     "calibrate",
     "compensate_",
     "encode",

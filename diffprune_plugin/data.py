@@ -128,7 +128,10 @@ def load_npz(path: Path) -> Samples:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:
-        raise BadInput(f"data: {path}: not a readable .npz file: {error}") from None
+        kind = type(error).__name__  # numpy's own words advise to unpickle what cannot be read
+        raise BadInput(
+            f"data: {path}: not a readable .npz file ({kind}); give a folder, .npz or .safetensors"
+        ) from None
     if "images" not in arrays:
         raise BadInput(f"data: {path}: has {sorted(arrays) or 'nothing'}, not an array 'images'")
     samples = from_array(arrays.pop("images"), str(path))

@@ -89,6 +89,8 @@ def parse_mapping(text: str, path: Path) -> dict[str, Any]:
         kind = path.suffix.lstrip(".") or "YAML"
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise BadInput(f"{path}: not valid {kind}: {reason}") from None
+    if content is None:
+        raise BadInput(f"{path}: is empty; it needs keys and values, 'model: DIRECTORY' first")
     if not isinstance(content, dict):
         raise BadInput(f"{path}: holds {type(content).__name__}, not keys and values")
     return content

@@ -109,7 +109,8 @@ def check_asked(options: Mapping[str, Any]) -> dict[str, float]:
     """The target among the options of `make_plan`, if any; raises BadInput for what is out of range or contradicts."""
     given = {key: options[key] for key in ("pruning_ratio", *TARGETS) if options.get(key) is not None}
     if len(given) > 1:
-        raise BadInput(f"{' and '.join(given)} ask for different things; give one of them")
+        listed = " and ".join(f"{key} {value}" for key, value in given.items())
+        raise BadInput(f"{listed} ask for different things; give one of them (null takes back the other)")
     for key in ("pruning_ratio", "head_pruning_ratio"):
         if options.get(key) is not None:
             check_ratio(options[key], key)

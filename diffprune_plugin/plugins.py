@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,10 +155,24 @@ def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = 
     if calibration is not None:
         options["calibration"] = calibration
     factory: CriterionFactory = known[name].value
+    check_options(name, factory, options)
     try:
         return factory(**options)
     except TypeError as error:
         raise BadInput(f"importance: {name} cannot be made with {sorted(options)}: {error}") from None
+
+
+def check_options(name: str, factory: CriterionFactory, options: Mapping[str, Any]) -> None:
+    """Raises BadInput for an option that the factory's signature does not have."""
+    parameters = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # it checks them itself
+    for key, value in options.items():
+        if key not in parameters:
+            have = ", ".join(parameters) or "no options"
+            raise BadInput(
+                f"importance: unknown option {key!r} ({value!r}){nearest(str(key), parameters)}; {name} has {have}"
+            )
 
 
 def criterion_of(config: PruningConfig) -> Criterion:

@@ -30,7 +30,7 @@ def run_app(application: typer.Typer, arguments: list[str] | None = None) -> Non
 
 
 def interrupt(*_: object) -> None:
-    raise Interrupted("interrupted; the same command goes on where it stopped")
+    raise Interrupted("interrupted; prune and finetune go on from their last checkpoint, if any, with the same command")
 
 
 def finish(error: BaseException, message: Any, code: int, debug: bool) -> None:

@@ -60,8 +60,8 @@ def test_groups_of_one_width_jump_together_but_a_target_lets_only_some_of_them()
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pruning_ratio": 0.3, "macs_target": 0.5}, "pruning_ratio and macs_target ask for different things"),
-        ({"params_target": 0.5, "macs_target": 0.5}, "macs_target and params_target ask"),
+        ({"pruning_ratio": 0.3, "macs_target": 0.5}, "pruning_ratio 0.3 and macs_target 0.5 ask for different things"),
+        ({"params_target": 0.5, "macs_target": 0.5}, "macs_target 0.5 and params_target 0.5 ask"),
         ({"macs_target": 1.5}, r"macs_target: 1.5 is outside \(0, 1\]"),
         ({"max_pruning_ratio": 0}, "max_pruning_ratio: 0 is outside"),
         ({"head_pruning_ratio": 1.0}, "head_pruning_ratio: 1.0 is outside"),
