@@ -53,7 +53,8 @@ def make_plan(
     ``max_pruning_ratio`` bounds the share that a group loses. ``head_pruning_ratio``: attention loses this share of
     its heads, whole, instead of dimensions inside them. ``global_pruning`` ranks all groups together, ``isomorphic``
     those alike. ``round_to`` makes what is kept a multiple of it, never removing more than asked. ``halves="apart"``
-    asks each half of a GEGLU to lose the ratio on its own, as the authors' code does: a pair stays where both stay.
+    asks each half of a GEGLU to lose the ratio on its own: a pair stays where both stay. Deduced from the published
+    size of LDM-4, not read in the authors' code.
 
     Raises BadInput for a ratio out of range, a target that cannot be reached or a pattern that matches nothing;
     CheckFailed with ``strict`` if a group or target is missed.
