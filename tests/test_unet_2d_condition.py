@@ -309,7 +309,7 @@ def test_a_loaded_lora_is_refused_by_name() -> None:
 def test_ldm4_has_its_published_sizes_when_geglus_halves_are_ranked_apart() -> None:
     """arXiv 2305.10924: 400.9 M / 99.8 G dense, 189.4 M / 52.7 G published at ratio 0.3.
 
-    Deduced from both figures: halves of a GEGLU ranked apart although they are coupled, so that 1 - 0.7 * 0.7 of the pairs
+    Deduced from both: halves of a GEGLU ranked apart although they are coupled, so that 1 - 0.7 * 0.7 of the pairs
     go where 0.3 were asked. With 0.3 of the pairs gone it would be 203.2 M / 55.2 G.
     Its condition is one class embedding: a sequence of 1. On the meta device: sizes need no weights.
     """
