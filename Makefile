@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint bench bench-quick bench-scale clean
+.PHONY: demo test test-all lint bench bench-quick bench-more bench-scale clean
 
 $(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,21 +24,28 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_static.py
 
+# The README's tables; interrupted, it goes on where it was.
 bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/criteria.py
-	$(BIN)/python benchmarks/calibration.py
-	$(BIN)/python benchmarks/policies.py
-	$(BIN)/python benchmarks/compensate.py
 	$(BIN)/python benchmarks/recover.py
+	$(BIN)/python benchmarks/reference.py
 	$(BIN)/python benchmarks/latency.py
-	$(BIN)/python benchmarks/export_sd15.py
 
 bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/criteria.py --quick
-	$(BIN)/python benchmarks/calibration.py --quick
-	$(BIN)/python benchmarks/compensate.py --quick
+	$(BIN)/python benchmarks/recover.py --quick
+	$(BIN)/python benchmarks/reference.py --quick
+	$(BIN)/python benchmarks/latency.py --quick
+
+# The tables of docs/figures.md.
+bench-more: $(READY)
+	$(BIN)/pip install -q -c constraints.txt mlxtend
+	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/compensate.py
+	$(BIN)/python benchmarks/export_sd15.py
 
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/scale.py

@@ -2,17 +2,19 @@
 
     python benchmarks/calibration.py [--quick]
 
-For the authors' loop and for the default sampling at several budgets: samples forward and backward, wall time, and
-which share of the removed channels (ratio 0.3) a calibration of 16,384 fresh samples removes too.
+For the authors' loop and for the default sampling at several budgets: samples forward and backward, wall time (two
+calibrations at once, one thread each), and which share of the removed channels (ratio 0.3) a calibration of 16,384
+fresh samples removes too.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
-import torch
 import typer
-from common import Store, agreement, calibration, dense, mean_and_error, publish, seconds_of
+from common import Store, mean, publish, table
+from embedded import MODEL, Row, agreement, calibrated, calibration, dense
 
 import diffprune_plugin as dp
 
@@ -25,44 +27,36 @@ def plan_of(seed: int, options: dict[str, Any]) -> dp.PruningPlan:
     return dp.make_plan(dense().unet, criterion, pruning_ratio=0.3)
 
 
-def measure(seed: int, options: dict[str, Any], yardstick: dict[str, Any]) -> dict[str, float]:
+def measured(seed: int, options: dict[str, Any], yardstick: dict[str, Any]) -> Row:
     """Samples each way, seconds and agreement of one calibration."""
-    result, seconds = calibration(seed, **options), seconds_of(seed, **options)
-    same = agreement(plan_of(1000, yardstick), plan_of(seed, options))
-    return {"forward": result.forward, "backward": result.backward, "seconds": seconds, "agreement": same}
+    same = 100 * agreement(plan_of(1000, yardstick), plan_of(seed, options))
+    return {**calibrated(seed, options), "agreement": same}
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="2 seeds, small budgets, a yardstick of 4096 samples")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, small budgets, a yardstick of 4096 samples")] = False,
     seeds: int = 3,
-    threads: int = 2,
+    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Print the table and keep it in benchmarks/results/calibration.md."""
-    torch.set_num_threads(threads)
     yardstick = {**YARDSTICK, "samples": 4096} if quick else YARDSTICK
     count, budgets = (2, BUDGETS[:4]) if quick else (seeds, BUDGETS)
-    name = "calibration" + ("_quick" if quick else "")
-    store = Store(name)
-    rows = {f"default, {n} samples": {"threshold": 0.05, "samples": n} for n in budgets}
+    rows: dict[str, dict[str, Any]] = {f"default, {n} samples": {"threshold": 0.05, "samples": n} for n in budgets}
     if not quick:
         rows["authors' loop (batch 32)"] = {"sampling": "reference"}
-    lines = [
-        f"Mean and standard error over {count} seeds; yardstick: {yardstick['samples']} fresh samples; 30 % by chance.",
-        "",
-        "| calibration | samples forward | samples backward | seconds | agreement |",
-        "|---|---|---|---|---|",
-    ]
-    for label, options in rows.items():
-        runs = [
-            store.get(f"{label} {seed}", lambda s=seed, o=options: measure(s, o, yardstick)) for seed in range(count)
-        ]
-        mean = {key: mean_and_error([run[key] for run in runs]) for key in runs[0]}
-        lines.append(
-            f"| {label} | {mean['forward'][0]:.0f} | {mean['backward'][0]:.0f} | {mean['seconds'][0]:.0f} "
-            f"| {mean['agreement'][0]:.1%} ± {mean['agreement'][1]:.1%} |"
-        )
-        print(lines[-1], flush=True)
-    publish(name, lines)
+    name = "calibration" + ("_quick" if quick else "")
+    store = Store(name, [MODEL, rows, yardstick])
+    store.fill({"yardstick": partial(calibrated, 1000, yardstick)}, workers)
+    store.fill({f"{n} {s}": partial(measured, s, o, yardstick) for n, o in rows.items() for s in range(count)}, workers)
+    lines = []
+    for label in rows:
+        runs = [store.values[f"{label} {seed}"] for seed in range(count)]
+        of = {key: [run[key] for run in runs] for key in runs[0]}
+        cells = [mean(of[key], 0).split(" ")[0] for key in ("forward", "backward", "seconds")]
+        lines.append([label, *cells, f"{mean(of['agreement'], 1)} %"])
+    intro = f"Mean and standard error over {count} seeds; yardstick: {yardstick['samples']} samples; 30 % by chance."
+    head = ["calibration", "samples forward", "samples backward", "seconds", "agreement"]
+    publish(name, [intro, "", *table(head, lines)])
 
 
 if __name__ == "__main__":

@@ -2,36 +2,36 @@
 
     python benchmarks/policies.py [--quick]
 
-Agreement: the share of the channels removed at ratio 0.3 that the selections of two seeds have in common, over all
-pairs of seeds. Results are kept in benchmarks/results/policies.json; interrupted, it goes on where it was.
+Agreement: the share of the channels removed that the selections of two seeds have in common, over all pairs of seeds.
+Results are kept in benchmarks/results/policies.json; interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 from typing import Annotated, Any
 
-import torch
+import numpy as np
 import typer
-from common import Store, agreement, calibration, dense, held_out_loss, mean_and_error, publish, seconds_of
+from common import Store, mean, publish, table
+from criteria import FULL, PAPER, RATIOS, sweep_of
+from embedded import MODEL, agreement, calibrated, calibration, dense, held_out_loss
 
 import diffprune_plugin as dp
 
-RATIOS = (0.3, 0.5)
-ALL: dict[str, Any] = {"threshold": 0.0, "samples": 512, "curve_samples": 4}
-PAPER = {**ALL, "threshold": 0.05}
-# Options of diff_taylor, by the name in the table.
+ALL, THRESHOLDED = sweep_of("taylor", FULL) or {}, sweep_of(PAPER, FULL) or {}
+# Settings of the calibration, by the name in the table.
 POLICIES: dict[str, dict[str, Any]] = {
-    "diff_taylor (paper)": PAPER,
+    "diff_taylor (paper)": THRESHOLDED,
     "all timesteps (taylor)": ALL,
     "absolute (taylor_absolute)": {**ALL, "accumulate": "absolute"},
     "square (fisher)": {**ALL, "accumulate": "square"},
     "log_decrease": {**ALL, "timestep_weights": "log_decrease"},
     "min_snr": {**ALL, "timestep_weights": "min_snr"},
     "square, single samples": {**ALL, "accumulate": "square", "micro_batch": 1},
-    "square, micro_batch 32": {**ALL, "accumulate": "square", "micro_batch": 32},
-    "square, threshold 0.05": {**PAPER, "accumulate": "square"},
+    "square, threshold 0.05": {**THRESHOLDED, "accumulate": "square"},
 }
 
 
@@ -40,48 +40,48 @@ def plan_of(options: dict[str, Any], ratio: float, seed: int) -> dp.PruningPlan:
     return dp.make_plan(dense().unet, criterion, pruning_ratio=ratio)
 
 
-def measure(options: dict[str, Any], ratio: float, seed: int) -> dict[str, Any]:
-    """Held-out loss after removal, and the seconds that the calibration took."""
-    plan, unet = plan_of(options, ratio, seed), copy.deepcopy(dense().unet)
-    dp.remove_(unet, plan)
-    return {"loss": held_out_loss(unet), "seconds": seconds_of(seed, **options)}
+def loss_after(options: dict[str, Any], ratio: float, seed: int) -> float:
+    """Held-out loss right after removal."""
+    unet = copy.deepcopy(dense().unet)
+    dp.remove_(unet, plan_of(options, ratio, seed))
+    return held_out_loss(unet, repeats=1)
 
 
-def agreements(options: dict[str, Any], seeds: int) -> list[float]:
+def agreements(options: dict[str, Any], ratio: float, seeds: int) -> list[float]:
     """Of every pair of seeds."""
-    plans = [plan_of(options, RATIOS[0], seed) for seed in range(seeds)]
+    plans = [plan_of(options, ratio, seed) for seed in range(seeds)]
     return [agreement(first, second) for first, second in itertools.combinations(plans, 2)]
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="2 seeds")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, the first four rows")] = False,
     seeds: int = 3,
-    threads: int = 1,
+    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Print the table and keep it in benchmarks/results/policies.md."""
-    torch.set_num_threads(threads)
-    count, store = (2 if quick else seeds), Store("policies")
-    lines = [
-        f"{ALL['samples']} gradient samples; mean and standard error over {count} seeds of the calibration (of the "
-        "agreement: mean over pairs of seeds); 30 % agree by chance.",
-        "",
-        "| accumulated, weights | seconds | agreement between seeds | loss at 0.3 | loss at 0.5 |",
-        "|---|---|---|---|---|",
-    ]
-    for name, options in POLICIES.items():
-        runs = {
-            ratio: [
-                store.get(f"{name} {ratio} {s}", lambda o=options, r=ratio, s=s: measure(o, r, s)) for s in range(count)
-            ]
-            for ratio in RATIOS
-        }
-        pairs = store.get(f"{name} agreement of {count}", lambda o=options: agreements(o, count))
-        losses = [mean_and_error([run["loss"] for run in runs[ratio]]) for ratio in RATIOS]
-        seconds = mean_and_error([run["seconds"] for run in runs[RATIOS[0]]])[0]
-        cells = [f"{seconds:.0f}", f"{mean_and_error(pairs)[0]:.1%}", *(f"{m:.4f} ± {e:.4f}" for m, e in losses)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    publish("policies" + ("_quick" if quick else ""), lines)
+    count, policies = (2, dict(itertools.islice(POLICIES.items(), 4))) if quick else (seeds, POLICIES)
+    name, seeds_of = "policies" + ("_quick" if quick else ""), range(count)
+    store = Store(name, [MODEL, policies, RATIOS])
+    store.fill({f"{n} {s}": partial(calibrated, s, o) for n, o in policies.items() for s in seeds_of}, workers)
+    cells = [(n, o, r) for n, o in policies.items() for r in RATIOS]
+    store.fill(
+        {f"{n} {r} agreement": partial(agreements, o, r, count) for n, o, r in cells}
+        | {f"{n} {r} {s}": partial(loss_after, o, r, s) for n, o, r in cells for s in seeds_of},
+        workers,
+    )
+    rows = []
+    for label in policies:
+        seconds = np.mean([store.values[f"{label} {s}"]["seconds"] for s in seeds_of])
+        pairs = [f"{np.mean(store.values[f'{label} {ratio} agreement']):.0%}" for ratio in RATIOS]
+        losses = [mean([store.values[f"{label} {ratio} {s}"] for s in seeds_of]) for ratio in RATIOS]
+        rows.append([label, f"{seconds:.0f}", *pairs, *losses])
+    head = ["accumulated, weights", "seconds"]
+    head += [f"{what} at {ratio}" for what in ("agreement", "loss") for ratio in RATIOS]
+    intro = (
+        f"{FULL.samples} gradient samples; mean and standard error over {count} seeds of the calibration (of the "
+        "agreement: mean over pairs of seeds). Seconds: two calibrations at once, one thread each."
+    )
+    publish(name, [intro, "", *table(head, rows)])
 
 
 if __name__ == "__main__":

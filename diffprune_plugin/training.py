@@ -88,13 +88,16 @@ class Training:
         config = self.config
         self.unet.requires_grad_(True).train()
         self.plain_optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.unet.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.accelerator.scaler is None or None,  # with fp16's scaler a skipped step would not be noticed
         )
         warmup = config.warmup_steps if config.warmup_steps is not None else config.steps // 20
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         self.rate = get_scheduler(name, self.plain_optimizer, num_warmup_steps=warmup, num_training_steps=config.steps)
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.plain_optimizer)
-        self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay)
+        self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay, foreach=True)
         self.terms = {name: weight for name, weight in config.weights().items() if weight}
         self.curve = {name: [] for name in ("loss", *self.terms)}
 
