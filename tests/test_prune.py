@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin import calibrating, workflow
+from diffprune_plugin import prune as program
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.config import PruningConfig
 from diffprune_plugin.errors import BadInput, DiffPruneError
@@ -315,3 +317,20 @@ def test_pruning_alone_among_several_processes_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(workflow, "place", lambda: (0, 2))
     with pytest.raises(BadInput, match="2 processes would all write out; call prune_shared in each"):
         prune(PruningConfig(model="m", output="out"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_them(rank, monkeypatch, capsys) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(program, "make_accelerator", lambda: accelerator("cpu"))
+    monkeypatch.setattr(program, "place", lambda: (rank, 2))
+    monkeypatch.setattr(program.time, "sleep", waited.append)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            program.main(["nowhere.yaml"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert waited == [0.0, program.HEAD_START][rank : rank + 1]
+    assert capsys.readouterr().err.count("nowhere.yaml") == 1 - rank
