@@ -108,7 +108,9 @@ def exit_code(error: Exception | None) -> int:
 
 def described(error: Exception | None) -> str:
     """What the other processes are told of an error."""
-    return str(error) if isinstance(error, DiffPruneError) else f"{type(error).__name__}: {first_line(error)}"
+    if error is None or isinstance(error, DiffPruneError):
+        return str(error or "")
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def told(text: str, by: int, device: torch.device | None) -> str:
