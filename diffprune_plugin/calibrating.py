@@ -8,10 +8,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,12 @@ from diffprune_plugin.groups import differentiable
 from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
 from diffprune_plugin.passes import GradientSums, Passes, checkpointing
 from diffprune_plugin.plugins import find_adapter, weights_of_timesteps
-from diffprune_plugin.processes import check_same, decided, joined, part_of, place, summed
+from diffprune_plugin.processes import agreed, check_same, decided, joined, part_of, place, same, summed
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
 from diffprune_plugin.timesteps import POWERS, Sweep, above_threshold, share, strata
 
+Result = TypeVar("Result")
 STAGES = {"curve": CURVE, "gradients": GRADIENTS}
 
 
@@ -65,23 +66,22 @@ def calibrate(
     the same result. ``gradient_checkpointing`` trades time for memory; ``autocast`` computes in bfloat16.
     With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
     progress is cleared at the end unless ``keep_progress``. Where torch.distributed is initialized (by Accelerate, say)
-    all processes have to make the same call: each takes its part of every batch, and all get the whole result.
-    The UNet is left as it was.
+    all processes have to make the same call: each takes its part of every batch, and all get the whole result. What
+    fails on one of them fails on all. The UNet is left as it was.
 
-    Raises BadInput for images that do not fit the UNet, an unknown prediction type, or too little memory for a single
-    sample; CheckFailed for a loss that is not finite.
+    Raises BadInput for images that do not fit the UNet, an unknown prediction type, too little memory for a single
+    sample, or processes that were not given the same; CheckFailed for a loss that is not finite.
     """
-    adapter, samples = adapter or find_adapter(unet), load_samples(images)
-    samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
-    sweep = sweep or Sweep()
-    sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples, "importance"))
-    total = int(scheduler.config.num_train_timesteps)
-    points = timesteps if timesteps is not None else default_points(sweep, total)
-    if not 1 <= points <= total:
-        raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
-    if batch_size < 1:
-        raise BadInput(f"batch_size: {batch_size} is below 1")
-    run = Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter, autocast)
+
+    def begun() -> Run:
+        given = unet, scheduler, load_samples(images), sweep or Sweep()
+        return begin(*given, batch_size, timesteps, seed, adapter or find_adapter(unet), autocast)
+
+    device = next(unet.parameters()).device
+    run = agreed(begun, device)
+    sweep = run.sweep
+    if not same(int(run.fingerprint()[:15], 16), device):
+        raise BadInput("calibration: the model, the data or the settings are not the same for all processes")
     if checkpoint is not None:
         run.resume(Path(checkpoint), checkpoint_seconds)
     with (
@@ -100,6 +100,29 @@ def calibrate(
     if not keep_progress:
         run.forget_progress()
     return calibration
+
+
+def begin(
+    unet: nn.Module,
+    scheduler: Any,
+    samples: Samples,
+    sweep: Sweep,
+    batch_size: int,
+    timesteps: int | None,
+    seed: int,
+    adapter: UNetAdapter,
+    autocast: bool,
+) -> Run:
+    """A calibration at its first batch; raises BadInput for what does not fit together."""
+    samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
+    sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples, "importance"))
+    total = int(scheduler.config.num_train_timesteps)
+    points = timesteps if timesteps is not None else default_points(sweep, total)
+    if not 1 <= points <= total:
+        raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
+    if batch_size < 1:
+        raise BadInput(f"batch_size: {batch_size} is below 1")
+    return Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter, autocast)
 
 
 def default_points(sweep: Sweep, total: int) -> int:
@@ -146,7 +169,7 @@ class Run:
             part = pairs[self.done : self.done + self.batch_size]
             draws = [self.draw(CURVE, self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
             with torch.no_grad():
-                loss = self.passes.over(part_of(draws), self.loss)
+                loss = self.alike(self.passes.over, part_of(draws), self.loss)
             self.losses[tuple(zip(*part, strict=True))] = self.together(loss, draws)
             self.done += len(part)
             self.checkpoint()
@@ -163,7 +186,8 @@ class Run:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
             draws = [self.draw(GRADIENTS, int(i), share(counting, int(i), count)) for i in part]
-            self.together(self.add_gradients(part_of(draws), len(counting) / count), draws)
+            losses = self.alike(self.add_gradients, part_of(draws), len(counting) / count)
+            self.together(losses, draws)
             self.done += len(part)
             self.checkpoint()
         bar.update(task, completed=count)
@@ -183,7 +207,7 @@ class Run:
             timestep = np.random.default_rng([self.seed, GRADIENTS, self.done, 3]).choice(part, 1)
             draws = [self.draw(GRADIENTS, self.done + i, timestep) for i in range(size)]
             with self.one_gradient(int(timestep[0]), len(counting) * size / count):
-                self.together(self.add_gradients(part_of(draws), 1 / size), draws)
+                self.together(self.alike(self.add_gradients, part_of(draws), 1 / size), draws)
             self.done += size
             self.checkpoint()
         bar.update(task, completed=count)
@@ -197,16 +221,23 @@ class Run:
             fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
             draws = [self.draw(GRADIENTS, fresh + i, timestep) for i in range(self.batch_size)]
             own = part_of(draws)
-            graph = self.passes.over(own, functools.partial(self.kept_loss, len(own)))
+            graph = self.alike(self.passes.over, own, functools.partial(self.kept_loss, len(own)))
             self.losses[self.done] = self.together(graph, draws)
             means = self.losses[: self.done + 1].mean(axis=1)
             below = means[-1] < self.sweep.threshold * means.max()
             if not below or self.sweep.include_last:
                 with self.one_gradient(int(timestep[0])):
-                    self.add_gradients(own, 1 / self.batch_size, graph if len(graph) == 1 else None)
+                    known = graph if len(graph) == 1 else None
+                    self.alike(self.add_gradients, own, 1 / self.batch_size, known)
             self.done = self.done + 1 if not below else len(self.points)
             self.checkpoint()
         bar.update(task, completed=len(self.points))
+
+    def alike(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """What this process's part of the work returns; work that fails on one process, for want of memory say, fails
+        on all.
+        """
+        return agreed(functools.partial(work, *arguments), self.parameter.device)
 
     def kept_loss(self, whole: int, draws: Sequence[Draw]) -> Tensor:
         """The loss with its graph if all ``whole`` samples fit in one pass, else without."""
@@ -320,7 +351,7 @@ class Run:
         """Of everything that the result depends on: progress of other settings is never taken up."""
         scheduler = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
         facts = [
-            [str(self.parameter.device), str(self.parameter.dtype), self.autocast, torch.__version__],
+            [self.parameter.device.type, str(self.parameter.dtype), self.autocast, torch.__version__],
             self.sweep.as_dict(),
             self.batch_size,
             self.seed,
@@ -334,8 +365,8 @@ class Run:
     def resume(self, directory: Path, every: float) -> None:
         """Take up the progress stored in ``directory``, if it is of these settings, and store progress there."""
         self.file, self.every = directory / f"progress-{self.fingerprint()[:16]}.safetensors", every
-        if self.file.exists():
-            tensors, _ = load_tensors(self.file)
+        tensors = self.alike(lambda file: load_tensors(file)[0] if file.exists() else None, self.file)
+        if tensors is not None:
             self.losses = tensors.pop("losses").numpy()
             stage, done = tensors.pop("position").tolist()
             self.stage, self.done = list(STAGES)[stage], done
@@ -364,10 +395,14 @@ class Run:
         tensors = {f"grad.{name}": total.cpu() for name, total in self.gradients().items()}
         tensors["losses"] = torch.from_numpy(self.losses)
         tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
-        if place()[0] == 0:
+        self.alike(self.write, tensors)
+        self.saved_at = time.monotonic()
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Store the progress, by the first process."""
+        if self.file is not None and place()[0] == 0:
             with new_file(self.file) as temporary:
                 save_tensors(tensors, temporary)
-        self.saved_at = time.monotonic()
 
     def forget_progress(self) -> None:
         if self.file is not None:

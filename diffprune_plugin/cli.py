@@ -17,6 +17,8 @@ from diffprune_plugin.program import run_app
 
 if TYPE_CHECKING:
     from diffprune_plugin.compensate import CompensationReport
+    from diffprune_plugin.config import PruningConfig
+    from diffprune_plugin.dialects.table import Listing
     from diffprune_plugin.plan import PruningPlan
 
 app = typer.Typer(
@@ -50,8 +52,12 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Structural pruning of diffusion UNets. Start with: diffprune demo"""
 
 
-@app.command(epilog="Example: diffprune prune config.yaml --set importance.threshold=0.02 --output small")
+@app.command(
+    epilog="Example: diffprune prune config.yaml --set importance.threshold=0.02 --output small, or on several GPUs: "
+    "accelerate launch -m diffprune_plugin.prune config.yaml"
+)
 def prune(
+    context: typer.Context,
     config: ConfigFile = None,
     flags: FromFlags = None,
     model: Model = None,
@@ -64,17 +70,26 @@ def prune(
 ) -> None:
     """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
     from diffprune_plugin.dialects import read, settle
-    from diffprune_plugin.workflow import prune as run
+    from diffprune_plugin.processes import agreed, place
+    from diffprune_plugin.workflow import prune_shared
 
-    listing = read(config, flags)
-    settled = settle(listing, settings or [], model=model, data=data, output=output)
-    if listing.dialect != "native":
+    def given() -> tuple[Listing, PruningConfig]:
+        listing = read(config, flags)
+        return listing, settle(listing, settings or [], model=model, data=data, output=output)
+
+    accelerator = context.obj  # of diffprune_plugin.prune
+    listing, settled = agreed(given, accelerator and accelerator.device)
+    if listing.dialect != "native" and place()[0] == 0:
         Console(stderr=True).print(f"{listing.summary()}; diffprune config lists them", markup=False, soft_wrap=True)
     try:
-        result = run(settled, overwrite=overwrite, dry_run=dry_run)
+        result = prune_shared(settled, accelerator, overwrite=overwrite, dry_run=dry_run)
     except BadInput as error:
         raise listing.located(error) from None
+    if result is None:  # the first process speaks for all
+        return
     show_plan(result.plan, json)
+    if accelerator and not json:
+        say(f"processes: {place()[1]} ({accelerator.device.type})")
     if not json and not dry_run:
         console.print(compensation_line(result.compensation))
         say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from diffprune_plugin.checkpoint import PrunedModelMixin, check_architecture, load, load_pipeline, save
@@ -32,6 +32,7 @@ from diffprune_plugin.files import check_absent
 from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.passes import checkpointing
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.processes import check_parallel
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.report import loss_plot
 from diffprune_plugin.tensors import weights_hash
@@ -47,7 +48,6 @@ from diffprune_plugin.workflow import (
 FINETUNE_FILE = "finetune.yaml"
 REPORT_FILE = "finetune.json"
 PLOT_FILE = "finetune.png"
-PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"}  # ways that leave the whole model in a process
 FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision"}  # keys that change no result
 
 
@@ -131,10 +131,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         )
     except ValueError as error:
         raise BadInput(f"mixed_precision: {config.mixed_precision}: {first_line(error)}") from None
-    if accelerator.distributed_type not in {DistributedType[name] for name in PARALLEL}:
-        raise BadInput(
-            f"accelerate: {accelerator.distributed_type.value} splits the model; use multi-GPU (accelerate config)"
-        )
+    check_parallel(accelerator)
     return accelerator
 
 

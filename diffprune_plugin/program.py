@@ -5,26 +5,32 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
-
-import typer
 
 from diffprune_plugin.errors import DiffPruneError, Interrupted
 
 
-def run_app(application: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved."""
+def run_app(
+    application: Callable[[list[str]], Any],
+    arguments: list[str] | None = None,
+    speaks: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved.
+
+    ``speaks``: whether the line is written, asked when there is one; another process may write it.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     debug, words = "--debug" in given, [word for word in given if word != "--debug"]
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         application(words)
     except (DiffPruneError, Interrupted) as error:
-        finish(error, str(error), error.exit_code, debug)
+        finish(error, str(error), error.exit_code, debug, speaks())
     except Exception as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's own
             raise
-        finish(error, "out of memory; use a smaller batch_size", 2, debug)
+        finish(error, "out of memory; use a smaller batch_size", 2, debug, speaks())
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -33,8 +39,9 @@ def interrupt(*_: object) -> None:
     raise Interrupted("interrupted; prune and finetune go on from their last checkpoint, if any, with the same command")
 
 
-def finish(error: BaseException, message: Any, code: int, debug: bool) -> None:
+def finish(error: BaseException, message: Any, code: int, debug: bool, speaks: bool) -> None:
     if debug:
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {message}\n")
+    if speaks:
+        sys.stderr.write(f"error: {message}\n")
     raise SystemExit(code)

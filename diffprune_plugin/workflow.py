@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -31,6 +31,7 @@ from diffprune_plugin.objective import fitting
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.planning import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import criterion_of, find_adapter
+from diffprune_plugin.processes import agreed, decided, place
 from diffprune_plugin.removal import remove_
 from diffprune_plugin.tensors import weights_hash
 
@@ -64,13 +65,78 @@ class Pruned:
     compensation: CompensationReport | None
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a config names, read and checked; ``samples`` reads and encodes the data when it is first called."""
+
+    config: PruningConfig
+    criterion: Criterion
+    model: Any
+    unet: nn.Module
+    compensating: bool
+    samples: Callable[[], Samples]
+
+
 def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = False, progress: bool = True) -> Pruned:
     """Load, calibrate if the criterion needs it, plan, remove, compensate, save; a dry run stops at the plan.
 
-    Raises BadInput for anything in the config that cannot be used, before anything is written.
+    Raises BadInput for anything in the config that cannot be used, before anything is written, and where
+    torch.distributed has several processes: they would all write the output.
     """
+    if place()[1] > 1:
+        raise BadInput(f"prune: {place()[1]} processes would all write {config.output}; call prune_shared in each")
+    return cast(Pruned, prune_shared(config, overwrite=overwrite, dry_run=dry_run, progress=progress))
+
+
+def prune_shared(
+    config: PruningConfig,
+    accelerator: Any = None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Pruned | None:
+    """As `prune`, with the calibration shared out over all processes of torch.distributed, which make the same call.
+
+    The rest is done by the first process, and the others get None: after the plan, so that what fails until then fails
+    on all of them. ``accelerator`` (Accelerate's) says the device of each. Raises what `prune` raises.
+    """
+    device = accelerator.device if accelerator else torch.device(config.device)
+    job = agreed(lambda: prepare(on_device_of(accelerator, config), overwrite, dry_run), device)
+    calibration = calibration_for(job, device, progress, store=not dry_run)
+    plan = agreed(lambda: plan_of(job, calibration) if place()[0] == 0 else None, device)
+    if plan is None:
+        return None
+    if dry_run:
+        return Pruned(job.model, plan, calibration, None)
+    return finish(job, plan, calibration, overwrite, progress)
+
+
+def on_device_of(accelerator: Any, config: PruningConfig) -> PruningConfig:
+    """The config with the kind of device that Accelerate gave this process, which is torch's current one of its kind.
+
+    Raises BadInput if the config asks for another, or the launcher for a precision that the config does not have.
+    """
+    if accelerator is None:
+        return config
+    given, precision = accelerator.device, accelerator.mixed_precision
+    if "device" in config.model_fields_set and config.device != given.type:
+        raise BadInput(
+            f"device: {config.device}, but Accelerate gives each process its own ({given}); leave 'device' out or say "
+            f"{given.type}, or launch with --cpu, --gpu_ids or plain diffprune prune"
+        )
+    if precision not in ("no", "bf16" if config.autocast else "no"):
+        raise BadInput(
+            f"mixed_precision: accelerate launch says {precision}, the config autocast: {config.autocast}; launch with "
+            "--mixed_precision no, or bf16 and autocast: true"
+        )
+    return config.model_copy(update={"device": given.type})
+
+
+def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
+    """Everything that can be checked before work begins; the first process checks the output, which it writes."""
     output = Path(config.output)
-    if not dry_run:
+    if not dry_run and place()[0] == 0:
         check_absent(output, overwrite)
         check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration")})
     criterion = criterion_of(config)
@@ -78,31 +144,37 @@ def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = Fal
     if isinstance(unet, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(unet)
-    asked = {key: getattr(config, key) for key in PLANNING}
-    check_asked(asked)
-    check_patterns(unet, **{key: asked[key] for key in ("pruning_ratio_dict", "ignored_layers", "target_layers")})
-    compensating = wants_compensation(config, model)
-    samples = functools.cache(lambda: encode(model, config.data, config.resolution))
-    calibration = calibration_for(criterion, model, unet, config, samples, progress, store=not dry_run)
-    if calibration is not None:
-        criterion.calibration = calibration  # type: ignore[attr-defined]
-    plan = make_plan(
-        unet,
-        criterion,
-        **asked,
-        description=describe(criterion, config),
+    check_asked(asked(config))
+    check_patterns(
+        unet, **{key: getattr(config, key) for key in ("pruning_ratio_dict", "ignored_layers", "target_layers")}
     )
-    if dry_run:
-        return Pruned(model, plan, calibration, None)
-    dense = copy.deepcopy(unet) if compensating else None
+    samples = functools.cache(lambda: encode(model, config.data, config.resolution))
+    return Job(config, criterion, model, unet, wants_compensation(config, model), samples)
+
+
+def asked(config: PruningConfig) -> dict[str, Any]:
+    """The options of make_plan."""
+    return {key: getattr(config, key) for key in PLANNING}
+
+
+def plan_of(job: Job, calibration: Calibration | None) -> PruningPlan:
+    if calibration is not None:
+        job.criterion.calibration = calibration  # type: ignore[attr-defined]
+    return make_plan(job.unet, job.criterion, **asked(job.config), description=describe(job.criterion, job.config))
+
+
+def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwrite: bool, progress: bool) -> Pruned:
+    """Remove, compensate, save."""
+    config, model, unet = job.config, job.model, job.unet
+    dense = copy.deepcopy(unet) if job.compensating else None
     remove_(unet, plan)
     compensation = (
-        None if dense is None else compensate(unet, dense, plan, model.scheduler, samples(), config, progress)
+        None if dense is None else compensate(unet, dense, plan, model.scheduler, job.samples(), config, progress)
     )
     extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
-    save(model, output, overwrite=overwrite, extra=extra)
+    save(model, Path(config.output), overwrite=overwrite, extra=extra)
     shutil.rmtree(progress_directory(config), ignore_errors=True)
     model.to(config.device)
     return Pruned(model, plan, calibration, compensation)
@@ -194,35 +266,21 @@ def unet_of(pipeline: DiffusionPipeline) -> nn.Module:
     return unet
 
 
-def calibration_for(
-    criterion: Criterion,
-    model: Any,
-    unet: nn.Module,
-    config: PruningConfig,
-    samples: Callable[[], Samples],
-    progress: bool,
-    store: bool,
-) -> Calibration | None:
-    """The calibration that a criterion needs: the stored one if it fits, else a new one; None if it needs none."""
-    sweep = getattr(criterion, "sweep", None)
+def calibration_for(job: Job, device: torch.device, progress: bool, store: bool) -> Calibration | None:
+    """The calibration that a criterion needs: the stored one if it fits, else a new one; None if it needs none.
+
+    All processes make a new one together; a stored one the first process alone reads, and the others get None.
+    """
+    config, sweep = job.config, getattr(job.criterion, "sweep", None)
     if sweep is None:
         return None
     stored = Path(config.calibration) if config.calibration else None
-    if stored is not None and stored.exists():
-        known = config.data is not None and isinstance(model, DiffusionPipeline)
-        images = fitting(samples(), unet, find_adapter(unet)).sha256 if known else None
-        return stored_calibration(stored, unet, sweep, config, images)
-    if config.data is None:
-        raise BadInput(f"data is missing: {config.importance['name']} needs images; add 'data: FOLDER' or an .npz")
-    if not isinstance(model, DiffusionPipeline):
-        raise BadInput(
-            f"{config.model}: a UNet without a scheduler; {config.importance['name']} needs the pipeline's; "
-            "give the pipeline directory"
-        )
+    if stored is not None and decided(stored.exists(), device):
+        return agreed(lambda: stored_calibration(stored, job, sweep) if place()[0] == 0 else None, device)
     calibration = calibrate(
-        unet,
-        model.scheduler,
-        samples(),
+        job.unet,
+        agreed(lambda: scheduler_of(job), device),
+        agreed(job.samples, device),
         sweep,
         batch_size=config.batch_size,
         timesteps=config.timesteps,
@@ -234,14 +292,28 @@ def calibration_for(
         progress=progress,
     )
     if stored is not None and store:
-        calibration.save(stored)
+        agreed(lambda: calibration.save(stored) if place()[0] == 0 else None, device)
     return calibration
 
 
-def stored_calibration(
-    directory: Path, unet: nn.Module, sweep: Any, config: PruningConfig, images: str | None
-) -> Calibration:
-    """A calibration from disk; raises BadInput if it is not what the config asks for, or not of ``images`` (a hash)."""
+def scheduler_of(job: Job) -> Any:
+    """The pipeline's scheduler; raises BadInput without one, or without images."""
+    config = job.config
+    if config.data is None:
+        raise BadInput(f"data is missing: {config.importance['name']} needs images; add 'data: FOLDER' or an .npz")
+    if not isinstance(job.model, DiffusionPipeline):
+        raise BadInput(
+            f"{config.model}: a UNet without a scheduler; {config.importance['name']} needs the pipeline's; "
+            "give the pipeline directory"
+        )
+    return job.model.scheduler
+
+
+def stored_calibration(directory: Path, job: Job, sweep: Any) -> Calibration:
+    """A calibration from disk; raises BadInput if it is not what the config asks for, or not of its images."""
+    config, unet = job.config, job.unet
+    known = config.data is not None and isinstance(job.model, DiffusionPipeline)
+    images = fitting(job.samples(), unet, find_adapter(unet)).sha256 if known else None
     calibration = Calibration.load(directory)
     points = config.timesteps or len(calibration.timesteps)
     same = {

@@ -64,6 +64,7 @@ ORDER = [
     "hosts.*",
     "demo",
     "cli",
+    "prune",
 ]
 
 

@@ -237,7 +237,7 @@ def out_of_memory() -> None:
     ("trouble", "expected"), [(lambda: os.kill(os.getpid(), signal.SIGINT), 130), (out_of_memory, 2)]
 )
 def test_an_interruption_and_too_little_memory_are_one_line(run, config_file, monkeypatch, trouble, expected) -> None:
-    monkeypatch.setattr(workflow, "prune", lambda *a, **k: trouble())
+    monkeypatch.setattr(workflow, "prune_shared", lambda *a, **k: trouble())
     code, _, err = run("prune", config_file)
     assert code == expected
     assert len(err.strip().splitlines()) == 1
