@@ -58,6 +58,7 @@ ORDER = [
     "export.*",
     "export",
     "features",
+    "evaluation",
     "evaluate",
     "check",
     "hosts",
