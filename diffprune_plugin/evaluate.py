@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from diffprune_plugin.calibrating import Run
 from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.drawing import Drawing
 from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation import Evaluation, not_measured
@@ -26,8 +27,9 @@ from diffprune_plugin.groups import total_macs
 from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
+from diffprune_plugin.prompts import read_prompts
 from diffprune_plugin.report import pil_images
-from diffprune_plugin.sample import check_unprompted, sample_images, sampler
+from diffprune_plugin.sample import sample_images
 from diffprune_plugin.tensors import weights_hash
 from diffprune_plugin.timesteps import Sweep, strata
 from diffprune_plugin.workflow import check_apart, check_device, unet_of
@@ -37,26 +39,9 @@ POINTS = 20  # of the loss curve
 SHOWN = 8  # images a row of the grid
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How images are drawn and losses measured.
-
-    count: images of each model; loss_samples: samples for each of the 20 points of the loss curve; scheduler, steps,
-    skip, batch_size: as `sample_images` takes them.
-    """
-
-    count: int = 64
-    seed: int = 0
-    scheduler: str = "ddim"
-    steps: int = 50
-    skip: str = "uniform"
-    batch_size: int = 32
-    loss_samples: int = 32
-
-
 @dataclass(frozen=True)
 class Measured:
-    """One model: its size, its losses (points, loss_samples), the images drawn."""
+    """One model: its size, its losses (points, loss_samples), the images drawn, how many its safety checker blacked."""
 
     name: str
     weights: str
@@ -64,6 +49,7 @@ class Measured:
     macs: int
     losses: Curves | None = field(repr=False)
     pictures: list[Image.Image] = field(repr=False)
+    blacked_out: int = 0
 
     @property
     def images(self) -> Tensor:
@@ -79,6 +65,7 @@ def run(
     against: Path | None = None,
     reference: Path | None = None,
     features: Path | None = None,
+    prompts: Path | None = None,
     drawing: Drawing | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -87,8 +74,11 @@ def run(
     """Evaluate the pipelines of two directories and write the result; raises BadInput before anything is computed."""
     check_device(device)
     check_absent(output, overwrite)
-    sources = {"model": directory, "against": against, "reference": reference, "features": features}
+    sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
     check_apart(output, {key: None if path is None else str(path) for key, path in sources.items()})
+    drawing = drawing or Drawing()
+    if prompts is not None:
+        drawing = replace(drawing, prompts=read_prompts(prompts))
     evaluation = evaluate(
         load_pipeline(directory).to(device),
         against=None if against is None else load_pipeline(against).to(device),
@@ -116,16 +106,17 @@ def evaluate(
     with ``features`` too the distances between drawn and reference images; with ``against`` SSIM and PSNR between the
     two models' images, and the difference of their losses for the same images, timesteps and noise.
 
+    Of pipelines that draw from prompts image i of both models comes from the same prompt and the same noise.
+
     What is not measured, for want of an option or of images, is in ``not_measured``, with what it takes.
 
     Raises BadInput for images or models that do not fit each other.
     """
-    drawing = drawing or Drawing()
     samples = None if reference is None else load_samples(reference)
     pipelines = {"model": pipeline} if against is None else {"against": against, "model": pipeline}
+    drawing = (drawing or Drawing()).settled(pipeline, samples)
     check(pipelines, samples, features, drawing)
-    passes = len(sampler(pipeline.scheduler, drawing.scheduler, drawing.steps, drawing.skip).timesteps)
-    facts: dict[str, Any] = {"drawing": asdict(drawing) | {"unet_passes": passes}}
+    facts: dict[str, Any] = {"drawing": drawing.facts(pipeline)}
     real = None
     if features is not None and samples is not None:
         real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
@@ -155,10 +146,7 @@ def evaluate(
 def check(pipelines: dict[str, Any], samples: Samples | None, features: Features | None, drawing: Drawing) -> None:
     """Raises BadInput for what could not be measured, before anything is drawn."""
     need("torchmetrics", "eval")
-    if drawing.loss_samples < 2:
-        raise BadInput(f"--loss-samples {drawing.loss_samples} is below 2: no standard error")
-    for pipeline in pipelines.values() if drawing.count else ():
-        check_unprompted(pipeline)
+    drawing.check(pipelines.get("against", pipelines["model"]), pipelines["model"])
     shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
         raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")
@@ -182,11 +170,12 @@ def measure(role: str, pipeline: Any, samples: Samples | None, drawing: Drawing,
     """The losses first: they find out cheaply whether the images fit."""
     unet = unet_of(pipeline)
     losses = None if samples is None else losses_of(pipeline, samples, drawing, progress)
-    options = {key: value for key, value in asdict(drawing).items() if key != "loss_samples"}
-    pictures = sample_images(pipeline, **options, progress=progress) if drawing.count else []
+    pictures = sample_images(pipeline, **drawing.options(), progress=progress) if drawing.count else []
     params = sum(parameter.numel() for parameter in unet.parameters())
     macs = total_macs(unet, find_adapter(unet))
-    return Measured(str(pipeline.name_or_path or role), weights_hash(unet), params, macs, losses, pictures)
+    checked = getattr(pipeline, "safety_checker", None) is not None
+    black = sum(not np.asarray(picture).any() for picture in pictures) if checked else 0
+    return Measured(str(pipeline.name_or_path or role), weights_hash(unet), params, macs, losses, pictures, black)
 
 
 def parts_of(pipeline: Any) -> list[npt.NDArray[np.int64]]:
@@ -212,6 +201,8 @@ def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool)
 
 def size_and_loss(model: Measured) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": model.name, "weights": model.weights, "params": model.params, "MACs": model.macs}
+    if model.blacked_out:
+        facts["blacked_out"] = model.blacked_out
     if model.losses is None:
         return facts
     mean, error = stratified_mean(model.losses)

@@ -20,6 +20,7 @@ OPTIONS = {
     "loss difference to the dense model": ("--against DENSE", "--reference IMAGES"),
     "distance to real images": ("--reference IMAGES", "--features NETWORK"),
 }
+UNLISTED = ("name", "weights", "loss_stderr", "loss_per_timestep", "blacked_out")  # facts of a model: not in its table
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
     """report.md, from evaluation.json alone."""
     models = list(facts["models"].values())
     drawing, compared = facts["drawing"], facts.get("compared", {})
-    keys = [key for key in models[0] if key not in ("name", "weights", "loss_stderr", "loss_per_timestep")]
+    keys = [key for key in models[0] if key not in UNLISTED]
     lines = [
         "# Evaluation",
         "",
@@ -85,6 +86,12 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
     if "features" in facts:
         name, size, digest = (facts["features"][key] for key in ("name", "size", "sha256"))
         lines += [f"{name}: {size} features, SHA-256 {digest[:12]}."]
+    for model in models:
+        if "blacked_out" in model:
+            black = f"{model['blacked_out']} of {drawing['count']} images"
+            lines += [
+                f"{model['name']}: its safety checker blacked out {black}; they were measured as they are, black."
+            ]
     if facts["not_measured"]:
         lines += ["", "## Not measured", "", *(f"- {what}: {why}." for what, why in facts["not_measured"].items())]
     return lines

@@ -19,7 +19,8 @@ from tiny import make_unet
 import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.data import load_npz
-from diffprune_plugin.evaluate import Drawing, evaluate, stratified_mean
+from diffprune_plugin.drawing import Drawing
+from diffprune_plugin.evaluate import evaluate, stratified_mean
 from diffprune_plugin.features import frechet_distance, load_features
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.timesteps import Sweep
