@@ -44,6 +44,11 @@ FromFlags = Annotated[
 Model = Annotated[str | None, typer.Option(help="Pipeline or UNet directory; overrides the config's.")]
 Data = Annotated[str | None, typer.Option(help="Folder of images or .npz to calibrate with; overrides the config's.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a native config key.")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="Prompts, one a line, for pipelines that draw from them."),
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; by default the pipeline's own.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 
 
@@ -175,21 +180,34 @@ def sample(
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
     scheduler: Scheduler = "ddim",
     skip: Skip = "uniform",
+    prompts: PromptsFile = None,
+    guidance_scale: Guidance = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images; the same seed gives every model the same noise."""
     from diffprune_plugin.checkpoint import load_pipeline
+    from diffprune_plugin.prompts import read_prompts
     from diffprune_plugin.report import image_grid, save_image
     from diffprune_plugin.sample import sample_images
 
     if output.exists() and not overwrite:
         raise BadInput(f"{output} exists; use --overwrite or another file")
-    images = sample_images(load_pipeline(directory), count, seed=seed, steps=steps, scheduler=scheduler, skip=skip)
+    texts = read_prompts(prompts) if prompts else ()
+    images = sample_images(
+        load_pipeline(directory),
+        count,
+        seed=seed,
+        steps=steps,
+        scheduler=scheduler,
+        skip=skip,
+        prompts=texts,
+        guidance_scale=guidance_scale,
+    )
     rows = {f"{directory}, seed {seed}": images[:8]} | {
         " " * i: images[8 * i : 8 * i + 8] for i in range(1, -(-count // 8))
     }
-    save_image(image_grid(rows), output)
+    save_image(image_grid(rows, scale=2 if images[0].width < 128 else 1), output)
     say(f"wrote {output}")
 
 
@@ -199,7 +217,9 @@ def sample(
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="Pipeline directory, dense or pruned.")],
     against: Annotated[Path | None, typer.Option(help="Dense pipeline directory to compare with.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Real images: a folder or an .npz.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Real images: a folder (captions: metadata.jsonl) or .npz.")
+    ] = None,
     features: Annotated[
         Path | None, typer.Option(help="Feature network (.onnx), or Inception's weights (.safetensors).")
     ] = None,
@@ -207,6 +227,8 @@ def evaluate(
     scheduler: Scheduler = "ddim",
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
     skip: Skip = "uniform",
+    prompts: PromptsFile = None,
+    guidance_scale: Guidance = None,
     count: Annotated[int, typer.Option(help="Images of each model; 0 draws none.", min=0)] = 64,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Images a pass.", min=1)] = 32,
@@ -216,7 +238,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a model: size, loss per timestep, distance to real images, likeness to the dense model's images."""
-    from diffprune_plugin.evaluate import Drawing, run
+    from diffprune_plugin.drawing import Drawing
+    from diffprune_plugin.evaluate import run
 
     drawing = Drawing(
         count=count,
@@ -225,6 +248,7 @@ def evaluate(
         steps=steps,
         skip=skip,
         batch_size=batch_size,
+        guidance_scale=guidance_scale,
         loss_samples=loss_samples,
     )
     result = run(
@@ -233,6 +257,7 @@ def evaluate(
         against=against,
         reference=reference,
         features=features,
+        prompts=prompts,
         drawing=drawing,
         device=device,
         overwrite=overwrite,

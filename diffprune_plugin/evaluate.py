@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,20 @@ from torch import Tensor
 from diffprune_plugin.calibrating import Run
 from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.data import Samples, load_samples
+from diffprune_plugin.drawing import Drawing
 from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation import Evaluation, not_measured
 from diffprune_plugin.export.integrity import need
-from diffprune_plugin.features import LEAST, Features, frechet_distance, kernel_distance, load_features
-from diffprune_plugin.files import check_absent, new_directory
+from diffprune_plugin.features import Features, frechet_distance, kernel_distance, load_features
+from diffprune_plugin.files import check_absent
 from diffprune_plugin.groups import total_macs
 from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
-from diffprune_plugin.report import image_grid, pil_images, quantity, save_image
-from diffprune_plugin.sample import check_unprompted, sample_images, sampler
+from diffprune_plugin.prompts import read_prompts
+from diffprune_plugin.report import pil_images
+from diffprune_plugin.sample import sample_images
 from diffprune_plugin.tensors import weights_hash
 from diffprune_plugin.timesteps import Sweep, strata
 from diffprune_plugin.workflow import check_apart, check_device, unet_of
@@ -38,26 +39,9 @@ POINTS = 20  # of the loss curve
 SHOWN = 8  # images a row of the grid
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How images are drawn and losses measured.
-
-    count: images of each model; loss_samples: samples for each of the 20 points of the loss curve; scheduler, steps,
-    skip, batch_size: as `sample_images` takes them.
-    """
-
-    count: int = 64
-    seed: int = 0
-    scheduler: str = "ddim"
-    steps: int = 50
-    skip: str = "uniform"
-    batch_size: int = 32
-    loss_samples: int = 32
-
-
 @dataclass(frozen=True)
 class Measured:
-    """One model: its size, its losses (points, loss_samples), the images drawn."""
+    """One model: its size, its losses (points, loss_samples), the images drawn, how many its safety checker blacked."""
 
     name: str
     weights: str
@@ -65,33 +49,13 @@ class Measured:
     macs: int
     losses: Curves | None = field(repr=False)
     pictures: list[Image.Image] = field(repr=False)
+    blacked_out: int = 0
 
     @property
     def images(self) -> Tensor:
         """uint8 (count, channels, height, width)."""
         arrays = [np.atleast_3d(np.asarray(picture)) for picture in self.pictures]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``facts`` is evaluation.json; ``rows`` the images of the grid."""
-
-    facts: dict[str, Any]
-    rows: Mapping[str, Sequence[Image.Image]] = field(repr=False)
-
-    def markdown(self) -> str:
-        """The facts as tables."""
-        return "\n".join(report_lines(self.facts)) + "\n"
-
-    def write(self, output: Path, overwrite: bool = False) -> None:
-        """evaluation.json, report.md and samples.png, all or nothing."""
-        with new_directory(output, overwrite) as directory:
-            (directory / "evaluation.json").write_text(json.dumps(self.facts, indent=1, allow_nan=False) + "\n")
-            (directory / "report.md").write_text(self.markdown())
-            if self.rows:
-                width = next(iter(self.rows.values()))[0].width
-                save_image(image_grid(self.rows, scale=max(1, 96 // width)), directory / "samples.png")
 
 
 def run(
@@ -101,6 +65,7 @@ def run(
     against: Path | None = None,
     reference: Path | None = None,
     features: Path | None = None,
+    prompts: Path | None = None,
     drawing: Drawing | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -109,8 +74,11 @@ def run(
     """Evaluate the pipelines of two directories and write the result; raises BadInput before anything is computed."""
     check_device(device)
     check_absent(output, overwrite)
-    sources = {"model": directory, "against": against, "reference": reference, "features": features}
+    sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
     check_apart(output, {key: None if path is None else str(path) for key, path in sources.items()})
+    drawing = drawing or Drawing()
+    if prompts is not None:
+        drawing = replace(drawing, prompts=read_prompts(prompts))
     evaluation = evaluate(
         load_pipeline(directory).to(device),
         against=None if against is None else load_pipeline(against).to(device),
@@ -138,18 +106,23 @@ def evaluate(
     with ``features`` too the distances between drawn and reference images; with ``against`` SSIM and PSNR between the
     two models' images, and the difference of their losses for the same images, timesteps and noise.
 
-    Raises BadInput for images or models that do not fit each other, or too few images.
+    Of pipelines that draw from prompts image i of both models comes from the same prompt and the same noise.
+
+    What is not measured, for want of an option or of images, is in ``not_measured``, with what it takes.
+
+    Raises BadInput for images or models that do not fit each other.
     """
-    drawing = drawing or Drawing()
     samples = None if reference is None else load_samples(reference)
     pipelines = {"model": pipeline} if against is None else {"against": against, "model": pipeline}
+    drawing = (drawing or Drawing()).settled(pipeline, samples)
     check(pipelines, samples, features, drawing)
-    passes = len(sampler(pipeline.scheduler, drawing.scheduler, drawing.steps, drawing.skip).timesteps)
-    facts: dict[str, Any] = {"drawing": asdict(drawing) | {"unet_passes": passes}}
+    facts: dict[str, Any] = {"drawing": drawing.facts(pipeline)}
     real = None
     if features is not None and samples is not None:
         real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
-        facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": real.shape[1]}
+        size = real.shape[1]
+        facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": size}
+        facts["features"]["least_images"] = features.least_images(size)
     models = {role: measure(role, each, samples, drawing, progress) for role, each in pipelines.items()}
     if len({model.name for model in models.values()}) < len(models):
         models = {role: replace(model, name=f"{model.name} ({role})") for role, model in models.items()}
@@ -163,6 +136,7 @@ def evaluate(
             facts["models"][role] |= distances(real, drawn, features, drawing.seed)
     if against is not None:
         facts["compared"] = compare(models["model"], models["against"])
+    facts["not_measured"] = not_measured(facts)
     rows = {model.name: model.pictures[:SHOWN] for model in models.values() if model.pictures}
     if samples is not None and samples.values.dtype is torch.uint8 and rows:
         rows = {"reference": pil_images(samples.values[:SHOWN].numpy() / 255)} | rows
@@ -172,10 +146,7 @@ def evaluate(
 def check(pipelines: dict[str, Any], samples: Samples | None, features: Features | None, drawing: Drawing) -> None:
     """Raises BadInput for what could not be measured, before anything is drawn."""
     need("torchmetrics", "eval")
-    if drawing.loss_samples < 2:
-        raise BadInput(f"--loss-samples {drawing.loss_samples} is below 2: no standard error")
-    for pipeline in pipelines.values() if drawing.count else ():
-        check_unprompted(pipeline)
+    drawing.check(pipelines.get("against", pipelines["model"]), pipelines["model"])
     shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
         raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")
@@ -185,9 +156,8 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
         raise BadInput("--features needs --reference: the images to compare with")
     if samples.values.dtype is not torch.uint8:
         raise BadInput("--reference: holds floats; --features needs uint8 images")
-    for what, count in (("--count", drawing.count), ("--reference: images:", len(samples))):
-        if count < LEAST:
-            raise BadInput(f"{what} {count}: too few to compare sets of images; give at least {LEAST}")
+    if not drawing.count:
+        raise BadInput("--features: --count 0 draws no images to compare; give more, or leave it out")
 
 
 def sample_shape(pipeline: Any) -> tuple[int, ...]:
@@ -200,11 +170,12 @@ def measure(role: str, pipeline: Any, samples: Samples | None, drawing: Drawing,
     """The losses first: they find out cheaply whether the images fit."""
     unet = unet_of(pipeline)
     losses = None if samples is None else losses_of(pipeline, samples, drawing, progress)
-    options = {key: value for key, value in asdict(drawing).items() if key != "loss_samples"}
-    pictures = sample_images(pipeline, **options, progress=progress) if drawing.count else []
+    pictures = sample_images(pipeline, **drawing.options(), progress=progress) if drawing.count else []
     params = sum(parameter.numel() for parameter in unet.parameters())
     macs = total_macs(unet, find_adapter(unet))
-    return Measured(str(pipeline.name_or_path or role), weights_hash(unet), params, macs, losses, pictures)
+    checked = getattr(pipeline, "safety_checker", None) is not None
+    black = sum(not np.asarray(picture).any() for picture in pictures) if checked else 0
+    return Measured(str(pipeline.name_or_path or role), weights_hash(unet), params, macs, losses, pictures, black)
 
 
 def parts_of(pipeline: Any) -> list[npt.NDArray[np.int64]]:
@@ -230,6 +201,8 @@ def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool)
 
 def size_and_loss(model: Measured) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": model.name, "weights": model.weights, "params": model.params, "MACs": model.macs}
+    if model.blacked_out:
+        facts["blacked_out"] = model.blacked_out
     if model.losses is None:
         return facts
     mean, error = stratified_mean(model.losses)
@@ -243,13 +216,15 @@ def stratified_mean(values: Curves) -> tuple[float, float]:
 
 
 def distances(real: Tensor, drawn: Tensor, features: Features, seed: int) -> dict[str, Any]:
-    """The kernel distance, and the Frechet distance if both sets have more images than there are features."""
-    mean, deviation = kernel_distance(real, drawn, seed)
-    enough = min(len(real), len(drawn)) > real.shape[1]
-    return {
-        features.frechet: frechet_distance(real, drawn) if enough else None,
-        features.kernel: {"mean": mean, "subsets_std": deviation},
-    }
+    """The Frechet and the kernel distance; None where a set has fewer images than it needs."""
+    fewest, least = min(len(real), len(drawn)), features.least_images(real.shape[1])
+    found: dict[str, Any] = dict.fromkeys(least)
+    if fewest >= least[features.frechet]:
+        found[features.frechet] = frechet_distance(real, drawn)
+    if fewest >= least[features.kernel]:
+        mean, deviation = kernel_distance(real, drawn, seed)
+        found[features.kernel] = {"mean": mean, "subsets_std": deviation}
+    return found
 
 
 def compare(model: Measured, dense: Measured) -> dict[str, Any]:
@@ -266,52 +241,3 @@ def compare(model: Measured, dense: Measured) -> dict[str, Any]:
     if model.losses is not None and dense.losses is not None:
         found["loss_difference"], found["loss_difference_stderr"] = stratified_mean(model.losses - dense.losses)
     return found
-
-
-def report_lines(facts: dict[str, Any]) -> list[str]:
-    """report.md, from evaluation.json alone."""
-    models = list(facts["models"].values())
-    drawing, compared = facts["drawing"], facts.get("compared", {})
-    keys = [key for key in models[0] if key not in ("name", "weights", "loss_stderr", "loss_per_timestep")]
-    lines = [
-        "# Evaluation",
-        "",
-        *table(["", *(model["name"] for model in models)], [[k, *(cell(m, k) for m in models)] for k in keys]),
-    ]
-    if "SSIM" in compared:
-        psnr = "the same pixels" if compared["PSNR"] is None else f"PSNR {compared['PSNR']:.2f} dB"
-        lines += ["", f"From the same noise: SSIM {with_error(compared, 'SSIM')}, {psnr}."]
-    if "loss_difference" in compared:
-        lines += ["", f"Loss, {models[1]['name']} less {models[0]['name']}: {with_error(compared, 'loss_difference')}."]
-    if drawing["count"]:
-        lines += ["", "![Images from the same noise](samples.png)"]
-    if "timesteps" in facts:
-        curves = zip(facts["timesteps"], *(model["loss_per_timestep"] for model in models), strict=True)
-        rows = [[str(t), *(f"{loss:.5f}" for loss in losses)] for t, *losses in curves]
-        lines += ["", "## Loss per timestep", "", *table(["timestep", *(model["name"] for model in models)], rows)]
-    lines += ["", "Drawn with: " + ", ".join(f"{key} {value}" for key, value in drawing.items()) + "."]
-    if "features" in facts:
-        name, size, digest = (facts["features"][key] for key in ("name", "size", "sha256"))
-        lines += [f"{name}: {size} features, SHA-256 {digest[:12]}."]
-        if models[0][name] is None:
-            lines += [f"{name} was not computed: it needs at least {size + 1} drawn and as many reference images."]
-    return lines
-
-
-def cell(model: dict[str, Any], key: str) -> str:
-    value = model[key]
-    if isinstance(value, dict):
-        return f"{value['mean']:.5g} (subsets: ± {value['subsets_std']:.2g})"
-    if isinstance(value, float):
-        return with_error(model, key)
-    return "-" if value is None else quantity(value)
-
-
-def with_error(facts: dict[str, Any], key: str) -> str:
-    """The value, with its standard error where there is one."""
-    error = facts.get(f"{key}_stderr")
-    return f"{facts[key]:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

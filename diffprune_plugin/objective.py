@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import Port, UNetAdapter
 from diffprune_plugin.data import Samples
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.timesteps import min_snr
 
 
 def noise_prediction_loss(
@@ -56,16 +57,10 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weight of each sample's loss, shape (batch,): min(SNR, gamma) in the loss of the predicted sample.
-
-    SNR = alpha / (1 - alpha), alpha the scheduler's alphas_cumprod. The loss of the predicted noise is SNR times, that
-    of the velocity SNR + 1 times the sample's, hence min(SNR, gamma) / SNR and / (SNR + 1). arXiv 2303.09556.
-    """
-    snr: Tensor = compute_snr(scheduler, timesteps)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind == "epsilon":
-        return torch.clamp(gamma / snr, max=1)  # 1 at SNR = 0, where the quotient has no value
-    return torch.clamp(snr, max=gamma) / (snr + 1 if kind == "v_prediction" else 1)
+    """Weight of each sample's loss by `min_snr`, shape (batch,), float32, on the device of ``timesteps`` (batch,)."""
+    alphas = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
+    weights = min_snr(alphas, scheduler.config.get("prediction_type", "epsilon"), gamma)
+    return torch.from_numpy(weights).float().to(timesteps.device)[timesteps]
 
 
 def training_scheduler(scheduler: Any) -> Any:

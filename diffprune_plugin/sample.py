@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -15,16 +16,11 @@ from PIL import Image
 
 from diffprune_plugin.errors import BadInput, first_line, nearest
 from diffprune_plugin.progress import progress_bar
+from diffprune_plugin.prompts import Size, call_arguments, check_drawable, check_fitting, scales_noise
 from diffprune_plugin.report import pil_images
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolverMultistepScheduler"}
 SKIPS = ("uniform", "quad")
-
-
-def check_unprompted(pipeline: Any) -> None:
-    """Raises BadInput for a pipeline that draws from a prompt."""
-    if "prompt" in inspect.signature(pipeline.__call__).parameters:
-        raise BadInput(f"{type(pipeline).__name__} needs a prompt; draw with diffusers, evaluate with --count 0")
 
 
 def sample_images(
@@ -36,6 +32,9 @@ def sample_images(
     scheduler: str = "ddim",
     skip: str = "uniform",
     batch_size: int | None = None,
+    prompts: Sequence[str] = (),
+    guidance_scale: float | None = None,
+    size: Size | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """``count`` images; the same seed gives every model the same noise. DDIM without added noise unless told otherwise.
@@ -44,33 +43,56 @@ def sample_images(
     ``uniform`` spaces the timesteps as that scheduler does, ``quad`` by `quadratic`. ``batch_size``: images a pass,
     all at once by default; samplers that add noise (DDPM) draw other images at another batch size, the rest the same.
 
-    Raises BadInput for an unknown scheduler or spacing, or a pipeline that needs more than a count (a prompt).
+    Of pipelines that draw from prompts only: ``prompts``, taken in turn, image i from prompt i; ``guidance_scale`` and
+    ``size`` (height, width), by default the pipeline's own.
+
+    Raises BadInput for an unknown scheduler or spacing, a pipeline that needs prompts and has none, or the reverse.
     """
-    check_unprompted(pipeline)
+    check_fitting(pipeline, prompts, guidance_scale, size)
+    check_drawable(pipeline, prompts)
     batch_size = count if batch_size is None else batch_size
     if count < 1 or steps < 1 or batch_size < 1:
         raise BadInput(f"--count {count}, --steps {steps} and --batch-size {batch_size} have to be at least 1")
     before = pipeline.scheduler
-    pipeline.scheduler = sampler(before, scheduler, steps, skip)
+    pipeline.scheduler = sampler(before, scheduler, steps, skip, scales_noise(pipeline))
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    common = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps, "output_type": "np"}
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     images: list[Image.Image] = []
-    with progress_bar(progress) as bar:
-        task = bar.add_task("sampling", total=len(sizes) * len(pipeline.scheduler.timesteps))
+    with progress_bar(progress) as bar, seeded(seed, pipeline.unet.device):
+        task = bar.add_task("sampling", total=len(batches) * len(pipeline.scheduler.timesteps))
         advance = pipeline.unet.register_forward_hook(lambda *_: bar.advance(task))
         try:
-            for size in sizes:
-                result = pipeline(batch_size=size, generator=generator, num_inference_steps=steps, output_type="np")
-                images += pil_images(result.images)
+            for rows in batches:
+                given = call_arguments(pipeline, rows, prompts, guidance_scale, size)
+                images += pil_images(pipeline(**given, **common).images)
+        except ValueError as error:
+            raise BadInput(f"{type(pipeline).__name__} cannot draw: {first_line(error)}") from error
         finally:
             advance.remove()
             pipeline.scheduler = before
     return images
 
 
-def sampler(own: Any, name: str, steps: int, skip: str) -> Any:
-    """A scheduler of this name for a pipeline whose own is ``own``, set to so many steps."""
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The same random numbers also for pipelines and samplers that add noise and take no generator for it.
+
+    They come from another seed made of this one: as numbers of the generator's own they would repeat the first noise.
+    """
+    other = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(other))
+        yield
+
+
+def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) -> Any:
+    """A scheduler of this name for a pipeline whose own is ``own``, set to so many steps.
+
+    ``sigmas``: whether the pipeline works with samplers that scale its noise (see `scales_noise`).
+
+    Raises BadInput for an unknown scheduler, or one that cannot be set so or does not fit the pipeline.
+    """
     total = own.config.num_train_timesteps
     if skip not in SKIPS:
         raise BadInput(f"--skip {skip!r}{nearest(skip, SKIPS)}; known: {', '.join(SKIPS)}")
@@ -84,14 +106,25 @@ def sampler(own: Any, name: str, steps: int, skip: str) -> Any:
     if skip == "quad" and cls is DDIMScheduler:
         cls = AnyStepDDIM
     try:
-        scheduler = cls.from_config(own.config)
+        scheduler = cls.from_config(config_of(own))
         settle_(scheduler, quadratic(total, steps) if skip == "quad" else None)
         scheduler.set_timesteps(steps)
     except (ImportError, ValueError) as error:
         raise BadInput(f"--scheduler {name}: {first_line(error)}") from None
-    if float(scheduler.init_noise_sigma) != 1:
-        raise BadInput(f"--scheduler {name}: it works in sigmas, which unconditional pipelines do not; use ddim or dpm")
+    if not sigmas and float(scheduler.init_noise_sigma) != 1:
+        raise BadInput(f"--scheduler {name}: it works in sigmas, and this pipeline scales no noise; use ddim or dpm")
     return scheduler
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config that another one keeps.
+
+    Made from it by diffusers alone, that one has its own defaults for whatever was not given by name: also for what was
+    given by place, and for what Stable Diffusion's pipelines mend in old configs (clip_sample, steps_offset).
+    """
+    config, own = dict(scheduler.config), inspect.signature(type(scheduler).__init__).parameters
+    unchanged = [key for key in config.get("_use_default_values", ()) if key in own and config[key] == own[key].default]
+    return {**config, "_use_default_values": unchanged}
 
 
 def settle_(scheduler: Any, timesteps: Sequence[int] | None) -> None:

@@ -144,15 +144,16 @@ def log_decrease(alphas_cumprod: Weights, prediction_type: str) -> Weights:
     return low + (high - low) * position
 
 
-def min_snr(alphas_cumprod: Weights, prediction_type: str) -> Weights:
-    """min(SNR, 5) as the weight of the predicted sample's loss, in terms of what is predicted (arXiv 2303.09556).
+def min_snr(alphas_cumprod: Weights, prediction_type: str, gamma: float = SNR_LIMIT) -> Weights:
+    """min(SNR, gamma) as the weight of the predicted sample's loss, in terms of what is predicted (arXiv 2303.09556).
 
-    The loss of the predicted noise is SNR times, that of the velocity SNR + 1 times the sample's.
+    SNR = alpha / (1 - alpha). The loss of the predicted noise is SNR times, that of the velocity SNR + 1 times the
+    sample's, hence min(SNR, gamma) / SNR (1 at SNR = 0, where the quotient has no value) and / (SNR + 1).
     """
     snr = alphas_cumprod / np.maximum(1 - alphas_cumprod, 1e-12)
     if prediction_type == "epsilon":
-        return np.minimum(1.0, SNR_LIMIT / np.maximum(snr, 1e-12))
-    return np.minimum(snr, SNR_LIMIT) / (snr + 1 if prediction_type == "v_prediction" else 1)
+        return np.minimum(1.0, gamma / np.maximum(snr, 1e-12))
+    return np.minimum(snr, gamma) / (snr + 1 if prediction_type == "v_prediction" else 1)
 
 
 @hookimpl

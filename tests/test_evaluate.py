@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from test_features import write_network
+from test_features import CLASSIFIER, write_network
 from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.data import load_npz
-from diffprune_plugin.evaluate import Drawing, evaluate, stratified_mean
+from diffprune_plugin.drawing import Drawing
+from diffprune_plugin.evaluate import evaluate, stratified_mean
 from diffprune_plugin.features import frechet_distance, load_features
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.timesteps import Sweep
 
 QUICK = Drawing(count=4, steps=2, batch_size=3, loss_samples=2)
-CLASSIFIER = Path(__file__).parent.parent / "benchmarks" / "digits_classifier.onnx"
 
 
 @pytest.fixture
@@ -76,17 +76,72 @@ def test_the_error_of_a_stratified_mean_leaves_out_the_spread_between_strata() -
     assert error == pytest.approx(2 / math.sqrt(400), rel=0.1)
 
 
-def test_distances_are_named_after_the_features_and_need_more_images_than_features(
+def test_distances_are_named_after_the_features_and_say_how_many_images_they_need(
     pipeline: DDPMPipeline, images: np.ndarray, tmp_path: Path
 ) -> None:
     features = load_features(write_network(tmp_path / "rows.onnx"))  # 16 features
     result = evaluate(pipeline, reference=images, features=features, drawing=QUICK, progress=False)
-    assert result.facts["models"]["model"]["FD (rows)"] is None
-    assert result.facts["models"]["model"]["KD (rows)"]["mean"] > 0
-    assert "| FD (rows) | - |" in result.markdown()
-    assert "needs at least 17 drawn" in result.markdown()
+    for name, least in (("FD (rows)", 17), ("KD (rows)", 50)):
+        assert result.facts["models"]["model"][name] is None
+        assert f"| {name} | - |" in result.markdown()
+        needs = f"needs at least {least} drawn and as many reference images, not 4 and 16"
+        assert result.facts["not_measured"][name] == needs
+        assert f"- {name}: {needs}." in result.markdown()
     assert "FID" not in result.markdown()
     assert "KID" not in result.markdown()
+
+
+@pytest.mark.parametrize(("count", "real", "found"), [(50, 50, True), (49, 50, False), (50, 49, False)])
+def test_the_kernel_distance_takes_fifty_images_of_each(
+    pipeline: DDPMPipeline, images: np.ndarray, tmp_path: Path, count: int, real: int, found: bool
+) -> None:
+    features, many = load_features(write_network(tmp_path / "rows.onnx")), np.concatenate([images] * 4)[:real]
+    drawing = Drawing(count=count, steps=1, loss_samples=2)
+    facts = evaluate(pipeline, reference=many, features=features, drawing=drawing, progress=False).facts
+    assert (facts["models"]["model"]["KD (rows)"] is not None) == found
+    assert ("KD (rows)" in facts["not_measured"]) == (not found)
+    assert facts["models"]["model"]["FD (rows)"] > 0
+
+
+SCORES = "SSIM and PSNR to the dense model's images"
+ALL_GIVEN = {"reference": True, "features": True, "against": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "missing"),
+    [
+        (
+            {},
+            2,
+            {
+                "loss per timestep": "give --reference IMAGES",
+                SCORES: "give --against DENSE",
+                "loss difference to the dense model": "give --against DENSE and --reference IMAGES",
+                "distance to real images": "give --reference IMAGES and --features NETWORK",
+            },
+        ),
+        (
+            {"reference": True, "against": True},
+            0,
+            {SCORES: "give --count 1 or more", "distance to real images": "give --features NETWORK"},
+        ),
+        (ALL_GIVEN, 50, {}),
+    ],
+)
+def test_the_report_says_what_was_not_measured_and_which_option_would(
+    pipeline: DDPMPipeline, images: np.ndarray, tmp_path: Path, given: dict[str, bool], count: int, missing: Any
+) -> None:
+    sources = {
+        "reference": np.concatenate([images] * 4),
+        "features": load_features(write_network(tmp_path / "rows.onnx")),
+        "against": pipeline,
+    }
+    drawing = Drawing(count=count, steps=1, loss_samples=2)
+    result = evaluate(pipeline, **{key: sources[key] for key in given}, drawing=drawing, progress=False)
+    assert result.facts["not_measured"] == missing
+    listed = [line for line in result.markdown().splitlines() if line.startswith("- ")]
+    assert listed == [f"- {what}: {why}." for what, why in missing.items()]
+    assert ("## Not measured" in result.markdown()) == bool(missing)
 
 
 def test_the_frechet_distance_is_that_of_the_drawn_images(
@@ -103,13 +158,14 @@ def test_the_frechet_distance_is_that_of_the_drawn_images(
 def test_the_whole_way_on_the_command_line(run: Any, dense_dir: Path, npz: Path, tmp_path: Path) -> None:
     network, out = write_network(tmp_path / "rows.onnx"), tmp_path / "result"
     words = ["evaluate", dense_dir, "--against", dense_dir, "--reference", npz, "--features", network, "-o", out]
-    quick = ["--count", 17, "--steps", 2, "--skip", "quad", "--loss-samples", 2]
+    quick = ["--count", 17, "--steps", 2, "--skip", "quad", "--loss-samples", 2]  # 16 features
     code, text, _ = run(*words, *quick)
     assert code == 0
     assert "SSIM 1.0000" in text
     assert sorted(file.name for file in out.iterdir()) == ["evaluation.json", "report.md", "samples.png"]
     facts = json.loads((out / "evaluation.json").read_text(), parse_constant=lambda word: pytest.fail(word))
-    assert facts["models"]["model"]["KD (rows)"]["mean"] > 0
+    assert facts["not_measured"].keys() == {"FD (rows)", "KD (rows)"}
+    assert "KD (rows): needs at least 50 drawn" in text
     assert run(*words, *quick)[0] == 2, "an existing result is kept"
     code, text, _ = run(*words, "--count", 0, "--loss-samples", 2, "--json", "--overwrite")
     assert code == 2, "no images, but features asked for"
@@ -134,8 +190,7 @@ def test_the_result_never_replaces_the_model(run: Any, dense_dir: Path, place: s
     [
         (["--features", "rows.onnx"], "--features needs --reference"),
         (["--features", "none.onnx", "--reference", "images.npz"], "none.onnx: no such file"),
-        (["--features", "rows.onnx", "--reference", "images.npz", "--count", 3], "--count 3: too few"),
-        (["--features", "rows.onnx", "--reference", "three.npz"], "--reference: images: 3: too few"),
+        (["--features", "rows.onnx", "--reference", "images.npz", "--count", 0], "--count 0 draws no images"),
         (["--reference", "wide.npz"], "the UNet takes (1, 16, 16)"),
         (["--reference", "nowhere"], "no such folder"),
         (["--against", "nowhere"], "no model_index.json"),
@@ -157,7 +212,6 @@ def test_what_cannot_be_measured_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     write_network(tmp_path / "rows.onnx")
     write_network(tmp_path / "eight.onnx", ("n", 1, 8, 8))
-    np.savez(tmp_path / "three.npz", images=np.zeros((3, 16, 16, 1), np.uint8))
     np.savez(tmp_path / "wide.npz", images=np.zeros((8, 16, 32, 1), np.uint8))
     if "larger" in words:
         dp.save(DDPMPipeline(make_unet(sample_size=32), DDPMScheduler(100)), tmp_path / "larger")

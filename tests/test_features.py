@@ -13,8 +13,12 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
+from diffprune_plugin import demo
+from diffprune_plugin.data import load_npz
 from diffprune_plugin.errors import BadInput, CheckFailed, MissingExtra
 from diffprune_plugin.features import Features, frechet_distance, kernel_distance, load_features
+
+CLASSIFIER = Path(__file__).parent.parent / "benchmarks" / "digits_classifier.onnx"
 
 
 def write_network(
@@ -135,17 +139,40 @@ def test_the_frechet_distance_is_the_equation() -> None:
 
 
 def test_the_kernel_distance_is_the_unbiased_equation_averaged_over_subsets() -> None:
-    real, drawn = gaussian(40, 0.0, 0), gaussian(40, 0.5, 1)
+    real, drawn = gaussian(60, 0.0, 0), gaussian(60, 0.5, 1)
     total = 0.0
-    for i in range(40):
-        for j in range(40):
+    for i in range(60):
+        for j in range(60):
             same = (real[i] @ real[j] / 3 + 1) ** 3 + (drawn[i] @ drawn[j] / 3 + 1) ** 3
-            total += float(same) / (40 * 39) if i != j else 0.0
-            total -= 2 * float((real[i] @ drawn[j] / 3 + 1) ** 3) / 40**2
+            total += float(same) / (60 * 59) if i != j else 0.0
+            total -= 2 * float((real[i] @ drawn[j] / 3 + 1) ** 3) / 60**2
     mean, deviation = kernel_distance(real, drawn, seed=0)
     assert abs(mean - total) < 4 * deviation / 10, "100 subsets: ten times less than one subset's deviation"
     assert kernel_distance(real, drawn, seed=0) == (mean, deviation)
-    assert abs(kernel_distance(real, gaussian(40, 0.0, 2), seed=0)[0]) < mean / 4
+    assert abs(kernel_distance(real, gaussian(60, 0.0, 2), seed=0)[0]) < mean / 4
+
+
+def test_of_fewer_than_fifty_images_there_is_no_kernel_distance() -> None:
+    fifty = gaussian(50, 0.0, 0)
+    assert kernel_distance(fifty, fifty, seed=0)[1] > 0
+    for real, drawn in ((fifty, fifty[1:]), (fifty[1:], fifty)):
+        with pytest.raises(BadInput, match="49 images in a set; it needs at least 50"):
+            kernel_distance(real, drawn, seed=0)
+
+
+def test_from_fifty_images_on_mirrored_digits_are_farther_than_chance_puts_digits() -> None:
+    """Where the 50 comes from: over 20 draws, what mirroring does is about three times the spread of chance."""
+    digits = load_npz(demo.HELD_OUT_IMAGES).values.permute(0, 3, 1, 2)
+    network = load_features(CLASSIFIER)
+    upright, mirrored = network.of(digits, 100), network.of(digits.flip(3), 100)
+    chance, difference = [], []
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(len(digits))
+        one, other = order[:50], order[50:100]
+        chance.append(kernel_distance(upright[one], upright[other], seed)[0])
+        difference.append(kernel_distance(upright[one], mirrored[other], seed)[0])
+    assert 2 < np.mean(difference) / np.std(chance) < 5
+    assert abs(np.mean(chance)) < np.std(chance) / 2, "unbiased"
 
 
 def test_inceptions_own_weights_make_it_fid(tmp_path: Path) -> None:

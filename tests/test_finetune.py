@@ -34,6 +34,7 @@ from diffprune_plugin.draws import FINETUNE, draw
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.finetune import FinetuneReport, finetune
 from diffprune_plugin.objective import min_snr_weights
+from diffprune_plugin.plugins import weights_of_timesteps
 
 STEPS, BATCH, RATE, DECAY = 6, 4, 3e-3, 0.9
 
@@ -174,6 +175,16 @@ def test_min_snr_weighs_every_prediction_as_the_error_of_the_sample_it_stands_fo
         of_prediction = error / (1 - alpha).sqrt()
     weighted = min_snr_weights(scheduler, timesteps, gamma) * of_prediction.square()
     torch.testing.assert_close(weighted, (alpha / (1 - alpha)).clamp(max=gamma) * error.square())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_of_training_is_that_of_calibration_also_without_any_signal(kind) -> None:
+    """With betas shifted to end without signal, as for SD 2.1, the last SNR is 0: its noise still weighs 1."""
+    scheduler = DDPMScheduler(50, prediction_type=kind, rescale_betas_zero_snr=True)
+    weights = min_snr_weights(scheduler, torch.arange(50), gamma=5.0)
+    assert weights.tolist() == pytest.approx(weights_of_timesteps("min_snr", scheduler).tolist(), rel=1e-6)
+    assert weights[-1] == pytest.approx(1.0 if kind == "epsilon" else 0.0, abs=1e-6)
+    assert weights.dtype is torch.float32
 
 
 def test_features_are_compared_at_the_kept_channels(made) -> None:
