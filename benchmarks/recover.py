@@ -80,8 +80,9 @@ def lines(store: Store, seeds: int, steps: int, look: Look) -> list[str]:
         of = {key: [store.values[k][key] for k in keys] for key in ("loss", "ssim", "distance")}
         share = float(np.mean(of["distance"])) / store.values[DENSE]["distance"]
         rows.append([name, mean(of["loss"]), mean(of["ssim"], 3), mean(of["distance"], 1), f"{share:.2f}x"])
+    spread = "One seed" if seeds == 1 else f"Mean and standard error over {seeds} seeds"
     return [
-        f"{'One seed' if seeds == 1 else f'Mean and standard error over {seeds} seeds'}. {steps} steps of batch {FINE['batch_size']} "
+        f"{spread}. {steps} steps of batch {FINE['batch_size']} "
         f"({steps / DENSE_STEPS:.0%} of the dense model's steps, which had batches of 32), {macs[1] / macs[0]:.0%} of "
         f"its MACs (pruning_ratio {HALF}); SSIM and distance over {look.count} images of {look.steps} DDIM steps.",
         "",

@@ -4,9 +4,9 @@
     python benchmarks/reference.py --quick
 
 Their loop and their selection are written here anew, from the paper and from what their diffusers script does, on
-torch-pruning's dependency graph and Taylor score: one batch and one noise at every (here: every twentieth) timestep from 0
-on, until the loss falls below the threshold; then the channels are ranked inside each norm group or head. The third row
-gives the same gradients to torch-pruning's stock selection, at the ratio that leaves it no fewer MACs.
+torch-pruning's dependency graph and Taylor score: one batch and one noise at every (here: every twentieth) timestep
+from 0 on, until the loss falls below the threshold; then the channels are ranked inside each norm group or head. The
+third row gives the same gradients to torch-pruning's stock selection, at the ratio that leaves it no fewer MACs.
 """
 
 from __future__ import annotations
