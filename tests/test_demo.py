@@ -39,7 +39,10 @@ def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_pat
 
 
 def assert_the_file_draws_what_pytorch_draws(output: Path) -> None:
-    """The same uint8 images from the same seed, with ONNX Runtime in diffusers' DDIMPipeline."""
+    """From the same seed, in diffusers' DDIMPipeline, to a fortieth of a grey level.
+
+    Not the same uint8 images: on some processors the rounding of one pixel tips over.
+    """
     scheduler = DDIMScheduler.from_config(demo.MODEL / "scheduler")
     unets = (dp.load(output / "pruned"), ORTUNet(output / "model.onnx"))
     drawn = []
@@ -47,9 +50,9 @@ def assert_the_file_draws_what_pytorch_draws(output: Path) -> None:
         pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
-        images = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images
-        drawn.append((images * 255).round().astype(np.uint8))
-    assert np.array_equal(*drawn)
+        drawn.append(pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images)
+    assert np.abs(drawn[0] - drawn[1]).max() * 255 < 1 / 40
+    assert np.ptp(drawn[0]) > 0.5
 
 
 def test_the_embedded_model_is_trained_and_small() -> None:
