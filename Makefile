@@ -36,7 +36,6 @@ bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/criteria.py --quick
 	$(BIN)/python benchmarks/recover.py --quick
-	$(BIN)/python benchmarks/reference.py --quick
 	$(BIN)/python benchmarks/latency.py --quick
 
 # The tables of docs/figures.md.

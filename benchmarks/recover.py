@@ -1,7 +1,7 @@
 """What a short fine-tune recovers: the embedded model at half its MACs, compensated, then 10 % of the dense steps.
 
     python benchmarks/recover.py            # twenty minutes on two cores; --seeds 2 for a spread
-    python benchmarks/recover.py --quick    # one seed, a tenth of the steps, fewer images
+    python benchmarks/recover.py --quick    # one seed, 30 steps, fewer images
 
 The fine-tune learns from the dense model's predictions, the way this project recommends. Beside it a model of the same
 shape, trained from scratch on the images for as long. Held-out loss, SSIM to the images that the dense model draws from
@@ -12,6 +12,7 @@ checkpoint.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,35 +45,50 @@ from diffprune_plugin.workflow import prune
 FINE: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.99}
 DENSE, PRUNED, TAUGHT, SCRATCH = "dense", "pruned and compensated", "fine-tuned", "same shape from scratch, as long"
 RECIPES = {TAUGHT: FINE | {"teacher": str(demo.MODEL), "task_weight": 0.0}, SCRATCH: FINE}
-LOOKS = {False: Look(count=128, steps=25), True: Look(repeats=1, count=80, steps=10)}  # quick or not
+
+LONG = Look(count=128, steps=25)
 
 
-def compensated(seed: int) -> Path:
-    """The embedded model at half its MACs, with the defaults of `diffprune prune`."""
-    output = WORK / "models" / f"compensated-{HALF}-{seed}"
+@dataclass(frozen=True)
+class Scale:
+    """How long is trained, how it is measured, and gradient samples of the calibration."""
+
+    steps: int = DENSE_STEPS // 10
+    look: Look = LONG
+    samples: int = 1024
+
+
+FULL, QUICK = Scale(), Scale(DENSE_STEPS // 300, Look(repeats=1, count=66, steps=5), 64)
+
+
+def compensated(seed: int, scale: Scale) -> Path:
+    """The embedded model at half its MACs, at full scale with the defaults of `diffprune prune`."""
+    output = WORK / "models" / f"compensated-{HALF}-{seed}-{scale.samples}"
     if not output.exists():
-        values = {"model": str(demo.MODEL), "output": str(output), "data": str(demo.CALIBRATION_IMAGES)}
+        values: dict[str, Any] = {"model": str(demo.MODEL), "output": str(output)}
+        values |= {"data": str(demo.CALIBRATION_IMAGES)}
+        values |= {"importance": {"name": "diff_taylor", "samples": scale.samples}}
         prune(dp.PruningConfig.make({**values, "pruning_ratio": HALF, "seed": seed}), progress=False)
     return output
 
 
-def model(name: str, seed: int, steps: int) -> Path:
+def model(name: str, seed: int, scale: Scale) -> Path:
     """Directory of the model of a row."""
     if name == PRUNED:
-        return compensated(seed)
-    scratch = name == SCRATCH
-    start = from_scratch(f"scratch-{HALF}-{seed}", compensated(0), seed) if scratch else compensated(seed)
-    place = f"recover-{'scratch' if scratch else 'taught'}-{seed}-{steps}-steps"
-    return tuned(place, start, seed, steps=steps, **RECIPES[name])
+        return compensated(seed, scale)
+    scratch, start = name == SCRATCH, compensated(0 if name == SCRATCH else seed, scale)
+    start = from_scratch(f"scratch-{HALF}-{seed}", start, seed) if scratch else start
+    place = f"recover-{'scratch' if scratch else 'taught'}-{seed}-{scale.steps}-steps"
+    return tuned(place, start, seed, steps=scale.steps, **RECIPES[name])
 
 
-def measured(name: str, seed: int, steps: int, look: Look) -> Row:
-    return measure(load_pipeline(model(name, seed, steps)), look)
+def measured(name: str, seed: int, scale: Scale) -> Row:
+    return measure(load_pipeline(model(name, seed, scale)), scale.look)
 
 
-def lines(store: Store, seeds: int, steps: int, look: Look) -> list[str]:
+def lines(store: Store, seeds: int, scale: Scale) -> list[str]:
     """The table as Markdown."""
-    macs = read_plan(compensated(0)).macs
+    macs, steps, look = read_plan(compensated(0, scale)).macs, scale.steps, scale.look
     head = ["model", "held-out loss", "SSIM to the dense images", classifier().frechet, "of the dense"]
     rows = []
     for name in (DENSE, PRUNED, TAUGHT, SCRATCH):
@@ -90,30 +106,31 @@ def lines(store: Store, seeds: int, steps: int, look: Look) -> list[str]:
     ]
 
 
-def picture(steps: int, path: Path) -> None:
+def picture(scale: Scale, path: Path) -> None:
     """Digits from the same noise, a row a model."""
-    pipelines = {DENSE: dense()} | {name: load_pipeline(model(name, 0, steps)) for name in (PRUNED, TAUGHT, SCRATCH)}
+    pipelines = {DENSE: dense()} | {name: load_pipeline(model(name, 0, scale)) for name in (PRUNED, TAUGHT, SCRATCH)}
     rows = {name: sample_images(each, 12, seed=1, progress=False) for name, each in pipelines.items()}
     save_image(image_grid(rows), path)
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="one seed, a tenth of the steps, fewer images")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps, fewer images")] = False,
     seeds: int = 1,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
-    seeds, steps, look = (1 if quick else seeds), DENSE_STEPS // (100 if quick else 10), LOOKS[quick]
+    seeds, scale = (1, QUICK) if quick else (seeds, FULL)
     name = "recover" + ("_quick" if quick else "")
-    store = Store(name, [MODEL, RECIPES, HALF, steps, str(look)])
+    store = Store(name, [MODEL, RECIPES, HALF, str(scale)])
     store.fill(
-        {DENSE: partial(measure_dense, look)}
-        | {f"{PRUNED} {s}": partial(measured, PRUNED, s, steps, look) for s in range(seeds)},
+        {DENSE: partial(measure_dense, scale.look)}
+        | {f"{PRUNED} {s}": partial(measured, PRUNED, s, scale) for s in range(seeds)},
         workers,
     )
-    store.fill({f"{n} {s}": partial(measured, n, s, steps, look) for n in RECIPES for s in range(seeds)}, workers)
-    picture(steps, RESULTS / f"{name}.png")
-    publish(name, lines(store, seeds, steps, look))
+    store.fill({f"{n} {s}": partial(measured, n, s, scale) for n in RECIPES for s in range(seeds)}, workers)
+    if not quick:
+        picture(scale, RESULTS / f"{name}.png")
+    publish(name, lines(store, seeds, scale))
 
 
 if __name__ == "__main__":

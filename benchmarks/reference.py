@@ -22,7 +22,7 @@ import torch
 import torch_pruning as tp
 import typer
 from common import Store, mean, paired_p, publish, table
-from criteria import FINE, FULL, LOOK, PAPER, QUICK, Budget, end_of, plan_of, start_of, sweep_of
+from criteria import FINE, FULL, PAPER, QUICK, Budget, end_of, plan_of, start_of, sweep_of
 from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned, tuned
 
 import diffprune_plugin as dp
@@ -120,7 +120,7 @@ def after(name: str, seed: int, budget: Budget) -> Row:
     place = f"{begin.name}-tuned-{budget.steps}"
     end = end_of(PAPER, HALF, seed, budget) if name == OURS else tuned(place, begin, seed, steps=budget.steps, **FINE)
     macs = read_plan(begin).macs
-    before, trained = (measure(load_pipeline(path), LOOK) for path in (begin, end))
+    before, trained = (measure(load_pipeline(path), budget.look) for path in (begin, end))
     samples = 0 if name == OURS else gradients_of(seed, budget.timesteps)[1]
     return {"macs": macs[1] / macs[0], "before": before["loss"], "samples": samples, **trained}
 
@@ -132,14 +132,14 @@ def same_selection(seed: int, budget: Budget) -> float:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="one seed, 1 % of the steps")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, 45 steps")] = False,
     seeds: int = 3,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     seeds, budget = (1, QUICK) if quick else (seeds, FULL)
     name, steps = "reference" + ("_quick" if quick else ""), budget.steps
-    store = Store(name, [MODEL, FINE, str(LOOK), str(budget), THRESHOLD, BATCH])
+    store = Store(name, [MODEL, FINE, str(budget), THRESHOLD, BATCH])
     store.fill({f"same {s}": partial(same_selection, s, budget) for s in range(seeds)}, workers)
     rows = (OURS, AUTHORS, STOCK)
     store.fill({f"{n} {s}": partial(after, n, s, budget) for n in rows for s in range(seeds)}, workers)
