@@ -79,6 +79,11 @@ def paired_p(values: Sequence[float], others: Sequence[float]) -> float:
     return float(stats.ttest_rel(values, others).pvalue)
 
 
+def p_text(p: float) -> str:
+    """As it stands in a table; nothing for nan."""
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

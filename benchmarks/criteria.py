@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import RESULTS, Store, mean, paired_p, publish, standard_error, table
+from common import RESULTS, Store, mean, p_text, paired_p, publish, standard_error, table
 from embedded import (
     DENSE_STEPS,
     HALF,
@@ -143,7 +143,7 @@ class Cells:
             before = "" if name == SCRATCH else mean(self.of(name, ratio, 0, key), digits)
             cells += [before, mean(self.of(name, ratio, self.steps, key), digits)]
         p = paired_p(tuned_loss, self.of(PAPER, ratio, self.steps, "loss"))
-        cells.append("" if name == PAPER or np.isnan(p) else f"{p:.3f}")
+        cells.append(p_text(p))
         pairs = self.store.values.get(f"{name} {ratio} agreement", [])
         return [*cells, f"{np.mean(pairs):.0%}" if pairs else ""]
 

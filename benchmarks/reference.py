@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import torch_pruning as tp
 import typer
-from common import Store, mean, paired_p, publish, table
+from common import Store, mean, p_text, paired_p, publish, table
 from criteria import FINE, FULL, PAPER, QUICK, Budget, end_of, plan_of, start_of, sweep_of
 from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned, tuned
 
@@ -153,7 +153,7 @@ def main(
         digits = {"before": 4, "loss": 4, "ssim": 3, "distance": 0}
         columns = [mean([run[key] for run in runs], count) for key, count in digits.items()]
         share = f"{runs[0]['macs']:.0%}"
-        lines.append([label, f"{samples[0]:.0f} / {samples[1]:.0f}", share, *columns, "" if p != p else f"{p:.3f}"])
+        lines.append([label, f"{samples[0]:.0f} / {samples[1]:.0f}", share, *columns, p_text(p)])
     head = [
         "procedure",
         "samples forward / backward",
