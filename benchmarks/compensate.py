@@ -1,7 +1,7 @@
 """What the training-free repair brings on the embedded model: loss, SSIM, cost, and its worth in fine-tuning steps.
 
-    python benchmarks/compensate.py            # everything; about 25 minutes on two cores
-    python benchmarks/compensate.py --quick    # one seed, diff_taylor, two ratios, 20 steps; about a minute
+    python benchmarks/compensate.py            # everything
+    python benchmarks/compensate.py --quick    # one seed, diff_taylor, two ratios, 20 steps
 
 Each finished row is in benchmarks/results/compensate.json at once: killed and started again it goes on with the next.
 """

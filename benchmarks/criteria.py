@@ -1,7 +1,7 @@
 """Which criterion: the embedded model right after removal, and after 10 % of the dense model's training steps.
 
     python benchmarks/criteria.py            # about an hour on two cores
-    python benchmarks/criteria.py --quick    # one ratio, two seeds, 45 steps; two minutes
+    python benchmarks/criteria.py --quick    # one ratio, two seeds, 45 steps
 
 Nothing is repaired before the fine-tune, which is the paper's protocol. Every criterion that needs gradients gets about
 as many passes; the presets of the authors run their loop on every twentieth timestep for that. Results are kept in
