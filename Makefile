@@ -27,16 +27,11 @@ lint: $(READY)
 # The README's tables; interrupted, it goes on where it was.
 bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
-	$(BIN)/python benchmarks/criteria.py
-	$(BIN)/python benchmarks/recover.py
-	$(BIN)/python benchmarks/reference.py
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/tables.py
 
 bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
-	$(BIN)/python benchmarks/criteria.py --quick
-	$(BIN)/python benchmarks/recover.py --quick
-	$(BIN)/python benchmarks/latency.py --quick
+	$(BIN)/python benchmarks/tables.py --quick
 
 # The tables of docs/figures.md.
 bench-more: $(READY)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).parent.parent / "runs"
 # Without these glibc hands large blocks back at once, and every tensor costs page faults: 15 % of a training step.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+@cache
+def processes(count: int) -> ProcessPoolExecutor:
+    """Workers of one thread each, kept: to import what they need takes each of them ten seconds."""
+    os.environ.update({name: value for name, value in MALLOC.items() if name not in os.environ})
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 class Store:
@@ -47,9 +55,8 @@ class Store:
         missing = {key: job for key, job in jobs.items() if key not in self.values}
         if not missing:
             return
-        os.environ.update({name: value for name, value in MALLOC.items() if name not in os.environ})
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool, progress_bar(True) as bar:
+        pool = processes(workers)
+        with progress_bar(True) as bar:
             task = bar.add_task(self.path.stem, total=len(missing))
             futures = {pool.submit(job): key for key, job in missing.items()}
             try:
@@ -70,6 +77,11 @@ def mean(values: Sequence[float], digits: int = 4) -> str:
     """Mean and, of more than one value, its standard error."""
     error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{error}"
+
+
+def over(seeds: int) -> str:
+    """What the figures of a table are."""
+    return "One seed" if seeds == 1 else f"Mean and standard error over {seeds} seeds"
 
 
 def paired_p(values: Sequence[float], others: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """Which criterion: the embedded model right after removal, and after 10 % of the dense model's training steps.
 
     python benchmarks/criteria.py            # about an hour on two cores
-    python benchmarks/criteria.py --quick    # one ratio, two seeds, 45 steps
+    python benchmarks/criteria.py --quick    # one ratio, two seeds, 30 steps
 
 Nothing is repaired before the fine-tune, which is the paper's protocol. Every criterion that needs gradients gets about
 as many passes; the presets of the authors run their loop on every twentieth timestep for that. Results are kept in
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import RESULTS, Store, mean, p_text, paired_p, publish, standard_error, table
+from common import RESULTS, Store, mean, over, p_text, paired_p, publish, standard_error, table
 from embedded import (
     DENSE_STEPS,
     HALF,
@@ -61,9 +61,11 @@ SHORT = Look(repeats=1, count=80, steps=10)
 
 @dataclass(frozen=True)
 class Budget:
-    """Gradient samples of the default sampling, timesteps of the authors' loops, optimizer steps of the fine-tune."""
+    """Gradient samples of the default sampling, those of its loss curve at each of 100 timesteps; timesteps of the
+    authors' loops; optimizer steps of the fine-tune."""
 
     samples: int = 512
+    curve_samples: int = 4
     timesteps: int = 50
     steps: int = DENSE_STEPS // 10
     look: Look = SHORT
@@ -73,7 +75,8 @@ class Budget:
         return "-".join(map(str, (*parts, self.samples))).replace(", ", "-").replace(" ", "-")
 
 
-FULL, QUICK = Budget(), Budget(64, 10, DENSE_STEPS // 200, Look(repeats=1, count=66, steps=5))
+FULL = Budget()
+QUICK = Budget(64, 1, 10, DENSE_STEPS // 300, Look(held_out=100, repeats=1, count=66, steps=5))
 
 
 def sweep_of(name: str, budget: Budget) -> dict[str, Any] | None:
@@ -83,7 +86,7 @@ def sweep_of(name: str, budget: Budget) -> dict[str, Any] | None:
         return None
     if sweep.get("sampling") in LOOPS:
         return {**sweep, "batch_size": 16, "timesteps": budget.timesteps}
-    return {**sweep, "samples": budget.samples, "curve_samples": 4}
+    return {**sweep, "samples": budget.samples, "curve_samples": budget.curve_samples}
 
 
 def plan_of(name: str, ratio: float, seed: int, budget: Budget) -> dp.PruningPlan:
@@ -150,7 +153,7 @@ class Cells:
     def lines(self, ratios: tuple[float, ...]) -> list[str]:
         before, steps, look = self.store.values["dense"], self.steps, self.budget.look
         lines = [
-            f"Mean and standard error over {self.seeds} seeds of calibration and training. {steps} steps of batch "
+            f"{over(self.seeds)} of calibration and training. {steps} steps of batch "
             f"{FINE['batch_size']} ({steps / DENSE_STEPS:.1%} of the dense model's steps, which had batches of 32), "
             f"nothing repaired before. SSIM and FD (digits_classifier): {look.count} images, {look.steps} DDIM steps. "
             "p: paired t-test of the loss after the steps against diff_taylor, paper. Agreement: share of the removed "
@@ -190,7 +193,7 @@ class Cells:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="one ratio, two seeds, 45 steps")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one ratio, two seeds, 30 steps")] = False,
     seeds: int = 5,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:

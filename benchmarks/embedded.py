@@ -44,8 +44,9 @@ WORK = RUNS / MODEL[:12]
 
 @dataclass(frozen=True)
 class Look:
-    """How a model is measured: noises for each held-out image; how many images are drawn, in how many DDIM steps."""
+    """How a model is measured: held-out images of the loss and noises for each; images drawn, their DDIM steps."""
 
+    held_out: int = 500
     repeats: int = 4
     count: int = 192
     steps: int = 50
@@ -64,9 +65,9 @@ def held_out() -> Samples:
 
 
 @torch.no_grad()
-def held_out_loss(unet: nn.Module, repeats: int = 4) -> float:
-    """Noise-prediction loss on the held-out images, ``repeats`` timesteps and noises each, the same at every call."""
-    losses, count = [], len(held_out())
+def held_out_loss(unet: nn.Module, repeats: int = 4, count: int = 500) -> float:
+    """Noise-prediction loss on ``count`` held-out images, ``repeats`` timesteps and noises each, always the same."""
+    losses = []
     for repeat in range(repeats):
         generator = torch.Generator().manual_seed(repeat)
         timesteps = torch.randperm(1000, generator=generator)[:count]
@@ -82,7 +83,7 @@ def measure(pipeline: Any, look: Look) -> Row:
     images = drawn(pipeline, look)
     distance = frechet_distance(real_features(), classifier().of((images * 255).round().byte(), 64))
     ssim = similarity(images, dense_images(look))
-    return {"loss": held_out_loss(pipeline.unet, look.repeats), "ssim": ssim, "distance": distance}
+    return {"loss": held_out_loss(pipeline.unet, look.repeats, look.held_out), "ssim": ssim, "distance": distance}
 
 
 def measure_dense(look: Look) -> Row:

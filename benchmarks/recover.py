@@ -1,6 +1,6 @@
 """What a short fine-tune recovers: the embedded model at half its MACs, compensated, then 10 % of the dense steps.
 
-    python benchmarks/recover.py            # twenty minutes on two cores; --seeds 2 for a spread
+    python benchmarks/recover.py            # a quarter of an hour on two cores
     python benchmarks/recover.py --quick    # one seed, 30 steps, fewer images
 
 The fine-tune learns from the dense model's predictions, the way this project recommends. Beside it a model of the same
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import RESULTS, Store, mean, publish, table
+from common import RESULTS, Store, mean, over, publish, table
 from embedded import (
     DENSE_STEPS,
     HALF,
@@ -42,7 +42,7 @@ from diffprune_plugin.report import image_grid, save_image
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.workflow import prune
 
-FINE: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.99}
+FINE: dict[str, Any] = {"batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.99}
 DENSE, PRUNED, TAUGHT, SCRATCH = "dense", "pruned and compensated", "fine-tuned", "same shape from scratch, as long"
 RECIPES = {TAUGHT: FINE | {"teacher": str(demo.MODEL), "task_weight": 0.0}, SCRATCH: FINE}
 
@@ -51,14 +51,15 @@ LONG = Look(count=128, steps=25)
 
 @dataclass(frozen=True)
 class Scale:
-    """How long is trained, how it is measured, and gradient samples of the calibration."""
+    """How long is trained, how it is measured, gradient samples of the calibration and those of its loss curve."""
 
     steps: int = DENSE_STEPS // 10
     look: Look = LONG
     samples: int = 1024
+    curve_samples: int = 16
 
 
-FULL, QUICK = Scale(), Scale(DENSE_STEPS // 300, Look(repeats=1, count=66, steps=5), 64)
+FULL, QUICK = Scale(), Scale(DENSE_STEPS // 300, Look(held_out=100, repeats=1, count=66, steps=5), 64, 1)
 
 
 def compensated(seed: int, scale: Scale) -> Path:
@@ -67,7 +68,8 @@ def compensated(seed: int, scale: Scale) -> Path:
     if not output.exists():
         values: dict[str, Any] = {"model": str(demo.MODEL), "output": str(output)}
         values |= {"data": str(demo.CALIBRATION_IMAGES)}
-        values |= {"importance": {"name": "diff_taylor", "samples": scale.samples}}
+        sizes = {"samples": scale.samples, "curve_samples": scale.curve_samples}
+        values |= {"importance": {"name": "diff_taylor", **sizes}}
         prune(dp.PruningConfig.make({**values, "pruning_ratio": HALF, "seed": seed}), progress=False)
     return output
 
@@ -96,10 +98,9 @@ def lines(store: Store, seeds: int, scale: Scale) -> list[str]:
         of = {key: [store.values[k][key] for k in keys] for key in ("loss", "ssim", "distance")}
         share = float(np.mean(of["distance"])) / store.values[DENSE]["distance"]
         rows.append([name, mean(of["loss"]), mean(of["ssim"], 3), mean(of["distance"], 1), f"{share:.2f}x"])
-    spread = "One seed" if seeds == 1 else f"Mean and standard error over {seeds} seeds"
     return [
-        f"{spread}. {steps} steps of batch {FINE['batch_size']} "
-        f"({steps / DENSE_STEPS:.0%} of the dense model's steps, which had batches of 32), {macs[1] / macs[0]:.0%} of "
+        f"{over(seeds)}. {steps} steps of batch {FINE['batch_size']} "
+        f"({steps / DENSE_STEPS:.1%} of the dense model's steps, which had batches of 32), {macs[1] / macs[0]:.0%} of "
         f"its MACs (pruning_ratio {HALF}); SSIM and distance over {look.count} images of {look.steps} DDIM steps.",
         "",
         *table(head, rows),
@@ -115,7 +116,7 @@ def picture(scale: Scale, path: Path) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps, fewer images")] = False,
-    seeds: int = 1,
+    seeds: int = 2,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import torch_pruning as tp
 import typer
-from common import Store, mean, p_text, paired_p, publish, table
+from common import Store, mean, over, p_text, paired_p, publish, table
 from criteria import FINE, FULL, PAPER, QUICK, Budget, end_of, plan_of, start_of, sweep_of
 from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned, tuned
 
@@ -132,7 +132,7 @@ def same_selection(seed: int, budget: Budget) -> float:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="one seed, 45 steps")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps")] = False,
     seeds: int = 3,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
@@ -167,7 +167,7 @@ def main(
     publish(
         name,
         [
-            f"Mean and standard error over {seeds} seeds; {steps} steps of batch {FINE['batch_size']}; SSIM and FD "
+            f"{over(seeds)}; {steps} steps of batch {FINE['batch_size']}; SSIM and FD "
             "(digits_classifier) after them; p: paired t-test of the loss after the steps against this project. Given "
             f"the same gradients, their selection as written here removes {min(same):.1%} of the channels that this "
             "project's does.",

@@ -87,8 +87,9 @@ class Training:
     def __post_init__(self) -> None:
         config = self.config
         self.unet.requires_grad_(True).train()
+        self.parameters = list(self.unet.parameters())  # walking the modules takes milliseconds, every time
         self.plain_optimizer = torch.optim.AdamW(
-            self.unet.parameters(),
+            self.parameters,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=self.accelerator.scaler is None or None,  # with fp16's scaler a skipped step would not be noticed
@@ -97,7 +98,7 @@ class Training:
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         self.rate = get_scheduler(name, self.plain_optimizer, num_warmup_steps=warmup, num_training_steps=config.steps)
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.plain_optimizer)
-        self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay, foreach=True)
+        self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
         self.terms = {name: weight for name, weight in config.weights().items() if weight}
         self.curve = {name: [] for name in ("loss", *self.terms)}
 
@@ -171,7 +172,7 @@ class Training:
     def clip(self, batch: Batch) -> None:
         """Clip the gradients; raises CheckFailed if they are not finite (fp16's scaler skips such steps itself)."""
         largest = self.config.max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), largest)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, largest)
         if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
             self.stop(f"the norm of the gradients is {norm.item()}", batch, None)
 
@@ -192,7 +193,7 @@ class Training:
         """The rate of the next step, the moving average, the records."""
         if not self.accelerator.optimizer_step_was_skipped:
             self.rate.step()
-            self.ema.step(self.unet.parameters())
+            self.ema.step(self.parameters)
         for name, value in means.items():
             self.curve[name].append(value)
         self.step += 1
@@ -203,7 +204,7 @@ class Training:
     def finish_(self) -> None:
         """The UNet with the moving average as its weights, in eval mode, and free of what training put around it."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.ema.copy_to(self.unet.parameters())
+        self.ema.copy_to(self.parameters)
         self.unet.eval()
 
     def save(self) -> None:
