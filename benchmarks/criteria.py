@@ -11,6 +11,7 @@ benchmarks/results/criteria.json; interrupted, it goes on where it was.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,10 +54,21 @@ CRITERIA: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "diff_taylor, diffusers": ("diff_taylor", {"preset": "diffusers"}, {"sampling": "reference", "include_last": True}),
     "diff_taylor, ldm": ("diff_taylor", {"preset": "ldm"}, {"sampling": "fresh", "threshold": 0.1}),
 }
+ALL = {"threshold": 0.0}
+# The rows of policies.py: other sums over timesteps, and other weights of theirs.
+FURTHER: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "taylor_absolute": ("taylor_absolute", {}, {**ALL, "accumulate": "absolute"}),
+    "fisher": ("fisher", {}, {**ALL, "accumulate": "square"}),
+    "fisher, single samples": ("fisher", {}, {**ALL, "accumulate": "square", "micro_batch": 1}),
+    "fisher, threshold 0.05": ("fisher", {"threshold": 0.05}, {"threshold": 0.05, "accumulate": "square"}),
+    "taylor, log_decrease": ("diff_taylor", {}, {**ALL, "timestep_weights": "log_decrease"}),
+    "taylor, min_snr": ("diff_taylor", {}, {**ALL, "timestep_weights": "min_snr"}),
+}
+EVERY = CRITERIA | FURTHER
 PAPER, SCRATCH = "diff_taylor, paper", "from scratch"
 FINE = {"batch_size": 2, "learning_rate": 5e-4, "ema_decay": 0.99}
 
-SHORT = Look(repeats=1, count=80, steps=10)
+SHORT = Look(held_out=250, repeats=1, count=66, steps=8)
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ QUICK = Budget(64, 1, 10, DENSE_STEPS // 300, Look(held_out=100, repeats=1, coun
 
 def sweep_of(name: str, budget: Budget) -> dict[str, Any] | None:
     """Settings of a criterion's calibration; None if it needs none."""
-    sweep = CRITERIA[name][2]
+    sweep = EVERY[name][2]
     if sweep is None:
         return None
     if sweep.get("sampling") in LOOPS:
@@ -91,7 +103,7 @@ def sweep_of(name: str, budget: Budget) -> dict[str, Any] | None:
 
 def plan_of(name: str, ratio: float, seed: int, budget: Budget) -> dp.PruningPlan:
     """The channels that a criterion chooses with this seed."""
-    criterion, options, _ = CRITERIA[name]
+    criterion, options, _ = EVERY[name]
     sweep = sweep_of(name, budget)
     if sweep is not None:
         options = {**options, "calibration": calibration(seed, **sweep)}
@@ -131,8 +143,31 @@ def agreements(name: str, ratio: float, seeds: int, budget: Budget) -> list[floa
 class Cells:
     """The results by criterion, ratio and state, one value a seed."""
 
-    def __init__(self, store: Store, seeds: int, budget: Budget) -> None:
-        self.store, self.seeds, self.budget, self.steps = store, seeds, budget, budget.steps
+    def __init__(self, store: Store, names: Sequence[str], ratios: Sequence[float], seeds: int, budget: Budget) -> None:
+        self.store, self.names, self.ratios, self.seeds = store, names, ratios, seeds
+        self.budget, self.steps = budget, budget.steps
+
+    def fill(self, workers: int) -> None:
+        """Measure what is missing: calibrations first, since the criteria and the ratios share them."""
+        chosen = [name for name in self.names if name != SCRATCH]
+        sweeps = {name: sweep for name in chosen if (sweep := sweep_of(name, self.budget)) is not None}
+        seeds, budget = range(self.seeds), self.budget
+        self.store.fill(
+            {"dense": partial(measure_dense, budget.look)}
+            | {f"{n} calibration {s}": partial(calibrated, s, sweep) for n, sweep in sweeps.items() for s in seeds},
+            workers,
+        )
+        cells = list(itertools.product(chosen, self.ratios, seeds))
+        first = {
+            f"{n} {r} 0 {s}": partial(after_removal, n, r, s, budget) for n, r, s in cells if n != "magnitude" or s == 0
+        }
+        pairs = {
+            f"{n} {r} agreement": partial(agreements, n, r, self.seeds, budget) for n in sweeps for r in self.ratios
+        }
+        self.store.fill(first | pairs, workers)
+        cells = itertools.product(self.names, self.ratios, seeds)
+        last = {f"{n} {r} {self.steps} {s}": partial(after_tuning, n, r, s, budget) for n, r, s in cells}
+        self.store.fill(last, workers)
 
     def of(self, name: str, ratio: float, steps: int, key: str) -> list[float]:
         seeds = range(1 if name == "magnitude" and not steps else self.seeds)
@@ -150,7 +185,8 @@ class Cells:
         pairs = self.store.values.get(f"{name} {ratio} agreement", [])
         return [*cells, f"{np.mean(pairs):.0%}" if pairs else ""]
 
-    def lines(self, ratios: tuple[float, ...]) -> list[str]:
+    def lines(self) -> list[str]:
+        """The tables as Markdown, one a ratio."""
         before, steps, look = self.store.values["dense"], self.steps, self.budget.look
         lines = [
             f"{over(self.seeds)} of calibration and training. {steps} steps of batch "
@@ -160,36 +196,46 @@ class Cells:
             f"channels that two seeds have in common. Dense: loss {before['loss']:.4f}, FD {before['distance']:.0f}.",
         ]
         head = ["loss, 0 steps", f"{steps} steps", "SSIM, 0 steps", f"{steps} steps", "FD, 0 steps", f"{steps} steps"]
-        for ratio in ratios:
+        for ratio in self.ratios:
             macs = read_plan(start_of("magnitude", ratio, 0, self.budget)).macs
             lines += ["", f"Ratio {ratio}, {macs[1] / macs[0]:.0%} of the MACs:", ""]
-            rows = [self.row(name, ratio) for name in (*CRITERIA, SCRATCH)]
+            rows = [self.row(name, ratio) for name in self.names]
             lines += table(["criterion", *head, "p", "agreement"], rows)
         return lines
 
-    def plot(self, ratios: tuple[float, ...], path: Path) -> None:
+    def plot(self, path: Path) -> None:
         """Loss and SSIM before and after the steps, each with its standard error, one column a ratio."""
         pyplot = pyplot_or_missing()
-        names = [*CRITERIA, SCRATCH]
         figure, axes = pyplot.subplots(
-            2, len(ratios), figsize=(5.5 * len(ratios), 7), sharex=True, layout="constrained", squeeze=False
+            2, len(self.ratios), figsize=(5.5 * len(self.ratios), 7), sharex=True, layout="constrained", squeeze=False
         )
-        for column, ratio in enumerate(ratios):
+        for column, ratio in enumerate(self.ratios):
             for line, (key, label) in enumerate((("loss", "held-out loss"), ("ssim", "SSIM to the dense images"))):
                 panel = axes[line][column]
                 for steps, colour in ((0, "tab:red"), (self.steps, "tab:blue")):
-                    places = [i for i, name in enumerate(names) if steps or name != SCRATCH]
-                    values = [self.of(names[i], ratio, steps, key) for i in places]
+                    places = [i for i, name in enumerate(self.names) if steps or name != SCRATCH]
+                    values = [self.of(self.names[i], ratio, steps, key) for i in places]
                     means, errors = [np.mean(v) for v in values], [standard_error(v) for v in values]
                     panel.errorbar(places, means, errors, fmt="o", color=colour, capsize=3, label=f"{steps} steps")
                 if key == "loss":
                     panel.axhline(self.store.values["dense"]["loss"], color="grey", ls=":", label="dense")
                     panel.set(yscale="log", title=f"pruning_ratio {ratio}")
                 panel.set_ylabel(label)
-                panel.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+                panel.set_xticks(range(len(self.names)), self.names, rotation=40, ha="right", fontsize=8)
                 panel.legend(fontsize=8)
         with new_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=100)
+
+
+def compare(
+    title: str, names: Sequence[str], ratios: Sequence[float], seeds: int, budget: Budget, workers: int
+) -> None:
+    """Measure what is missing, then print the tables and draw the plot; all is kept under this title."""
+    store = Store(title, [MODEL, [(name, EVERY[name]) for name in names if name in EVERY], FINE, str(budget)])
+    cells = Cells(store, names, ratios, seeds, budget)
+    cells.fill(workers)
+    cells.plot(RESULTS / f"{title}.png")
+    publish(title, cells.lines())
 
 
 def main(
@@ -198,26 +244,11 @@ def main(
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plot."""
-    seeds, budget, ratios = (2, QUICK, RATIOS[1:]) if quick else (seeds, FULL, RATIOS)
-    name, steps = "criteria" + ("_quick" if quick else ""), budget.steps
-    store = Store(name, [MODEL, list(CRITERIA.items()), FINE, str(budget)])
-    sweeps = {label: sweep for label in CRITERIA if (sweep := sweep_of(label, budget)) is not None}
-    store.fill(
-        {"dense": partial(measure_dense, budget.look)}
-        | {f"{label} calibration {s}": partial(calibrated, s, w) for label, w in sweeps.items() for s in range(seeds)},
-        workers,
-    )
-    cells = list(itertools.product(CRITERIA, ratios, range(seeds)))
-    first = {
-        f"{n} {r} 0 {s}": partial(after_removal, n, r, s, budget) for n, r, s in cells if n != "magnitude" or s == 0
-    }
-    first |= {f"{n} {r} agreement": partial(agreements, n, r, seeds, budget) for n in sweeps for r in ratios}
-    store.fill(first, workers)
-    cells += itertools.product([SCRATCH], ratios, range(seeds))
-    store.fill({f"{n} {r} {steps} {s}": partial(after_tuning, n, r, s, budget) for n, r, s in cells}, workers)
-    results = Cells(store, seeds, budget)
-    results.plot(ratios, RESULTS / f"{name}.png")
-    publish(name, results.lines(ratios))
+    names = (*CRITERIA, SCRATCH)
+    if quick:
+        compare("criteria_quick", names, RATIOS[1:], 2, QUICK, workers)
+    else:
+        compare("criteria", names, RATIOS, seeds, FULL, workers)
 
 
 if __name__ == "__main__":

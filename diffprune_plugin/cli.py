@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export.cli import bench
+from diffprune_plugin.export.cli import Overwrite, bench
 from diffprune_plugin.program import run_app
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Scheduler = Annotated[str, typer.Option(help="ddim, ddpm, dpm, or a diffusers class.")]
 Skip = Annotated[str, typer.Option(help="Spacing of the timesteps: uniform or quad.")]
@@ -82,7 +80,7 @@ def prune(
         listing = read(config, flags)
         return listing, settle(listing, settings or [], model=model, data=data, output=output)
 
-    accelerator = context.obj  # of diffprune_plugin.prune
+    accelerator = context.obj  # of accelerate launch
     listing, settled = agreed(given, accelerator and accelerator.device)
     if listing.dialect != "native" and place()[0] == 0:
         Console(stderr=True).print(f"{listing.summary()}; diffprune config lists them", markup=False, soft_wrap=True)
@@ -113,10 +111,14 @@ def finetune(
     """Train a pruned model further, on one device or, under accelerate launch, on several."""
     from diffprune_plugin.config import FinetuneConfig, read_as
     from diffprune_plugin.finetune import finetune as run
+    from diffprune_plugin.processes import agreed, own_device, place
 
-    settled = read_as(FinetuneConfig, config, settings or [], model=model, output=output)
+    def given() -> FinetuneConfig:
+        return read_as(FinetuneConfig, config, settings or [], model=model, output=output)
+
+    settled = agreed(given, own_device())
     report = run(settled, overwrite=overwrite)
-    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+    if place()[0]:  # the first process speaks for all
         return
     if json:
         console.print_json(data=report.as_dict())

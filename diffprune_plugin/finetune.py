@@ -10,8 +10,9 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from diffprune_plugin.files import check_absent
 from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.passes import checkpointing
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.processes import check_parallel
+from diffprune_plugin.processes import agreed, check_parallel, check_same, own_device
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.report import loss_plot
 from diffprune_plugin.tensors import weights_hash
@@ -88,14 +89,13 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
     Raises BadInput for anything in the config that cannot be used, before anything is written; CheckFailed for a loss
     that is not finite.
     """
-    output = Path(config.output)
-    check_absent(output, overwrite)
-    check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
-    accelerator = make_accelerator(config)
-    check_shares(config, accelerator)
-    training, pipeline = prepare(config, accelerator)
-    training.resume()
+    accelerator = agreed(lambda: make_accelerator(config), own_device())
+    device = accelerator.device
+    begin, pipeline = agreed(lambda: prepare(config, accelerator, overwrite), device)
+    training = begin()
+    agreed(training.resume, device)
     resumed = training.step
+    check_same(resumed, training.file, device)
     if config.tracker != "none":
         accelerator.init_trackers(training.file.stem)
     try:
@@ -107,11 +107,14 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
             tracker.finish()
     training.finish_()
     report = report_of(training, resumed)
-    if accelerator.is_main_process:
-        save(pipeline, output, overwrite=overwrite, extra=provenance(config, report))
-        shutil.rmtree(progress_directory(config), ignore_errors=True)
-    accelerator.wait_for_everyone()
+    agreed(lambda: finish(config, pipeline, report, overwrite) if accelerator.is_main_process else None, device)
     return report
+
+
+def finish(config: FinetuneConfig, pipeline: Any, report: FinetuneReport, overwrite: bool) -> None:
+    """Write the output; the checkpoints are needed no more."""
+    save(pipeline, Path(config.output), overwrite=overwrite, extra=provenance(config, report))
+    shutil.rmtree(progress_directory(config), ignore_errors=True)
 
 
 def make_accelerator(config: FinetuneConfig) -> Accelerator:
@@ -145,11 +148,16 @@ def check_shares(config: FinetuneConfig, accelerator: Accelerator) -> None:
         )
 
 
-def prepare(config: FinetuneConfig, accelerator: Accelerator) -> tuple[Training, Any]:
-    """The training at its first step, and the pipeline whose UNet it trains.
+def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -> tuple[Callable[[], Training], Any]:
+    """What makes the training at its first step, and the pipeline whose UNet it trains.
 
-    Raises BadInput for a model that is no pruned pipeline, and for images or a teacher that do not fit it.
+    Raises BadInput for an output in the way, a batch that does not divide over the processes, a model that is no pruned
+    pipeline, and for images or a teacher that do not fit it.
     """
+    output = Path(config.output)
+    check_absent(output, overwrite)
+    check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
+    check_shares(config, accelerator)
     pipeline = load_pipeline(Path(config.model))
     unet = unet_of(pipeline)
     if not isinstance(unet, PrunedModelMixin):
@@ -162,7 +170,7 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator) -> tuple[Training,
     teacher = teacher_of(config, unet, accelerator) if config.teacher else None
     name = fingerprint(config, unet, teacher, scheduler, samples, accelerator)
     file = progress_directory(config) / f"finetune-{name}.safetensors"
-    return Training(unet, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
+    return partial(Training, unet, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
 
 
 def teacher_of(config: FinetuneConfig, unet: Any, accelerator: Accelerator) -> Teacher | None:
@@ -224,6 +232,9 @@ def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str 
 
 
 if __name__ == "__main__":
-    from diffprune_plugin.cli import main
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    main(["finetune", *sys.argv[1:]])
+    from diffprune_plugin import launched
+
+    launched.main("finetune", partial(PartialState, parse_flag_from_env("ACCELERATE_USE_CPU")))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, distributed
 
@@ -33,6 +34,11 @@ def place() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def own_device() -> torch.device | None:
+    """Where Accelerate puts the tensors of this process, of several; None for the only one."""
+    return PartialState().device if place()[1] > 1 else None
 
 
 def part_of(items: Sequence[Item]) -> Sequence[Item]:

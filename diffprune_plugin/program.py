@@ -18,7 +18,7 @@ def run_app(
 ) -> None:
     """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved.
 
-    ``speaks``: whether the line is written, asked when there is one; another process may write it.
+    ``speaks``: whether the line of a DiffPruneError is written, asked when there is one; another process may write it.
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug, words = "--debug" in given, [word for word in given if word != "--debug"]
@@ -30,7 +30,7 @@ def run_app(
     except Exception as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's own
             raise
-        finish(error, "out of memory; use a smaller batch_size", 2, debug, speaks())
+        finish(error, "out of memory; use a smaller batch_size", 2, debug, True)  # the first process may have enough
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -26,7 +26,6 @@ from diffprune_plugin.draws import FINETUNE, Batch, batch_of, draw, settled_drop
 from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.files import new_file
 from diffprune_plugin.objective import min_snr_weights, predicted, squared_error
-from diffprune_plugin.processes import check_same
 from diffprune_plugin.tensors import load_tensors, save_tensors
 from diffprune_plugin.timesteps import share
 
@@ -235,7 +234,6 @@ class Training:
                 kind, _, rest = name.partition(".")
                 of.setdefault(kind, {})[rest] = tensor.clone()  # as the file maps them they may lie unaligned
             self.restore(of, json.loads(metadata["state"]))
-        check_same(self.step, self.file, self.accelerator.device)
 
     def restore(self, of: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]

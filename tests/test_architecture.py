@@ -67,6 +67,7 @@ ORDER = [
     "hosts.*",
     "demo",
     "cli",
+    "launched",
     "prune",
 ]
 

@@ -22,6 +22,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from test_calibrate import FAST, SMALL
+from test_prune import LAUNCH, call
+from test_prune import TWO as PAIR
+from test_prune import two_processes as processes_of
 from tiny import make_unet
 
 import diffprune_plugin as dp
@@ -353,6 +356,24 @@ def test_two_processes_train_and_calibrate_as_one_does(values, tuning, tmp_path,
         assert shared.gradients.keys() == alone.gradients.keys()
         for name, gradient in alone.gradients.items():
             torch.testing.assert_close(shared.gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_under_accelerate_launch_one_process_speaks(tuning, tmp_path) -> None:
+    command = [*LAUNCH, *PAIR, "--dynamo_backend", "no", "-m", "diffprune_plugin.finetune", tuning]
+    good = call(*command, cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.count("on 2 processes (cpu)") == good.stdout.count("wrote ") == 1
+    again = call(*command, cwd=tmp_path)
+    assert re.findall(r"exitcode +: (-?\d+)", again.stderr) == ["2", "2"]
+    assert again.stderr.count("error: ") == again.stderr.count("tuned exists") == 1
+
+
+def test_what_one_process_alone_lacks_ends_both_and_is_told_once(tuning, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    words = ["-m", "diffprune_plugin.finetune", tuning.name]
+    (code, _, told), second = processes_of(*words, cwd=(tuning.parent, tmp_path / "empty"))
+    assert (code, told.count("error: process 1: tune.json")) == (2, 1), told
+    assert second == (2, "", "")
 
 
 def test_class_labels_are_trained_with_and_dropped_for_guidance(images, scheduler, values) -> None:

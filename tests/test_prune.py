@@ -23,7 +23,7 @@ from test_pipelines import FAST, SWEEP
 from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
-from diffprune_plugin import calibrating, workflow
+from diffprune_plugin import calibrating, launched, workflow
 from diffprune_plugin import prune as program
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.config import PruningConfig
@@ -323,8 +323,8 @@ def test_pruning_alone_among_several_processes_is_refused(monkeypatch) -> None:
 def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_them(rank, monkeypatch, capsys) -> None:
     waited: list[float] = []
     monkeypatch.setattr(program, "make_accelerator", lambda: accelerator("cpu"))
-    monkeypatch.setattr(program, "place", lambda: (rank, 2))
-    monkeypatch.setattr(program.time, "sleep", waited.append)
+    monkeypatch.setattr(launched, "place", lambda: (rank, 2))
+    monkeypatch.setattr(launched.time, "sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit, match="2"):
@@ -332,5 +332,5 @@ def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_th
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert waited == [0.0, program.HEAD_START][rank : rank + 1]
+    assert waited == [0.0, launched.HEAD_START][rank : rank + 1]
     assert capsys.readouterr().err.count("nowhere.yaml") == 1 - rank

@@ -1,0 +1,56 @@
+"""What the benchmarks stand on: results that survive an interruption, and the figures of their tables."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    yield common
+    common.processes(1).shutdown()
+    common.processes.cache_clear()
+
+
+def test_what_was_measured_before_a_failure_is_not_measured_again(common: Any) -> None:
+    common.Store("roots", "facts").fill({"four": partial(math.sqrt, 4)}, 1)
+    with pytest.raises(ValueError, match="math domain"):
+        common.Store("roots", "facts").fill({"four": partial(math.sqrt, -4), "bad": partial(math.sqrt, -1)}, 1)
+    common.processes.cache_clear()
+    store = common.Store("roots", "facts")
+    store.fill({"four": partial(math.sqrt, -4), "nine": partial(math.sqrt, 9)}, 1)
+    assert store.values == common.Store("roots", "facts").values == {"four": 2.0, "nine": 3.0}
+    assert common.Store("roots", "other facts").values == {}
+
+
+def test_standard_error_and_paired_t_test_are_those_of_the_books(common: Any) -> None:
+    first, second = [0.21, 0.25, 0.19, 0.30], [0.20, 0.21, 0.18, 0.22]
+    difference = np.subtract(first, second)
+    spread = math.sqrt(sum((x - difference.mean()) ** 2 for x in difference) / 3)
+    t = difference.mean() / (spread / math.sqrt(4))
+    assert common.standard_error(difference) == pytest.approx(spread / 2)
+    # Student's distribution with 3 degrees of freedom in closed form.
+    angle = math.atan(t / math.sqrt(3))
+    assert common.paired_p(first, second) == pytest.approx(
+        1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle))
+    )
+    assert common.mean([0.5]) == "0.5000"
+    assert common.mean([0.5, 0.7], 2) == "0.60 ± 0.10"
+    assert common.p_text(common.paired_p(first, first)) == ""
+    assert common.p_text(2e-4) == "< 0.001"
+
+
+def test_a_table_is_github_markdown(common: Any) -> None:
+    assert common.table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
