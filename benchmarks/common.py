@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -99,6 +100,15 @@ def p_text(p: float) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def with_results(text: str) -> str:
+    """A document with what lies between its marks `<!-- benchmarks/results/NAME.md -->` and `<!-- end -->` renewed."""
+
+    def renewed(block: re.Match[str]) -> str:
+        return f"{block[1]}\n{(RESULTS / block[2]).read_text().strip()}\n{block[3]}"
+
+    return re.sub(r"(<!-- benchmarks/results/(\w+\.md) -->)\n.*?\n(<!-- end -->)", renewed, text, flags=re.DOTALL)
 
 
 def publish(name: str, lines: Sequence[str]) -> None:

@@ -195,7 +195,7 @@ class Cells:
             "p: paired t-test of the loss after the steps against diff_taylor, paper. Agreement: share of the removed "
             f"channels that two seeds have in common. Dense: loss {before['loss']:.4f}, FD {before['distance']:.0f}.",
         ]
-        head = ["loss, 0 steps", f"{steps} steps", "SSIM, 0 steps", f"{steps} steps", "FD, 0 steps", f"{steps} steps"]
+        head = [f"{what}, {count} steps" for what in ("loss", "SSIM", "FD") for count in (0, steps)]
         for ratio in self.ratios:
             macs = read_plan(start_of("magnitude", ratio, 0, self.budget)).macs
             lines += ["", f"Ratio {ratio}, {macs[1] / macs[0]:.0%} of the MACs:", ""]

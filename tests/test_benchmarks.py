@@ -52,5 +52,17 @@ def test_standard_error_and_paired_t_test_are_those_of_the_books(common: Any) ->
     assert common.p_text(2e-4) == "< 0.001"
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/figures.md"])
+def test_documents_show_the_results_that_are_stored(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    text = (BENCHMARKS.parent / document).read_text()
+    assert common.with_results(text) == text
+    blocks = text.count("<!-- benchmarks/results/")
+    assert blocks == text.count("<!-- end -->") > 0
+    assert common.with_results(text.replace("| taylor |", "| tailor |")) == text
+
+
 def test_a_table_is_github_markdown(common: Any) -> None:
     assert common.table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
