@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -30,7 +31,15 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2*
 def processes(count: int) -> ProcessPoolExecutor:
     """Workers of one thread each, kept: to import what they need takes each of them ten seconds."""
     os.environ.update({name: value for name, value in MALLOC.items() if name not in os.environ})
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), begin)
+
+
+def begin() -> None:
+    """What a worker does first: it keeps to one thread, and ends with the program that it works for, however that ends."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class Store:

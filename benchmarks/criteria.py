@@ -66,7 +66,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 }
 EVERY = CRITERIA | FURTHER
 PAPER, SCRATCH = "diff_taylor, paper", "from scratch"
-FINE = {"batch_size": 2, "learning_rate": 5e-4, "ema_decay": 0.99}
+FINE = {"batch_size": 1, "learning_rate": 5e-4, "ema_decay": 0.99}
 
 SHORT = Look(held_out=250, repeats=1, count=66, steps=8)
 
@@ -126,8 +126,13 @@ def after_removal(name: str, ratio: float, seed: int, budget: Budget) -> Row:
 
 def end_of(name: str, ratio: float, seed: int, budget: Budget) -> Path:
     """The model after its training, which sees the same images, timesteps and noise whatever the criterion."""
-    start = start_of(name, ratio, seed, budget)
-    return tuned(budget.place(name, ratio, seed, "tuned", budget.steps), start, seed, steps=budget.steps, **FINE)
+    return trained(start_of(name, ratio, seed, budget), seed, budget)
+
+
+def trained(start: Path, seed: int, budget: Budget) -> Path:
+    """The model of a directory after its training."""
+    place = f"{start.name}-tuned-{seed}-{budget.steps}-of-{FINE['batch_size']}"
+    return tuned(place, start, seed, steps=budget.steps, **FINE)
 
 
 def after_tuning(name: str, ratio: float, seed: int, budget: Budget) -> Row:

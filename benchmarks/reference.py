@@ -22,8 +22,8 @@ import torch
 import torch_pruning as tp
 import typer
 from common import Store, mean, over, p_text, paired_p, publish, table
-from criteria import FINE, FULL, PAPER, QUICK, Budget, end_of, plan_of, start_of, sweep_of
-from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned, tuned
+from criteria import FINE, FULL, PAPER, QUICK, Budget, plan_of, start_of, sweep_of, trained
+from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
@@ -117,8 +117,7 @@ def start(name: str, seed: int, budget: Budget) -> Path:
 def after(name: str, seed: int, budget: Budget) -> Row:
     """Before any training and after it, the size, and the samples that the gradients took."""
     begin = start(name, seed, budget)
-    place = f"{begin.name}-tuned-{budget.steps}"
-    end = end_of(PAPER, HALF, seed, budget) if name == OURS else tuned(place, begin, seed, steps=budget.steps, **FINE)
+    end = trained(begin, seed, budget)
     macs = read_plan(begin).macs
     before, trained = (measure(load_pipeline(path), budget.look) for path in (begin, end))
     samples = 0 if name == OURS else gradients_of(seed, budget.timesteps)[1]
