@@ -35,7 +35,7 @@ def processes(count: int) -> ProcessPoolExecutor:
 
 
 def begin() -> None:
-    """What a worker does first: it keeps to one thread, and ends with the program that it works for, however that ends."""
+    """What a worker does first: it keeps to one thread, and ends with the program that it works for."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -119,9 +119,9 @@ def after(name: str, seed: int, budget: Budget) -> Row:
     begin = start(name, seed, budget)
     end = trained(begin, seed, budget)
     macs = read_plan(begin).macs
-    before, trained = (measure(load_pipeline(path), budget.look) for path in (begin, end))
+    before, later = (measure(load_pipeline(path), budget.look) for path in (begin, end))
     samples = 0 if name == OURS else gradients_of(seed, budget.timesteps)[1]
-    return {"macs": macs[1] / macs[0], "before": before["loss"], "samples": samples, **trained}
+    return {"macs": macs[1] / macs[0], "before": before["loss"], "samples": samples, **later}
 
 
 def same_selection(seed: int, budget: Budget) -> float:
