@@ -44,19 +44,21 @@ from diffprune_plugin.report import pyplot_or_missing
 
 RATIOS = (HALF, 0.5)
 LOOPS = ("reference", "fresh")  # samplings of the authors
-# Name in the table: criterion, options of the score, what its calibration sums (None: needs no gradients).
-CRITERIA: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+ALL = {"threshold": 0.0}  # every timestep counts
+# Criterion, options of the score, what its calibration sums (None: needs no gradients).
+Entry = tuple[str, dict[str, Any], dict[str, Any] | None]
+# By the name in the table.
+CRITERIA: dict[str, Entry] = {
     "random": ("random", {}, None),
     "magnitude": ("magnitude", {}, None),
-    "taylor": ("diff_taylor", {}, {"threshold": 0.0}),
+    "taylor": ("diff_taylor", {}, ALL),
     "diff_taylor, paper": ("diff_taylor", {}, {"threshold": 0.05}),
     "diff_taylor, ddpm_exp": ("diff_taylor", {"preset": "ddpm_exp"}, {"sampling": "reference"}),
     "diff_taylor, diffusers": ("diff_taylor", {"preset": "diffusers"}, {"sampling": "reference", "include_last": True}),
     "diff_taylor, ldm": ("diff_taylor", {"preset": "ldm"}, {"sampling": "fresh", "threshold": 0.1}),
 }
-ALL = {"threshold": 0.0}
 # The rows of policies.py: other sums over timesteps, and other weights of theirs.
-FURTHER: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+FURTHER: dict[str, Entry] = {
     "taylor_absolute": ("taylor_absolute", {}, {**ALL, "accumulate": "absolute"}),
     "fisher": ("fisher", {}, {**ALL, "accumulate": "square"}),
     "fisher, single samples": ("fisher", {}, {**ALL, "accumulate": "square", "micro_batch": 1}),
@@ -124,19 +126,14 @@ def after_removal(name: str, ratio: float, seed: int, budget: Budget) -> Row:
     return measure(load_pipeline(start_of(name, ratio, seed, budget)), budget.look)
 
 
-def end_of(name: str, ratio: float, seed: int, budget: Budget) -> Path:
-    """The model after its training, which sees the same images, timesteps and noise whatever the criterion."""
-    return trained(start_of(name, ratio, seed, budget), seed, budget)
-
-
 def trained(start: Path, seed: int, budget: Budget) -> Path:
-    """The model of a directory after its training."""
+    """The model of a directory after its training; a seed gives all of them the same images, timesteps and noise."""
     place = f"{start.name}-tuned-{seed}-{budget.steps}-of-{FINE['batch_size']}"
     return tuned(place, start, seed, steps=budget.steps, **FINE)
 
 
 def after_tuning(name: str, ratio: float, seed: int, budget: Budget) -> Row:
-    return measure(load_pipeline(end_of(name, ratio, seed, budget)), budget.look)
+    return measure(load_pipeline(trained(start_of(name, ratio, seed, budget), seed, budget)), budget.look)
 
 
 def agreements(name: str, ratio: float, seeds: int, budget: Budget) -> list[float]:

@@ -14,7 +14,10 @@ from diffprune_plugin.processes import check_parallel
 
 
 def make_accelerator() -> Any:
-    """Accelerate as `accelerate launch` wants it; raises BadInput for what this machine or process cannot do."""
+    """Accelerate as `accelerate launch` wants it.
+
+    Raises ValueError for what this machine cannot do, BadInput for ways that split the model.
+    """
     accelerator = Accelerator()
     check_parallel(accelerator)
     return accelerator
