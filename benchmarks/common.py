@@ -22,7 +22,9 @@ from diffprune_plugin.files import write_text
 from diffprune_plugin.progress import progress_bar
 
 RESULTS = Path(__file__).parent / "results"
-RUNS = Path(__file__).parent.parent / "runs"
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")  # that show tables
 # Without these glibc hands large blocks back at once, and every tensor costs page faults: 15 % of a training step.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -121,7 +123,9 @@ def with_results(text: str) -> str:
 
 
 def publish(name: str, lines: Sequence[str]) -> None:
-    """Print Markdown and keep it beside the results."""
+    """Print Markdown, keep it beside the results and renew it in the documents that show it."""
     text = "\n".join(lines) + "\n"
     write_text(RESULTS / f"{name}.md", text)
+    for document in DOCUMENTS:
+        write_text(document, with_results(document.read_text()))
     print(text)

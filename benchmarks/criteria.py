@@ -68,7 +68,7 @@ FURTHER: dict[str, Entry] = {
 }
 EVERY = CRITERIA | FURTHER
 PAPER, SCRATCH = "diff_taylor, paper", "from scratch"
-FINE = {"batch_size": 1, "learning_rate": 5e-4, "ema_decay": 0.99}
+FINE = {"learning_rate": 5e-4, "ema_decay": 0.99}
 
 SHORT = Look(held_out=250, repeats=1, count=66, steps=8)
 
@@ -76,12 +76,13 @@ SHORT = Look(held_out=250, repeats=1, count=66, steps=8)
 @dataclass(frozen=True)
 class Budget:
     """Gradient samples of the default sampling, those of its loss curve at each of 100 timesteps; timesteps of the
-    authors' loops; optimizer steps of the fine-tune."""
+    authors' loops; optimizer steps of the fine-tune, images in each."""
 
     samples: int = 512
     curve_samples: int = 4
     timesteps: int = 50
     steps: int = DENSE_STEPS // 10
+    batch_size: int = 1
     look: Look = SHORT
 
     def place(self, *parts: Any) -> str:
@@ -90,7 +91,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(64, 1, 10, DENSE_STEPS // 300, Look(held_out=100, repeats=1, count=66, steps=5))
+QUICK = Budget(64, 1, 10, DENSE_STEPS // 300, look=Look(held_out=100, repeats=1, count=66, steps=5))
 
 
 def sweep_of(name: str, budget: Budget) -> dict[str, Any] | None:
@@ -128,8 +129,8 @@ def after_removal(name: str, ratio: float, seed: int, budget: Budget) -> Row:
 
 def trained(start: Path, seed: int, budget: Budget) -> Path:
     """The model of a directory after its training; a seed gives all of them the same images, timesteps and noise."""
-    place = f"{start.name}-tuned-{seed}-{budget.steps}-of-{FINE['batch_size']}"
-    return tuned(place, start, seed, steps=budget.steps, **FINE)
+    place = f"{start.name}-tuned-{seed}-{budget.steps}-of-{budget.batch_size}"
+    return tuned(place, start, seed, steps=budget.steps, batch_size=budget.batch_size, **FINE)
 
 
 def after_tuning(name: str, ratio: float, seed: int, budget: Budget) -> Row:
@@ -191,9 +192,9 @@ class Cells:
         """The tables as Markdown, one a ratio."""
         before, steps, look = self.store.values["dense"], self.steps, self.budget.look
         lines = [
-            f"{over(self.seeds)} of calibration and training. {steps} steps of batch "
-            f"{FINE['batch_size']} ({steps / DENSE_STEPS:.1%} of the dense model's steps, which had batches of 32), "
-            f"nothing repaired before. SSIM and FD (digits_classifier): {look.count} images, {look.steps} DDIM steps. "
+            f"{over(self.seeds)} of calibration and training. {steps} steps of batch {self.budget.batch_size} "
+            f"({steps / DENSE_STEPS:.1%} of the dense model's steps, which had batches of 32), nothing repaired before."
+            f" SSIM and FD (digits_classifier): {look.count} images, {look.steps} DDIM steps. "
             "p: paired t-test of the loss after the steps against diff_taylor, paper. Agreement: share of the removed "
             f"channels that two seeds have in common. Dense: loss {before['loss']:.4f}, FD {before['distance']:.0f}.",
         ]

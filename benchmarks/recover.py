@@ -42,7 +42,7 @@ from diffprune_plugin.report import image_grid, save_image
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.workflow import prune
 
-FINE: dict[str, Any] = {"batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.99}
+FINE: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}
 DENSE, PRUNED, TAUGHT, SCRATCH = "dense", "pruned and compensated", "fine-tuned", "same shape from scratch, as long"
 RECIPES = {TAUGHT: FINE | {"teacher": str(demo.MODEL), "task_weight": 0.0}, SCRATCH: FINE}
 
@@ -51,15 +51,17 @@ LONG = Look(count=128, steps=25)
 
 @dataclass(frozen=True)
 class Scale:
-    """How long is trained, how it is measured, gradient samples of the calibration and those of its loss curve."""
+    """Steps of the training, images in each; how it is measured; gradient samples of the calibration and those of its
+    loss curve."""
 
     steps: int = DENSE_STEPS // 10
+    batch_size: int = 16
     look: Look = LONG
     samples: int = 1024
     curve_samples: int = 16
 
 
-FULL, QUICK = Scale(), Scale(DENSE_STEPS // 300, Look(held_out=100, repeats=1, count=66, steps=5), 64, 1)
+FULL, QUICK = Scale(), Scale(DENSE_STEPS // 300, 16, Look(held_out=100, repeats=1, count=66, steps=5), 64, 1)
 
 
 def compensated(seed: int, scale: Scale) -> Path:
@@ -80,8 +82,8 @@ def model(name: str, seed: int, scale: Scale) -> Path:
         return compensated(seed, scale)
     scratch, start = name == SCRATCH, compensated(0 if name == SCRATCH else seed, scale)
     start = from_scratch(f"scratch-{HALF}-{seed}", start, seed) if scratch else start
-    place = f"recover-{'scratch' if scratch else 'taught'}-{seed}-{scale.steps}-steps"
-    return tuned(place, start, seed, steps=scale.steps, **RECIPES[name])
+    place = f"recover-{'scratch' if scratch else 'taught'}-{seed}-{scale.steps}-of-{scale.batch_size}"
+    return tuned(place, start, seed, steps=scale.steps, batch_size=scale.batch_size, **RECIPES[name])
 
 
 def measured(name: str, seed: int, scale: Scale) -> Row:
@@ -99,7 +101,7 @@ def lines(store: Store, seeds: int, scale: Scale) -> list[str]:
         share = float(np.mean(of["distance"])) / store.values[DENSE]["distance"]
         rows.append([name, mean(of["loss"]), mean(of["ssim"], 3), mean(of["distance"], 1), f"{share:.2f}x"])
     return [
-        f"{over(seeds)}. {steps} steps of batch {FINE['batch_size']} "
+        f"{over(seeds)}. {steps} steps of batch {scale.batch_size} "
         f"({steps / DENSE_STEPS:.1%} of the dense model's steps, which had batches of 32), {macs[1] / macs[0]:.0%} of "
         f"its MACs (pruning_ratio {HALF}); SSIM and distance over {look.count} images of {look.steps} DDIM steps.",
         "",
@@ -108,10 +110,26 @@ def lines(store: Store, seeds: int, scale: Scale) -> list[str]:
 
 
 def picture(scale: Scale, path: Path) -> None:
-    """Digits from the same noise, a row a model."""
+    """Digits of the first seed from the same noise, a row a model."""
     pipelines = {DENSE: dense()} | {name: load_pipeline(model(name, 0, scale)) for name in (PRUNED, TAUGHT, SCRATCH)}
-    rows = {name: sample_images(each, 12, seed=1, progress=False) for name, each in pipelines.items()}
+    rows = {
+        name: sample_images(each, 12, seed=1, steps=scale.look.steps, progress=False)
+        for name, each in pipelines.items()
+    }
     save_image(image_grid(rows), path)
+
+
+def recover(title: str, seeds: int, scale: Scale, workers: int) -> None:
+    """Measure what is missing, then print the table and draw the picture; all is kept under this title."""
+    store = Store(title, [MODEL, RECIPES, HALF, str(scale)])
+    store.fill(
+        {DENSE: partial(measure_dense, scale.look)}
+        | {f"{PRUNED} {s}": partial(measured, PRUNED, s, scale) for s in range(seeds)},
+        workers,
+    )
+    store.fill({f"{n} {s}": partial(measured, n, s, scale) for n in RECIPES for s in range(seeds)}, workers)
+    picture(scale, RESULTS / f"{title}.png")
+    publish(title, lines(store, seeds, scale))
 
 
 def main(
@@ -120,18 +138,10 @@ def main(
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
-    seeds, scale = (1, QUICK) if quick else (seeds, FULL)
-    name = "recover" + ("_quick" if quick else "")
-    store = Store(name, [MODEL, RECIPES, HALF, str(scale)])
-    store.fill(
-        {DENSE: partial(measure_dense, scale.look)}
-        | {f"{PRUNED} {s}": partial(measured, PRUNED, s, scale) for s in range(seeds)},
-        workers,
-    )
-    store.fill({f"{n} {s}": partial(measured, n, s, scale) for n in RECIPES for s in range(seeds)}, workers)
-    if not quick:
-        picture(scale, RESULTS / f"{name}.png")
-    publish(name, lines(store, seeds, scale))
+    if quick:
+        recover("recover_quick", 1, QUICK, workers)
+    else:
+        recover("recover", seeds, FULL, workers)
 
 
 if __name__ == "__main__":

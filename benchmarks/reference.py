@@ -166,7 +166,7 @@ def main(
     publish(
         name,
         [
-            f"{over(seeds)}; {steps} steps of batch {FINE['batch_size']}; SSIM and FD "
+            f"{over(seeds)}; {steps} steps of batch {budget.batch_size}; SSIM and FD "
             "(digits_classifier) after them; p: paired t-test of the loss after the steps against this project. Given "
             f"the same gradients, their selection as written here removes {min(same):.1%} of the channels that this "
             "project's does.",

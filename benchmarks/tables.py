@@ -4,7 +4,7 @@
     python benchmarks/tables.py --quick    # make bench-quick: fewer seeds, steps and images
 
 One program, because to import what they need takes each of its processes ten seconds. Results are kept; interrupted, it
-goes on where it was. In the end the tables in README.md are those just printed (not after --quick).
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ import latency
 import recover
 import reference
 import typer
-from common import RESULTS, with_results
-
-from diffprune_plugin.files import write_text
-
-README = RESULTS.parent.parent / "README.md"
 
 
 def main(quick: Annotated[bool, typer.Option("--quick", help="fewer seeds, steps and images")] = False) -> None:
     """Run each with its defaults; the exit code is that of latency.py."""
     for script in (recover, criteria, reference):
         script.main(quick=quick)
-    if not quick:
-        write_text(README, with_results(README.read_text()))
     latency.main(quick=quick)
 
 

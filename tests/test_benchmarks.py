@@ -64,5 +64,15 @@ def test_documents_show_the_results_that_are_stored(document: str, monkeypatch: 
     assert common.with_results(text.replace("| taylor |", "| tailor |")) == text
 
 
+def test_a_table_that_is_printed_is_renewed_where_it_is_shown(common: Any, monkeypatch, tmp_path, capsys) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- benchmarks/results/one.md -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(common, "DOCUMENTS", (document,))
+    common.publish("one", ["new", "lines"])
+    assert capsys.readouterr().out == "new\nlines\n\n"
+    expected = "before\n<!-- benchmarks/results/one.md -->\nnew\nlines\n<!-- end -->\nafter\n"
+    assert document.read_text() == expected
+
+
 def test_a_table_is_github_markdown(common: Any) -> None:
     assert common.table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
