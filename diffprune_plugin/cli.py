@@ -40,13 +40,16 @@ FromFlags = Annotated[
     str | None, typer.Option("--from-flags", metavar="FLAGS", help="Diff-Pruning's flags, in place of CONFIG.")
 ]
 Model = Annotated[str | None, typer.Option(help="Pipeline or UNet directory; overrides the config's.")]
-Data = Annotated[str | None, typer.Option(help="Folder of images or .npz to calibrate with; overrides the config's.")]
+Data = Annotated[
+    str | None, typer.Option(help="Images (folder or .npz) or latents (.safetensors); overrides the config's.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a native config key.")]
 PromptsFile = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="Prompts, one a line, for pipelines that draw from them."),
 ]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; by default the pipeline's own.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 
 
@@ -99,7 +102,10 @@ def prune(
         say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
 
 
-@app.command(epilog="Example: diffprune finetune config.yaml, or: accelerate launch -m diffprune_plugin.finetune ...")
+@app.command(
+    epilog="Example: diffprune finetune config.yaml, or on several GPUs: "
+    "accelerate launch -m diffprune_plugin.finetune config.yaml"
+)
 def finetune(
     config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
     model: Annotated[str | None, typer.Option(help="Pruned pipeline directory; overrides the config's.")] = None,
@@ -185,6 +191,7 @@ def sample(
     prompts: PromptsFile = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images; the same seed gives every model the same noise."""
@@ -192,12 +199,14 @@ def sample(
     from diffprune_plugin.prompts import read_prompts
     from diffprune_plugin.report import image_grid, save_image
     from diffprune_plugin.sample import sample_images
+    from diffprune_plugin.workflow import check_device
 
+    check_device(device)
     if output.exists() and not overwrite:
         raise BadInput(f"{output} exists; use --overwrite or another file")
     texts = read_prompts(prompts) if prompts else ()
     images = sample_images(
-        load_pipeline(directory),
+        load_pipeline(directory).to(device),
         count,
         seed=seed,
         steps=steps,
@@ -214,13 +223,17 @@ def sample(
 
 
 @app.command(
-    epilog="Example: diffprune evaluate pruned --against dense --reference images --features inception.safetensors"
+    epilog="Example: diffprune evaluate pruned --against dense --reference images --features inception.safetensors "
+    "--count 5000"
 )
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="Pipeline directory, dense or pruned.")],
     against: Annotated[Path | None, typer.Option(help="Dense pipeline directory to compare with.")] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Real images: a folder (captions: metadata.jsonl) or .npz.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Height and width to which real images are resized and cropped.", min=1)
     ] = None,
     features: Annotated[
         Path | None, typer.Option(help="Feature network (.onnx), or Inception's weights (.safetensors).")
@@ -235,7 +248,7 @@ def evaluate(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Images a pass.", min=1)] = 32,
     loss_samples: Annotated[int, typer.Option(help="Samples for each point of the loss curve.", min=2)] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -260,6 +273,7 @@ def evaluate(
         reference=reference,
         features=features,
         prompts=prompts,
+        resolution=resolution,
         drawing=drawing,
         device=device,
         overwrite=overwrite,

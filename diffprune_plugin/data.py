@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -68,6 +69,12 @@ class Samples:
                 part[dropped] = self.null[name].to(part)
         return found
 
+    def thinned(self) -> Samples:
+        """Every n-th of them, so that there are no more than LIMIT."""
+        part = slice(None, None, -(-len(self) // LIMIT))
+        extra = {name: values[part] for name, values in self.extra.items()}
+        return replace(self, values=self.values[part], extra=extra, captions=self.captions[part])
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one sample."""
@@ -93,7 +100,7 @@ def load_samples(source: Any, resolution: int | None = None, whole: bool = False
     tensor, or a sequence of images.
 
     ``resolution``: files and sequences of images are resized and cropped around the centre to this height and width.
-    ``whole``: all of them are held in memory, however many; else of too many every n-th.
+    ``whole``: all of them are held in memory, however many; else of too many every n-th, which standard error says.
 
     Raises BadInput for a source that is missing, empty, holds a damaged image, or images of different sizes.
     """
@@ -212,7 +219,11 @@ def load_folder(path: Path, resolution: int | None = None, whole: bool = False) 
 
 def every(count: int, first: Pixels) -> int:
     """The n of "every n-th" that keeps so many images like the first within what is held in memory."""
-    return max(-(-count // LIMIT), -(-count * first.nbytes // BYTES))
+    step = max(-(-count // LIMIT), -(-count * first.nbytes // BYTES))
+    if step > 1:
+        taken, most = -(-count // step), f"{LIMIT} images or {BYTES >> 30} GiB of pixels"
+        Console(stderr=True).print(f"data: {taken} of {count} images, evenly spaced: at most {most}", soft_wrap=True)
+    return step
 
 
 def read_captions(path: Path) -> list[tuple[Path, str]]:

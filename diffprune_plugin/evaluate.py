@@ -66,12 +66,17 @@ def run(
     reference: Path | None = None,
     features: Path | None = None,
     prompts: Path | None = None,
+    resolution: int | None = None,
     drawing: Drawing | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Evaluate the pipelines of two directories and write the result; raises BadInput before anything is computed."""
+    """Evaluate the pipelines of two directories and write the result; raises BadInput before anything is computed.
+
+    With ``features`` every image of ``reference`` counts, else as many as calibration would take. ``resolution``: they
+    are resized and cropped to this height and width.
+    """
     check_device(device)
     check_absent(output, overwrite)
     sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
@@ -82,7 +87,7 @@ def run(
     evaluation = evaluate(
         load_pipeline(directory).to(device),
         against=None if against is None else load_pipeline(against).to(device),
-        reference=None if reference is None else load_samples(reference),
+        reference=None if reference is None else load_samples(reference, resolution, whole=features is not None),
         features=None if features is None else load_features(features),
         drawing=drawing,
         progress=progress,
@@ -187,11 +192,12 @@ def parts_of(pipeline: Any) -> list[npt.NDArray[np.int64]]:
 def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool) -> Curves:
     """Noise-prediction losses (points, loss_samples): the calibration's loss curve, each sample with a seed of its own.
 
-    Image, timestep and noise depend on the seed alone, so that two models' losses can be compared in pairs.
+    Image, timestep and noise depend on the seed alone, so that two models' losses can be compared in pairs. Of very
+    many images every n-th is encoded.
     """
     unet, scheduler = unet_of(pipeline), training_scheduler(pipeline.scheduler)
     adapter = find_adapter(unet)
-    fit = fitting(encode(pipeline, samples), unet, adapter)
+    fit = fitting(encode(pipeline, samples.thinned()), unet, adapter)
     sweep = Sweep(threshold=0.0, curve_samples=drawing.loss_samples)
     curve = Run(unet, scheduler, fit, sweep, drawing.batch_size, parts_of(pipeline), drawing.seed, adapter)
     with progress_bar(progress) as bar:

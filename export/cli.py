@@ -31,7 +31,10 @@ Markdown = Annotated[Path | None, typer.Option(help="Write the latency tables as
 Plot = Annotated[Path | None, typer.Option(help="Draw the latency as PNG.")]
 
 
-@app.command(epilog="Exit codes: 0 all of it held, 1 a check failed, 2 bad input, 3 the provider cannot be proved.")
+@app.command(
+    epilog="Example: diffprune-export model.onnx --model pruned --baseline dense --min-speedup 1.3. "
+    "Exit codes: 0 all of it held, 1 a check failed, 2 bad input, 3 the provider cannot be proved."
+)
 def export(
     output: Annotated[Path, typer.Argument(help="The ONNX file to write, ending in .onnx.")],
     model: Annotated[

@@ -30,7 +30,7 @@ def test_help_does_not_import_torch() -> None:
     assert "prune" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["prune", "config", "inspect", "sample", "plugins", "demo"])
+@pytest.mark.parametrize("command", ["prune", "finetune", "evaluate", "config", "inspect", "sample", "plugins", "bench", "demo"])
 def test_every_command_has_help_with_an_example(run, command) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -45,13 +45,17 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert load_samples([image]).values.unique().tolist() == [116]
 
 
-def test_of_very_many_images_every_nth_is_taken_or_all_for_training(monkeypatch, images, tmp_path) -> None:
+def test_of_very_many_images_every_nth_is_taken_and_said_or_all_for_training(
+    monkeypatch, images, tmp_path, capsys
+) -> None:
     monkeypatch.setattr("diffprune_plugin.data.LIMIT", 5)
     for number, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{number}.png")
     for source in (list(images), tmp_path):
         assert len(load_samples(source)) == 4
+        assert "4 of 16 images" in capsys.readouterr().err
         assert len(load_samples(source, whole=True)) == 16
+        assert not capsys.readouterr().err
 
 
 def broken_image(path) -> None:

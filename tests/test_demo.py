@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_pat
     assert "dense / pruned" in report
     assert run("inspect", output / "model.onnx", "--json")[0] == 0
     assert_the_file_draws_what_pytorch_draws(output)
+
+
+def test_what_it_needs_is_asked_for_before_any_work(tmp_path, run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    code, _, err = run("demo", "--output", tmp_path / "out")
+    assert code == 2
+    assert "pip install 'diffprune-plugin[cpu]'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def assert_the_file_draws_what_pytorch_draws(output: Path) -> None:

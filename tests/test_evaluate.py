@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
 from test_features import CLASSIFIER, write_network
 from tiny import make_unet
 
@@ -89,6 +90,24 @@ def test_distances_are_named_after_the_features_and_say_how_many_images_they_nee
         assert f"- {name}: {needs}." in result.markdown()
     assert "FID" not in result.markdown()
     assert "KID" not in result.markdown()
+
+
+def test_of_very_many_reference_images_all_have_features_and_every_nth_a_loss(
+    images: np.ndarray, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    monkeypatch.setattr("diffprune_plugin.data.LIMIT", 5)
+    (tmp_path / "real").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0]).resize((20, 24)).save(tmp_path / "real" / f"{number:02}.png")
+    options = ["--reference", tmp_path / "real", "--resolution", 16, "--count", 2, "--steps", 1, "--json"]
+    seen: list[int] = []
+    monkeypatch.setattr("diffprune_plugin.evaluate.encode", lambda _, samples: seen.append(len(samples)) or samples)
+    network = write_network(tmp_path / "rows.onnx")
+    code, out, _ = run("evaluate", dense_dir, *options, "-o", tmp_path / "a", "--features", network)
+    assert (code, json.loads(out)["reference"]["images"], seen) == (0, 16, [4])
+    code, out, err = run("evaluate", dense_dir, *options, "-o", tmp_path / "b")
+    assert (code, json.loads(out)["reference"]["images"], seen) == (0, 4, [4, 4])
+    assert "4 of 16 images" in err
 
 
 @pytest.mark.parametrize(("count", "real", "found"), [(50, 50, True), (49, 50, False), (50, 49, False)])

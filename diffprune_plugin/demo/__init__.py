@@ -13,6 +13,7 @@ from rich.console import Console
 
 from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.config import read_config
+from diffprune_plugin.export.integrity import need
 from diffprune_plugin.files import new_directory, write_text
 from diffprune_plugin.report import image_grid, plan_markdown, plot_curve, save_image, size_change
 from diffprune_plugin.sample import sample_images
@@ -23,13 +24,17 @@ MODEL = HERE / "model"
 CALIBRATION_IMAGES = HERE / "calibration.npz"
 HELD_OUT_IMAGES = HERE / "held_out.npz"
 IMAGES = 8
+EXTRAS = {"matplotlib": "eval", "onnxscript": "cpu", "onnxruntime": "cpu"}  # of pictures and export, by module
 
 
 def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None) -> Path:
     """Copy, prune, compensate, sample, export, report; returns the path of the report.
 
-    Raises BadInput if the folder exists, CheckFailed if the exported model does not compute what PyTorch does.
+    Raises MissingExtra without the extras eval and cpu, BadInput if the folder exists, CheckFailed if the exported
+    model does not compute what PyTorch does.
     """
+    for module, extra in EXTRAS.items():  # before the minutes of work
+        need(module, extra)
     console = console or Console()
     with new_directory(output, overwrite) as work:
         shutil.copytree(MODEL, work / "dense")

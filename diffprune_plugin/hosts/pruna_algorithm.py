@@ -1,7 +1,8 @@
 """pruna: the algorithm ``diffprune``, for pipelines with a UNet that has an adapter.
 
-Importing this file registers it; then ``smash(pipeline, SmashConfig(["diffprune"]))`` prunes. The smashed pipeline is
-saved by pruna as a diffusers directory, without a pickle.
+Importing this file registers it; then ``smash(pipeline, SmashConfig({"diffprune": {"data": "train-images"}}))`` prunes;
+criteria that need no gradients need no data. The smashed pipeline is saved by pruna as a diffusers directory, without a
+pickle.
 """
 
 from __future__ import annotations
