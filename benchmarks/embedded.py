@@ -117,13 +117,13 @@ def real_features() -> Tensor:
 
 
 def calibration(seed: int, batch_size: int = 32, timesteps: int | None = None, **options: Any) -> Calibration:
-    """A calibration of the embedded model with these options of the sweep."""
+    """A calibration of the embedded model with these options of the sweep; it is timed, so it is made in one piece."""
     directory = calibration_directory(seed, batch_size=batch_size, timesteps=timesteps, **options)
     if not directory.exists():
         settings = {"batch_size": batch_size, "timesteps": timesteps, "seed": seed, "progress": False}
         start, sweep, pipeline = time.perf_counter(), Sweep(**options), dense()
-        images, progress = demo.CALIBRATION_IMAGES, directory.with_suffix(".progress")
-        result = dp.calibrate(pipeline.unet, pipeline.scheduler, images, sweep, checkpoint=progress, **settings)
+        images = demo.CALIBRATION_IMAGES
+        result = dp.calibrate(pipeline.unet, pipeline.scheduler, images, sweep, **settings)
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.with_suffix(".seconds").write_text(f"{time.perf_counter() - start:.1f}")
         result.save(directory)

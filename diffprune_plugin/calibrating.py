@@ -252,9 +252,10 @@ class Run:
         plain = self.sweep.accumulate == "sum"
 
         def run(part: Sequence[Draw]) -> Tensor:
+            self.sums.begin()
             loss = known.pop() if known else self.loss(part)
             weights = self.timestep_weights[[draw.timestep for draw in part]].to(loss) if plain else 1.0
-            self.sums.backward((loss * weights).sum() * scale)
+            torch.autograd.backward((loss * weights).sum() * scale)
             return loss.detach()
 
         return self.passes.over(draws, run, self.sums.repeating)

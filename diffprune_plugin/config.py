@@ -20,6 +20,7 @@ else:
 
 
 ConfigType = TypeVar("ConfigType", bound="Config")
+POLYNOMIAL_END = 1e-7  # the rate that diffusers' polynomial schedule ends at
 
 
 def number(value: Any) -> Any:
@@ -146,7 +147,7 @@ class FinetuneConfig(Config):
     batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: Number = Field(default=2e-4, gt=0)
-    lr_scheduler: Literal["cosine", "linear", "constant", "polynomial", "cosine_with_restarts"] = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "constant", "polynomial"] = "cosine"
     warmup_steps: int | None = Field(default=None, ge=0)
     weight_decay: Number = Field(default=0.0, ge=0)
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
@@ -171,8 +172,10 @@ class FinetuneConfig(Config):
                 raise ValueError(f"{key} needs the dense model; add 'teacher: DIRECTORY'")
         if not any(self.weights().values()):
             raise ValueError("all weights of the loss are 0; give one of them a value")
-        if self.warmup_steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is more than the {self.steps} steps")
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps; make it smaller")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(f"learning_rate {self.learning_rate}: polynomial ends at {POLYNOMIAL_END}; make it larger")
         return self
 
     def weights(self) -> dict[str, float]:

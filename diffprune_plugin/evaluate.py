@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,14 @@ from diffprune_plugin.export.integrity import need
 from diffprune_plugin.features import Features, frechet_distance, kernel_distance, load_features
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.groups import total_macs
-from diffprune_plugin.objective import fitting, training_scheduler
+from diffprune_plugin.objective import fitting, prediction_type, training_scheduler
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.prompts import read_prompts
 from diffprune_plugin.report import pil_images
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.tensors import weights_hash
-from diffprune_plugin.timesteps import Sweep, strata
+from diffprune_plugin.timesteps import Sweep, alphas_of, strata
 from diffprune_plugin.workflow import check_apart, check_device, unet_of
 
 Curves = npt.NDArray[np.float64]
@@ -155,6 +156,8 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
     shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
         raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")
+    if samples is not None:
+        check_comparable([training_scheduler(pipeline.scheduler) for pipeline in pipelines.values()])
     if features is None:
         return
     if samples is None:
@@ -163,6 +166,17 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
         raise BadInput("--reference: holds floats; --features needs uint8 images")
     if not drawing.count:
         raise BadInput("--features: --count 0 draws no images to compare; give more, or leave it out")
+
+
+def check_comparable(schedulers: Sequence[Any]) -> None:
+    """Raises BadInput unless all losses are of the same prediction, with the same noise at the same timesteps."""
+    first, last = ((prediction_type(each), alphas_of(each)) for each in (schedulers[0], schedulers[-1]))
+    if first[0] != last[0] or first[1].shape != last[1].shape or not np.allclose(first[1], last[1], atol=1e-5):
+        kinds = [f"{kind} over {len(alphas)} timesteps" for kind, alphas in (first, last)]
+        raise BadInput(
+            f"--against: it was trained for {kinds[0]}, the model for {kinds[1]}, or with other noise: their losses "
+            "are not comparable; leave --reference out"
+        )
 
 
 def sample_shape(pipeline: Any) -> tuple[int, ...]:

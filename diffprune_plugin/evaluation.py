@@ -83,6 +83,8 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
         rows = [[str(t), *(f"{loss:.5f}" for loss in losses)] for t, *losses in curves]
         lines += ["", "## Loss per timestep", "", *table(["timestep", *(model["name"] for model in models)], rows)]
     lines += ["", "Drawn with: " + ", ".join(f"{key} {value}" for key, value in drawing.items()) + "."]
+    if "reference" in facts:
+        lines += ["Reference: {images} images, SHA-256 {sha256:.12}.".format(**facts["reference"])]
     if "features" in facts:
         name, size, digest = (facts["features"][key] for key in ("name", "size", "sha256"))
         lines += [f"{name}: {size} features, SHA-256 {digest[:12]}."]

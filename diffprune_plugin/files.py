@@ -64,13 +64,21 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_absent(path: Path, overwrite: bool = False) -> None:
-    """Raises BadInput if there is something at ``path`` that may not be replaced."""
+    """Raises BadInput if there is something at ``path`` that may not be replaced, or the place cannot be written to."""
+    check_place(path)
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path} is a file, not a directory; choose another output")
     if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in OURS):
         raise BadInput(f"{path} holds other files, which --overwrite would delete; choose another output")
+
+
+def check_place(path: Path) -> None:
+    """Raises BadInput unless a file or directory can be made at ``path``."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another output")
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -29,7 +29,7 @@ from diffprune_plugin.distillation import kept_features
 from diffprune_plugin.draws import settled_dropout
 from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput, MissingExtra, first_line
-from diffprune_plugin.files import check_absent
+from diffprune_plugin.files import check_absent, disk_errors
 from diffprune_plugin.objective import fitting, training_scheduler
 from diffprune_plugin.passes import checkpointing
 from diffprune_plugin.plugins import find_adapter
@@ -37,7 +37,7 @@ from diffprune_plugin.processes import agreed, check_parallel, check_same, own_d
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.report import loss_plot
 from diffprune_plugin.tensors import weights_hash
-from diffprune_plugin.training import Teacher, Training
+from diffprune_plugin.training import GRADIENT_NORM, Teacher, Training
 from diffprune_plugin.workflow import (
     COMPENSATION_FILE,
     CONFIG_FILE,
@@ -56,7 +56,8 @@ FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision
 class FinetuneReport:
     """What a training did: settings, steps and wall seconds, processes, and the curve of each term of the loss.
 
-    ``curve``: one entry a step, the mean over its batch before the step; ``loss`` is the weighted sum of the terms.
+    ``curve``: one entry a step, the mean over its batch before the step; ``loss`` is the weighted sum of the terms,
+    ``grad_norm`` the norm of the gradients before they are clipped (0 where fp16 skipped the step).
     ``resumed``: the step that this run went on from.
     """
 
@@ -96,8 +97,7 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
     agreed(training.resume, device)
     resumed = training.step
     check_same(resumed, training.file, device)
-    if config.tracker != "none":
-        accelerator.init_trackers(training.file.stem)
+    agreed(lambda: start_tracker(config, accelerator, training.file.stem), device)
     try:
         shown = progress and accelerator.is_local_main_process
         with checkpointing(training.unet, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
@@ -115,6 +115,13 @@ def finish(config: FinetuneConfig, pipeline: Any, report: FinetuneReport, overwr
     """Write the output; the checkpoints are needed no more."""
     save(pipeline, Path(config.output), overwrite=overwrite, extra=provenance(config, report))
     shutil.rmtree(progress_directory(config), ignore_errors=True)
+
+
+def start_tracker(config: FinetuneConfig, accelerator: Accelerator, name: str) -> None:
+    """Raises BadInput where its files cannot be written."""
+    if config.tracker != "none":
+        with disk_errors(Path(accelerator.logging_dir)):
+            accelerator.init_trackers(name)
 
 
 def make_accelerator(config: FinetuneConfig) -> Accelerator:
@@ -227,7 +234,7 @@ def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str 
     files[FINETUNE_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     files[REPORT_FILE] = json.dumps(report.as_dict(), indent=1) + "\n"
     if importlib.util.find_spec("matplotlib") is not None:
-        files[PLOT_FILE] = loss_plot(report.curve)
+        files[PLOT_FILE] = loss_plot({name: v for name, v in report.curve.items() if name != GRADIENT_NORM})
     return files
 
 

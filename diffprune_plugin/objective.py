@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import Port, UNetAdapter
 from diffprune_plugin.data import Samples
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.timesteps import min_snr
+from diffprune_plugin.timesteps import alphas_of, min_snr
+
+# What a scheduler's config says of the training.
+TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def noise_prediction_loss(
@@ -40,15 +45,19 @@ def predicted(
 
 def target_of(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the scheduler's prediction_type says is predicted; raises BadInput for one that is unknown."""
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return sample
+    kind = prediction_type(scheduler)
     if kind == "v_prediction":
         velocity: Tensor = scheduler.get_velocity(sample, noise, timesteps)
         return velocity
-    raise BadInput(f"scheduler: prediction_type {kind!r} is none of epsilon, v_prediction, sample")
+    return noise if kind == "epsilon" else sample
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What is predicted; raises BadInput for what is unknown."""
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise BadInput(f"scheduler: prediction_type {kind!r} is none of {', '.join(PREDICTION_TYPES)}")
+    return str(kind)
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -58,23 +67,45 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     """Weight of each sample's loss by `min_snr`, shape (batch,), float32, on the device of ``timesteps`` (batch,)."""
-    alphas = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
-    weights = min_snr(alphas, scheduler.config.get("prediction_type", "epsilon"), gamma)
+    weights = min_snr(alphas_of(scheduler), prediction_type(scheduler), gamma)
     return torch.from_numpy(weights).float().to(timesteps.device)[timesteps]
 
 
 def training_scheduler(scheduler: Any) -> Any:
     """The scheduler whose add_noise is the training objective's: sqrt(alpha) sample + sqrt(1 - alpha) noise.
 
-    Samplers that work in sigmas (Euler, DPM) share their betas with the DDPM scheduler and are replaced by it.
+    Samplers (Euler, DPM, PNDM) share their betas with the DDPM scheduler and are replaced by it.
 
-    Raises BadInput for a scheduler without alphas (variance exploding, flow matching).
+    Raises BadInput for a scheduler without alphas (variance exploding, flow matching), with other alphas than those of
+    its betas, or of an unknown prediction_type.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BadInput(
             f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; save the pipeline with a DDPM or DDIM"
         )
-    return DDPMScheduler.from_config(scheduler.config) if hasattr(scheduler, "sigmas") else scheduler
+    prediction_type(scheduler)
+    if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+        return scheduler
+    same = DDPMScheduler.from_config(config_of(scheduler))
+    mine, its = alphas_of(scheduler), alphas_of(same)
+    if mine.shape != its.shape or not np.allclose(mine, its, atol=1e-5):
+        raise BadInput(
+            f"scheduler: {type(scheduler).__name__} has other alphas_cumprod than a DDPM makes of its config; save the "
+            "pipeline with the DDPM or DDIM that the model was trained with"
+        )
+    return same
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config that another one keeps.
+
+    Made from it by diffusers alone, that one has its own defaults for whatever was not given by name: also for what was
+    given by place, for what Stable Diffusion's pipelines mend in old configs (clip_sample, steps_offset), and for the
+    noise that the model was trained with.
+    """
+    config, own = dict(scheduler.config), inspect.signature(type(scheduler).__init__).parameters
+    unchanged = [key for key in config.get("_use_default_values", ()) if key in own and config[key] == own[key].default]
+    return {**config, "_use_default_values": [key for key in unchanged if key not in TRAINED]}
 
 
 def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:

@@ -113,10 +113,9 @@ class GradientSums:
 
         return add
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar."""
+    def begin(self) -> None:
+        """A pass begins: none of its gradients are added yet, also where it fails before there are any."""
         self.added.clear()
-        torch.autograd.backward(loss)
 
     @contextlib.contextmanager
     def repeating(self) -> Iterator[None]:

@@ -133,7 +133,7 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
     if name not in known:
         hint = nearest(str(name), known)
         raise BadInput(f"importance: timestep_weights {name!r}{hint}; known: {', '.join(sorted(known))}")
-    alphas = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
+    alphas = built_in_timesteps.alphas_of(scheduler)
     weights = np.asarray(known[name].value(alphas, scheduler.config.get("prediction_type", "epsilon")))
     if weights.shape != alphas.shape or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise BadInput(

@@ -28,11 +28,20 @@ def run_app(
     except (DiffPruneError, Interrupted) as error:
         finish(error, str(error), error.exit_code, debug, speaks())
     except Exception as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's own
+        if not out_of_memory(error):
             raise
         finish(error, "out of memory; use a smaller batch_size", 2, debug, True)  # the first process may have enough
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on whatever device; torch is imported only where it is already."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from diffprune_plugin import passes
+
+    return passes.out_of_memory(error)
 
 
 def interrupt(*_: object) -> None:

@@ -14,7 +14,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from diffprune_plugin.errors import BadInput, first_line, nearest
+from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
+from diffprune_plugin.objective import config_of
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.prompts import Size, call_arguments, check_drawable, check_fitting, scales_noise
 from diffprune_plugin.report import pil_images
@@ -46,7 +47,8 @@ def sample_images(
     Of pipelines that draw from prompts only: ``prompts``, taken in turn, image i from prompt i; ``guidance_scale`` and
     ``size`` (height, width), by default the pipeline's own.
 
-    Raises BadInput for an unknown scheduler or spacing, a pipeline that needs prompts and has none, or the reverse.
+    Raises BadInput for an unknown scheduler or spacing, a pipeline that needs prompts and has none, or the reverse;
+    CheckFailed for an image that is not finite.
     """
     check_fitting(pipeline, prompts, guidance_scale, size)
     check_drawable(pipeline, prompts)
@@ -65,13 +67,23 @@ def sample_images(
         try:
             for rows in batches:
                 given = call_arguments(pipeline, rows, prompts, guidance_scale, size)
-                images += pil_images(pipeline(**given, **common).images)
+                drawn = np.asarray(pipeline(**given, **common).images)
+                check_finite(drawn, rows, pipeline)
+                images += pil_images(drawn)
         except ValueError as error:
             raise BadInput(f"{type(pipeline).__name__} cannot draw: {first_line(error)}") from error
         finally:
             advance.remove()
             pipeline.scheduler = before
     return images
+
+
+def check_finite(images: Any, rows: range, pipeline: Any) -> None:
+    """Raises CheckFailed for an image (count, height, width, channels) that would otherwise become a black one."""
+    bad = [row for row, image in zip(rows, images, strict=True) if not np.isfinite(image).all()]
+    if bad:
+        name = pipeline.name_or_path or type(pipeline).__name__
+        raise CheckFailed(f"{name}: image {bad[0]} is not finite; the model has diverged, or its dtype is too narrow")
 
 
 @contextlib.contextmanager
@@ -114,17 +126,6 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
     if not sigmas and float(scheduler.init_noise_sigma) != 1:
         raise BadInput(f"--scheduler {name}: it works in sigmas, and this pipeline scales no noise; use ddim or dpm")
     return scheduler
-
-
-def config_of(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config that another one keeps.
-
-    Made from it by diffusers alone, that one has its own defaults for whatever was not given by name: also for what was
-    given by place, and for what Stable Diffusion's pipelines mend in old configs (clip_sample, steps_offset).
-    """
-    config, own = dict(scheduler.config), inspect.signature(type(scheduler).__init__).parameters
-    unchanged = [key for key in config.get("_use_default_values", ()) if key in own and config[key] == own[key].default]
-    return {**config, "_use_default_values": unchanged}
 
 
 def settle_(scheduler: Any, timesteps: Sequence[int] | None) -> None:

@@ -129,6 +129,12 @@ def share(timesteps: npt.NDArray[np.int64], index: int, count: int) -> npt.NDArr
     return timesteps[first : max(len(timesteps) * (index + 1) // count, first + 1)]
 
 
+def alphas_of(scheduler: Any) -> Weights:
+    """alphas_cumprod, shape (timesteps,); add_noise of diffusers leaves the tensor on the device of its samples."""
+    alphas = scheduler.alphas_cumprod
+    return np.asarray(alphas.cpu() if hasattr(alphas, "cpu") else alphas, dtype=np.float64)
+
+
 def uniform(alphas_cumprod: Weights, prediction_type: str) -> Weights:
     """Every timestep that counts weighs the same: alpha_t of arXiv 2305.10924 is 1 or 0."""
     return np.ones(len(alphas_cumprod))

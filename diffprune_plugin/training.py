@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,13 @@ from diffprune_plugin.files import new_file
 from diffprune_plugin.objective import min_snr_weights, predicted, squared_error
 from diffprune_plugin.tensors import load_tensors, save_tensors
 from diffprune_plugin.timesteps import share
+
+GRADIENT_NORM = "grad_norm"
+
+
+def deaf(_: int) -> None:
+    """A process that loads data ends with the one that it works for, and not by itself on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Training:
     file: Path
     step: int = 0
     seconds: float = 0.0
+    norm: float = 0.0  # of the gradients of the step under way, before they are clipped
     curve: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,7 +109,7 @@ class Training:
         self.model, self.optimizer = self.accelerator.prepare(self.unet, self.plain_optimizer)
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
         self.terms = {name: weight for name, weight in config.weights().items() if weight}
-        self.curve = {name: [] for name in ("loss", *self.terms)}
+        self.curve = {name: [] for name in ("loss", *self.terms, GRADIENT_NORM)}
 
     def run(self, bar: Progress) -> None:
         """Train to the last step, with a checkpoint every ``checkpoint_every`` steps.
@@ -114,15 +124,15 @@ class Training:
         total = int(self.scheduler.config.num_train_timesteps)
         data = Shares(self.samples, config, dropout, total, rank, processes)
         order = range(self.step * passes, config.steps * passes)
-        sums: dict[str, float] = dict.fromkeys(self.curve, 0.0)
-        batches = DataLoader(data, None, sampler=order, num_workers=config.num_workers)
+        sums: dict[str, float] = dict.fromkeys(("loss", *self.terms), 0.0)
+        batches = DataLoader(data, None, sampler=order, num_workers=config.num_workers, worker_init_fn=deaf)
         for number, batch in zip(order, batches, strict=True):
             torch.manual_seed(int(np.random.SeedSequence([config.seed, number, rank]).generate_state(1)[0]))
             with accelerator.accumulate(self.model):
                 means = self.run_pass(batch)
                 sums = {name: total + means[name] / passes for name, total in sums.items()}
             if accelerator.sync_gradients:
-                self.finish_step(sums)
+                self.finish_step({**sums, GRADIENT_NORM: self.norm})
                 sums = dict.fromkeys(sums, 0.0)
                 self.seconds = time.monotonic() - before
                 rate = self.plain_optimizer.param_groups[0]["lr"]
@@ -157,7 +167,8 @@ class Training:
             weights = min_snr_weights(self.scheduler, batch.timesteps, self.config.snr_gamma)
             terms = {name: loss * weights for name, loss in terms.items()}
         if kept:
-            terms["features"] = feature_error(values, taught, kept)
+            # Layers behind the features have a gradient, of 0, too: several processes wait for that of each.
+            terms["features"] = feature_error(values, taught, kept) + 0.0 * prediction.float().flatten(1).sum(1)
         return {name: loss for name, loss in terms.items() if name in self.terms}
 
     def checked(self, terms: Mapping[str, Tensor], batch: Batch) -> dict[str, float]:
@@ -169,11 +180,15 @@ class Training:
         return dict(zip(terms, everyone.mean(0).tolist(), strict=True))
 
     def clip(self, batch: Batch) -> None:
-        """Clip the gradients; raises CheckFailed if they are not finite (fp16's scaler skips such steps itself)."""
+        """Clip the gradients; raises CheckFailed if they are not finite.
+
+        With fp16 such a step is skipped and the loss scaled by half as much, until nothing is left to halve.
+        """
         largest = self.config.max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self.parameters, largest)
-        if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
-            self.stop(f"the norm of the gradients is {norm.item()}", batch, None)
+        norm, scaler = self.accelerator.clip_grad_norm_(self.parameters, largest).item(), self.accelerator.scaler
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            self.stop(f"the norm of the gradients is {norm}", batch, None)
+        self.norm = norm if math.isfinite(norm) else 0.0
 
     def stop(self, what: str, batch: Batch, bad: Tensor | None) -> None:
         """Raise CheckFailed with the samples of the batch that are at fault, or all of them."""
@@ -243,7 +258,7 @@ class Training:
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(of["ema"][str(i)])
         slots: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in of["optimizer"].items():
+        for name, tensor in of.get("optimizer", {}).items():  # none if fp16 has skipped every step so far
             number, _, key = name.partition(".")
             slots.setdefault(int(number), {})[key] = tensor
         self.rate.load_state_dict(state["rate"])

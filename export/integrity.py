@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, MissingExtra
-from diffprune_plugin.files import disk_errors, sync, write_text
+from diffprune_plugin.files import check_place, disk_errors, sync, write_text
 
 PREFIX = "diffprune."
 MANIFEST = ".manifest.json"
@@ -41,9 +40,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         raise BadInput(f"{path}: is a directory; name a file that ends in .onnx")
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another output")
+    check_place(path)
 
 
 def manifest_path(path: Path) -> Path:

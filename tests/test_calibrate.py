@@ -13,14 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.objective import noise_prediction_loss
-from diffprune_plugin.timesteps import Sweep, above_threshold, share, strata
+from diffprune_plugin.objective import min_snr_weights, noise_prediction_loss, training_scheduler
+from diffprune_plugin.plugins import weights_of_timesteps
+from diffprune_plugin.timesteps import Sweep, above_threshold, alphas_of, share, strata
 
 SMALL = Sweep(samples=12, curve_samples=2)
 FAST = {"batch_size": 4, "timesteps": 5, "progress": False}
@@ -142,6 +151,49 @@ def test_a_sampler_in_sigmas_is_calibrated_with_its_training_noise_and_flow_matc
     assert same_bits(first, second)
     with pytest.raises(BadInput, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         dp.calibrate(unet, FlowMatchEulerDiscreteScheduler(**settings), images, SMALL, **FAST)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(100, 0.0002, 0.03),  # by place: diffusers would take its own defaults instead
+        HeunDiscreteScheduler(num_train_timesteps=100),  # whose defaults are not the DDPM's
+        PNDMScheduler(100, prediction_type="v_prediction"),  # which has no velocity
+        DDIMInverseScheduler(100),  # which adds no noise
+    ],
+)
+def test_a_sampler_is_replaced_by_the_ddpm_of_its_own_betas(scheduler) -> None:
+    found = training_scheduler(scheduler)
+    assert type(found) is DDPMScheduler
+    np.testing.assert_allclose(alphas_of(found), alphas_of(scheduler), rtol=1e-5)
+    assert found.config.prediction_type == scheduler.config.prediction_type
+
+
+def test_a_sampler_with_other_alphas_than_its_betas_give_is_refused() -> None:
+    scheduler = PNDMScheduler(100)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+    with pytest.raises(BadInput, match="PNDMScheduler has other alphas_cumprod than a DDPM makes of its config"):
+        training_scheduler(scheduler)
+    with pytest.raises(BadInput, match="prediction_type 'flow_prediction' is none of epsilon"):
+        training_scheduler(EulerDiscreteScheduler(100, prediction_type="flow_prediction"))
+
+
+def test_alphas_that_noise_was_added_with_on_a_gpu_are_read_from_there() -> None:
+    class OnGpu:
+        """As a tensor of a GPU: numpy cannot read it, its copy on the CPU it can."""
+
+        def __init__(self, values: torch.Tensor) -> None:
+            self.cpu = lambda: values
+
+        def __array__(self, *_: object, **__: object) -> None:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    scheduler = DDPMScheduler(100)
+    expected = weights_of_timesteps("min_snr", scheduler)
+    scheduler.alphas_cumprod = OnGpu(scheduler.alphas_cumprod)
+    assert np.array_equal(weights_of_timesteps("min_snr", scheduler), expected)
+    weights = min_snr_weights(scheduler, torch.arange(100), gamma=5.0)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
 
 
 def test_a_nan_stops_with_the_timestep_and_the_image(unet, scheduler, images) -> None:

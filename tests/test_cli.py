@@ -30,7 +30,9 @@ def test_help_does_not_import_torch() -> None:
     assert "prune" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["prune", "finetune", "evaluate", "config", "inspect", "sample", "plugins", "bench", "demo"])
+@pytest.mark.parametrize(
+    "command", ["prune", "finetune", "evaluate", "config", "inspect", "sample", "plugins", "bench", "demo"]
+)
 def test_every_command_has_help_with_an_example(run, command) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -229,12 +231,20 @@ def test_inspecting_a_dense_model_says_how_to_prune_it(run, dense_dir) -> None:
     assert "not pruned" in err
 
 
-def out_of_memory() -> None:
-    raise MemoryError
+def out_of_memory(error: Exception) -> None:
+    raise error
+
+
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried")
 
 
 @pytest.mark.parametrize(
-    ("trouble", "expected"), [(lambda: os.kill(os.getpid(), signal.SIGINT), 130), (out_of_memory, 2)]
+    ("trouble", "expected"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGINT), 130),
+        (lambda: out_of_memory(MemoryError()), 2),
+        (lambda: out_of_memory(ON_CPU), 2),
+    ],
 )
 def test_an_interruption_and_too_little_memory_are_one_line(run, config_file, monkeypatch, trouble, expected) -> None:
     monkeypatch.setattr(workflow, "prune_shared", lambda *a, **k: trouble())

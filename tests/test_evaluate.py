@@ -21,6 +21,7 @@ import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.data import load_npz
 from diffprune_plugin.drawing import Drawing
+from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluate import evaluate, stratified_mean
 from diffprune_plugin.features import frechet_distance, load_features
 from diffprune_plugin.sample import sample_images
@@ -90,6 +91,18 @@ def test_distances_are_named_after_the_features_and_say_how_many_images_they_nee
         assert f"- {name}: {needs}." in result.markdown()
     assert "FID" not in result.markdown()
     assert "KID" not in result.markdown()
+
+
+@pytest.mark.parametrize(
+    "change", [{"prediction_type": "v_prediction"}, {"num_train_timesteps": 90}, {"beta_end": 0.03}]
+)
+def test_losses_of_models_that_were_trained_otherwise_are_not_compared(
+    pipeline: DDPMPipeline, images: np.ndarray, change: dict[str, Any]
+) -> None:
+    other = DDPMPipeline(pipeline.unet, DDPMScheduler(**{"num_train_timesteps": 100, **change}))
+    assert "SSIM" in evaluate(other, against=pipeline, drawing=QUICK, progress=False).facts["compared"]
+    with pytest.raises(BadInput, match="their losses are not comparable; leave --reference out"):
+        evaluate(other, against=pipeline, reference=images, drawing=QUICK, progress=False)
 
 
 def test_of_very_many_reference_images_all_have_features_and_every_nth_a_loss(
@@ -181,6 +194,7 @@ def test_the_whole_way_on_the_command_line(run: Any, dense_dir: Path, npz: Path,
     code, text, _ = run(*words, *quick)
     assert code == 0
     assert "SSIM 1.0000" in text
+    assert "Reference: 16 images, SHA-256 " in text
     assert sorted(file.name for file in out.iterdir()) == ["evaluation.json", "report.md", "samples.png"]
     facts = json.loads((out / "evaluation.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert facts["not_measured"].keys() == {"FD (rows)", "KD (rows)"}

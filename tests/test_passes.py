@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +81,24 @@ def test_where_memory_runs_out_half_as_many_samples_go_at_once_with_the_same_res
     assert "out of memory at batch size 8: going on with 4" in said
     assert "out of memory at batch size 4: going on with 2" in said
     assert said.count("out of memory") == 2
+
+
+def test_memory_that_runs_out_after_a_pass_that_fitted_costs_no_gradients(images) -> None:
+    """The second batch fails before it has any; those of the first are not taken for its own."""
+    unet, calls = make_unet(), []
+
+    def forward(_: Any, __: Any, output: torch.Tensor) -> None:
+        calls.append(len(output) if torch.is_grad_enabled() else 0)
+        if calls.count(8) == 2 and len(output) == 8:
+            raise RuntimeError(FULL)
+
+    unet.mid_block.register_forward_hook(forward)
+    settings = {"batch_size": 8, "timesteps": 4, "progress": False}
+    sweep, scheduler = replace(SWEEPS["stratified"], samples=24), DDPMScheduler(num_train_timesteps=20)
+    found = dp.calibrate(unet, scheduler, images, sweep, **settings)
+    expected = dp.calibrate(make_unet(), scheduler, images, sweep, **settings)
+    assert [count for count in calls if count] == [8, 8, 4, 4, 4, 4]
+    assert_close(found, expected)
 
 
 def test_without_the_account_of_what_was_counted_a_failed_pass_counts_twice(images, monkeypatch) -> None:

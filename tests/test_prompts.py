@@ -9,7 +9,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from tiny_pipelines import PIPELINES
 
 import diffprune_plugin as dp
@@ -61,7 +68,8 @@ def test_every_compatible_scheduler_draws_at_every_step_count_what_the_pipeline_
     prompted: Any, name: str, steps: int
 ) -> None:
     # Stable Diffusion's own; with Runge-Kutta steps diffusers' PNDM fails below 4 steps.
-    prompted.scheduler = PNDMScheduler(num_train_timesteps=100, skip_prk_steps=True)
+    trained = {"num_train_timesteps": 100, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    prompted.scheduler = PNDMScheduler(**trained, skip_prk_steps=True, prediction_type="epsilon", trained_betas=None)
     images = drawn(prompted, 1, prompts=[BAR], scheduler=name, steps=steps, guidance_scale=1.0)
     prompted.scheduler = getattr(diffusers, name).from_config(prompted.scheduler.config)
     options = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
@@ -76,6 +84,9 @@ def test_another_scheduler_keeps_what_was_set_by_place_or_by_the_pipeline() -> N
         assert cls.from_config(own.config).config.num_train_timesteps == 1000
         config = cls.from_config(config_of(own)).config
         assert (config.num_train_timesteps, config.clip_sample) == (50, False)
+    heun = HeunDiscreteScheduler()
+    assert DDIMScheduler.from_config(heun.config).config.beta_end == 0.02
+    assert DDIMScheduler.from_config(config_of(heun)).config.beta_end == heun.config.beta_end == 0.012
 
 
 @pytest.mark.parametrize("prompted", ["latent diffusion"], indirect=True)

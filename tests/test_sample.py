@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
+import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.sample import AnyStepDDIM, quadratic, sample_images, sampler
 
@@ -103,6 +105,16 @@ def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
 def test_what_cannot_be_sampled_is_one_line(pipeline: DDPMPipeline, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         sample_images(pipeline, 1, **{"steps": 4, "progress": False, **asked})
+
+
+def test_an_image_that_is_not_finite_is_no_black_one(pipeline: DDPMPipeline, run: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(float("nan"))
+    dp.save(pipeline, tmp_path / "bad")
+    code, _, err = run("sample", tmp_path / "bad", "-o", tmp_path / "grid.png", "--count", 2, "--steps", 2)
+    assert code == 1
+    assert f"error: {tmp_path / 'bad'}: image 0 is not finite; the model has diverged" in err
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_another_pipeline_class_samples_too(pipeline: DDPMPipeline) -> None:
