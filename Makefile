@@ -41,10 +41,11 @@ bench-more: $(READY)
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/compensate.py
-	$(BIN)/python benchmarks/export_sd15.py
 
+# Real sizes, random weights: Stable Diffusion and others.
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/export_sd15.py
 
 clean:
 	rm -rf .venv build dist diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -114,10 +114,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def with_results(text: str) -> str:
-    """A document with what lies between its marks `<!-- benchmarks/results/NAME.md -->` and `<!-- end -->` renewed."""
+    """A document with what lies between its marks `<!-- benchmarks/results/NAME.md -->` and `<!-- end -->` renewed, if
+    there is such a file."""
 
     def renewed(block: re.Match[str]) -> str:
-        return f"{block[1]}\n{(RESULTS / block[2]).read_text().strip()}\n{block[3]}"
+        file = RESULTS / block[2]
+        return f"{block[1]}\n{file.read_text().strip()}\n{block[3]}" if file.exists() else block[0]
 
     return re.sub(r"(<!-- benchmarks/results/(\w+\.md) -->)\n.*?\n(<!-- end -->)", renewed, text, flags=re.DOTALL)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def test_documents_show_the_results_that_are_stored(document: str, monkeypatch: 
     import common
 
     text = (BENCHMARKS.parent / document).read_text()
+    for name in re.findall(r"<!-- benchmarks/results/(\w+\.md) -->", text):
+        assert (common.RESULTS / name).exists()
     assert common.with_results(text) == text
     blocks = text.count("<!-- benchmarks/results/")
     assert blocks == text.count("<!-- end -->") > 0
