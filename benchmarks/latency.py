@@ -45,6 +45,7 @@ def main(
         result = measure(
             files[1],
             files[0],
+            provider="cpu",
             batches=[int(size) for size in batch.split(",")],
             threads=threads,
             rounds=rounds,

@@ -125,6 +125,11 @@ def measure(
         provider = best_provider(files[PRUNED], example_feeds(files[PRUNED], first), first, dtype).provider
     check_dtype(provider, dtype)
     memory_kind = known_provider(provider).memory
+    for name, unet in (eager or {}).items():
+        if (device := next(unet.parameters()).device.type) != memory_kind:
+            raise BadInput(
+                f"eager {name} is on {device}, {provider} computes on {memory_kind}: not comparable; move it"
+            )
     result = Latency(provider, dtype, threads, rounds or ROUNDS[memory_kind])
     result.waste = wasteful_layers(files[PRUNED], provider, dtype)
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
@@ -141,8 +146,8 @@ def measure(
 
 
 def check_comparable(files: Mapping[str, Path], facts: Mapping[str, Mapping[str, str]]) -> str:
-    """The dtype of the files; raises BadInput where two of them differ in dtype or in the size of a sample."""
-    for key in ("dtype", "axes"):
+    """The dtype of the files; raises BadInput where two of them differ in dtype, opset or the size of a sample."""
+    for key in ("dtype", "opset", "axes"):
         values = {name: fact[key] for name, fact in facts.items()}
         if len(set(values.values())) > 1:
             told = ", ".join(f"{files[name]} has {value}" for name, value in values.items())
@@ -272,17 +277,24 @@ def interval(slow: Sequence[float], fast: Sequence[float], resamples: int = 2000
     return float(np.median(values)), float(low), float(high)
 
 
+def check_gates(max_latency_ms: float | None, min_speedup: float | None) -> None:
+    """Raises BadInput for a gate that everything would pass, or nothing."""
+    for option, value in (("--max-latency-ms", max_latency_ms), ("--min-speedup", min_speedup)):
+        if value is not None and not 0 < value < math.inf:
+            raise BadInput(f"{option} {value:g}: give a number above 0")
+
+
 def gate(result: Latency, max_latency_ms: float | None = None, min_speedup: float | None = None) -> None:
     """Raises CheckFailed where a median latency or a proved speed-up misses what was asked."""
     timed_rows = [row for row in result.rows if row.model == PRUNED and row.runtime == result.provider]
     for row in timed_rows if max_latency_ms is not None else ():
-        if row.p50 > float(max_latency_ms or 0):
+        if not row.p50 <= float(max_latency_ms or 0):
             raise CheckFailed(f"--max-latency-ms {max_latency_ms:g}: batch {row.batch} takes {row.p50:.2f} ms (median)")
     speedups = [ratio for ratio in result.ratios if ratio.name == "dense / pruned"]
     if min_speedup is not None and not speedups:
         raise BadInput("--min-speedup needs the dense model: give --baseline")
     for ratio in speedups if min_speedup is not None else ():
-        if ratio.low < float(min_speedup or 0):
+        if not ratio.low >= float(min_speedup or 0):
             raise CheckFailed(
                 f"--min-speedup {min_speedup:g}: batch {ratio.batch} is {ratio.median:.2f}x "
                 f"[{ratio.low:.2f}, {ratio.high:.2f}]; the lower end counts"

@@ -69,9 +69,9 @@ def export(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a UNet as ONNX, prove its numerics against PyTorch, and time it against the dense model."""
-    from diffprune_plugin.export.workflow import Options, check_absent_files, default_model, parse_numbers, run
+    from diffprune_plugin.export.workflow import Options, check_results, default_model, parse_numbers, run
 
-    check_absent_files((json, markdown, plot), overwrite)
+    check_results(json, markdown, plot, overwrite)
     options = Options(
         opset=opset,
         dynamic=tuple(word for word in dynamic.split(",") if word),
@@ -115,11 +115,12 @@ def bench(
     """Time two ONNX files against each other, interleaved, on a provider that is proved."""
     import json as json_module
 
-    from diffprune_plugin.export.benchmark import gate, measure
-    from diffprune_plugin.export.workflow import check_absent_files, memory_errors, parse_numbers
+    from diffprune_plugin.export.benchmark import check_gates, gate, measure
+    from diffprune_plugin.export.workflow import check_results, memory_errors, parse_numbers
     from diffprune_plugin.files import write_text
 
-    check_absent_files((json, markdown, plot), overwrite)
+    check_results(json, markdown, plot, overwrite)
+    check_gates(max_latency_ms, min_speedup)
     batches = parse_numbers(batch, "--batch")
     with memory_errors():
         result = measure(pruned, dense, provider=provider, batches=batches, threads=threads, rounds=rounds)

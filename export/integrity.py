@@ -35,7 +35,8 @@ def need(module: str, extra: str = "cpu") -> Any:
 def check_output(path: Path, overwrite: bool = False) -> None:
     """Raises BadInput for a path that cannot become an ONNX file: wrong ending, there already, not writable."""
     if path.suffix != ".onnx":
-        raise BadInput(f"{path}: the output must end in .onnx; for example {path.with_suffix('.onnx')}")
+        example = path.with_suffix(".onnx") if path.name else "model.onnx"
+        raise BadInput(f"{path}: the output must end in .onnx; for example {example}")
     if path.is_dir():
         raise BadInput(f"{path}: is a directory; name a file that ends in .onnx")
     if path.exists() and not overwrite:
@@ -66,9 +67,9 @@ def new_model(path: Path) -> Iterator[Path]:
 def put_in_place(scratch: Path, path: Path) -> None:
     """Move the written files beside ``path``, the model last; until then the manifest vouches for the old ones too."""
     files = {file.name: fingerprint(file) for file in sorted(scratch.iterdir())}
-    old: Files = {}
-    with contextlib.suppress(BadInput):  # a damaged manifest is no reason to keep what it stood for
-        old = read_manifest(path)["files"] if path.exists() else {}
+    old, known = old_files(path)
+    for name in known - old.keys() - files.keys():  # of an overwrite that was interrupted
+        path.with_name(name).unlink(missing_ok=True)
     write_manifest(path, files, old)
     for name in sorted(files, key=lambda name: name == path.name):
         sync(scratch / name)
@@ -77,6 +78,20 @@ def put_in_place(scratch: Path, path: Path) -> None:
         path.with_name(name).unlink(missing_ok=True)
     if old:
         write_manifest(path, files)
+
+
+def old_files(path: Path) -> tuple[Files, set[str]]:
+    """The files that are what a manifest says of them, and the names of all that it knows.
+
+    After an interrupted overwrite these are not those that were to come. A damaged manifest knows none.
+    """
+    try:
+        content = read_manifest(path) if path.exists() else {}
+    except BadInput:
+        return {}, set()
+    generations: list[Files] = [content[key] for key in ("files", "previous") if content.get(key)]
+    sound = (files for files in generations if next(differences(path, files), None) is None)
+    return next(sound, {}), {name for files in generations for name in files}
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
@@ -210,9 +225,9 @@ def check_tensor(onnx: Any, path: Path, tensor: Any) -> None:
 
 
 def reject(path: Path) -> list[Path]:
-    """Rename an ONNX file, its data and its manifest to ``*.rejected``; returns the new names."""
+    """Rename an ONNX file, first of all, its data and its manifest to ``*.rejected``; returns the new names."""
     renamed = []
-    for name in (*read_manifest(path)["files"], manifest_path(path).name):
+    for name in (path.name, *(read_manifest(path)["files"].keys() - {path.name}), manifest_path(path).name):
         file = path.with_name(name)
         renamed.append(file.rename(file.with_name(file.name + REJECTED)))
     return renamed

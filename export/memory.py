@@ -9,14 +9,20 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from diffprune_plugin.export.feeds import example_feeds
 from diffprune_plugin.export.integrity import need
 from diffprune_plugin.export.placement import PROVIDERS, Bound, gpu, open_session
 
+Inputs = dict[str, tuple[list[int], str]]
+
 
 def peak_memory(path: Path, provider: str, dims: Mapping[str, int], threads: int) -> int | None:
     """Bytes that opening the model and two runs take at most, beyond the bare runtime; None where it cannot be told."""
-    command = [sys.executable, "-m", __name__, str(path.resolve()), provider, json.dumps(dict(dims)), str(threads)]
+    inputs = {name: (value.shape, value.dtype.str) for name, value in example_feeds(path, dims).items()}
+    words = str(path.resolve()), provider, json.dumps(dict(dims)), str(threads), json.dumps(inputs)
+    command = [sys.executable, "-m", __name__, *words]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = child.stdout.splitlines()
     return int(lines[-1]) if child.returncode == 0 and lines and lines[-1].isdigit() else None
@@ -30,10 +36,11 @@ def high_water() -> int:
     raise OSError("no VmHWM in /proc/self/status")
 
 
-def measure(path: Path, provider: str, dims: dict[str, int], threads: int) -> int:
+def measure(path: Path, provider: str, dims: dict[str, int], threads: int, inputs: Inputs) -> int:
+    """``inputs``: shape and dtype by name; to make them from the file would raise the peak before the count."""
     if PROVIDERS[provider].memory == "cuda":
         raise OSError(f"a GPU's memory is not this process's: {gpu()}")
-    feeds = example_feeds(path, dims)
+    feeds = {name: np.zeros(shape, dtype) for name, (shape, dtype) in inputs.items()}
     need("onnxruntime")  # loaded before the count, not as the model's
     before = high_water()
     bound = Bound(open_session(path, provider, free_dims=dims, threads=threads), feeds, PROVIDERS[provider].memory)
@@ -43,4 +50,4 @@ def measure(path: Path, provider: str, dims: dict[str, int], threads: int) -> in
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", sys.argv[4])
-    print(measure(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])))
+    print(measure(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])))

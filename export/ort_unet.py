@@ -13,15 +13,19 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export.convert import DTYPES
 from diffprune_plugin.export.feeds import TIMESTEP, input_types
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.export.placement import PROVIDERS, open_session
+from diffprune_plugin.export.placement import PROVIDERS, open_session, out_of_memory
+
+
+class RunFailed(CheckFailed):
+    """ONNX Runtime does not compute the graph for these inputs (exit code 1)."""
 
 
 class OrtDenoiser:
-    """A session that takes tensors by input name and gives float32 back."""
+    """A session that takes tensors by input name and gives float32 back; raises RunFailed for what it refuses."""
 
     def __init__(self, path: Path, provider: str = "cpu", threads: int = 1) -> None:
         self.types = input_types(path)
@@ -29,7 +33,12 @@ class OrtDenoiser:
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         feeds = {name: inputs[name].detach().cpu().numpy().astype(kind) for name, kind in self.types.items()}
-        return torch.from_numpy(self.session.run(None, feeds)[0]).float()
+        try:
+            return torch.from_numpy(self.session.run(None, feeds)[0]).float()
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise RunFailed(" ".join(str(error).split())[:160]) from error
 
 
 class ORTUNet(nn.Module):
@@ -70,6 +79,11 @@ class ORTUNet(nn.Module):
                 + "; ".join([*(f"it has no {name}" for name in unknown), *(f"{name} is missing" for name in missing)])
             )
         rows = torch.as_tensor(timestep).reshape(-1).expand(sample.shape[0])
+        if rows.is_floating_point() and bool((rows != rows.round()).any()):
+            raise BadInput(
+                f"{self.path}: timestep {rows.tolist()[0]} is no whole number, and the graph takes those; use a "
+                "scheduler that steps at them (DDIM, or timestep_spacing='leading')"
+            )
         output = self.denoiser({names[0]: sample, TIMESTEP: rows, **given}).to(sample)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 

@@ -7,8 +7,11 @@ Needs neither torch nor a GPU to be imported.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
+import os
+import re
 import subprocess
 import tempfile
 import warnings
@@ -25,6 +28,7 @@ from diffprune_plugin.export.integrity import need
 
 CPU_PROVIDER = "CPUExecutionProvider"
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
+MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory|failed to allocate", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ GPU_INSTALL = (
     "on a machine with an NVIDIA GPU and its driver: pip uninstall onnxruntime; "
     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 )
-# TF32 off, so that a GPU's fp32 is fp32 in the check and in the timing alike. Best first.
+# TF32 off (for TensorRT by `prepare`), so that a GPU's fp32 is fp32 in the check and in the timing alike. Best first.
 PROVIDERS = {
     "tensorrt": Provider("TensorrtExecutionProvider", "cuda", GPU_INSTALL + " tensorrt"),
     "cuda": Provider("CUDAExecutionProvider", "cuda", GPU_INSTALL, {"device_id": "0", "use_tf32": "0"}),
@@ -142,8 +146,7 @@ def open_session(
     Raises HardwareUnproved if the session that opened is not the provider's.
     """
     ort, wanted = need("onnxruntime"), known_provider(provider)
-    if wanted.memory == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+    prepare(wanted)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -159,7 +162,7 @@ def open_session(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the silent fallback's only trace; what opened is checked below
             session = ort.InferenceSession(
-                str(path), options, providers=[(wanted.name, dict(wanted.options))], enable_fallback=0
+                str(path), options, providers=[(wanted.name, provider_options(wanted, threads))], enable_fallback=0
             )
     except Exception as error:
         kind = BadInput if wanted.name == CPU_PROVIDER else HardwareUnproved
@@ -168,6 +171,32 @@ def open_session(
     if found[:1] != [wanted.name]:
         raise HardwareUnproved(f"asked for {wanted.name}, the session has {', '.join(found)} (silent fallback)")
     return session
+
+
+def provider_options(wanted: Provider, threads: int) -> dict[str, str]:
+    """What the provider is opened with; OpenVINO has threads of its own."""
+    return dict(wanted.options) | ({"num_of_threads": str(threads)} if wanted.name.startswith("OpenVINO") else {})
+
+
+def prepare(wanted: Provider) -> None:
+    """Load what a GPU's provider needs from where pip has put it, and switch TF32 off for all of the process.
+
+    TensorRT has no option for TF32, and reads the variable once, when it is loaded. Not run on a GPU yet.
+    """
+    if wanted.memory != "cuda":
+        return
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    ort = need("onnxruntime")
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    if wanted.name.startswith("Tensorrt"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorrt")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in whichever library."""
+    return isinstance(error, MemoryError) or bool(MEMORY.search(str(error)))
 
 
 class Bound:
@@ -207,7 +236,7 @@ def prove(
     """
     wanted = known_provider(provider)
     distribution = check_distribution()
-    placement = Placement(provider, versions=versions(distribution), options=dict(wanted.options))
+    placement = Placement(provider, versions=versions(distribution), options=provider_options(wanted, threads))
 
     def held(proof: Proof) -> None:
         placement.proofs.append(proof)
@@ -219,8 +248,14 @@ def prove(
         session, proof = session_proof(Path(path), provider, free_dims, threads, Path(folder))
         held(proof)
         held(assignment_proof(wanted.name, assigned_nodes(session)))
-        bound = Bound(session, feeds, wanted.memory)
-        bound.run()
+        try:
+            bound = Bound(session, feeds, wanted.memory)
+            bound.run()
+        except Exception as error:
+            if wanted.memory == "cpu" and out_of_memory(error):
+                raise
+            held(Proof("profile", False, f"it opens and does not run: {' '.join(str(error).split())[:200]}"))
+            raise
         held(profile_proof(wanted.name, json.loads(Path(session.end_profiling()).read_text())))
         held(binding_proof(wanted.memory, bound.devices()))
     placement.device = gpu() if wanted.memory == "cuda" else ""
@@ -233,8 +268,7 @@ def device_proof(wanted: Provider) -> Proof:
     built = ort.get_available_providers()
     if wanted.name not in built:
         return Proof("device", False, f"this onnxruntime was built with {', '.join(built)} only")
-    if wanted.memory == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+    prepare(wanted)
     try:
         device = ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), wanted.memory, 0).device_name()
     except Exception as error:
@@ -324,8 +358,10 @@ def versions(distribution: str) -> dict[str, str]:
 
 
 def gpu() -> str:
-    """Name, driver, clock and memory in use of the GPUs, from nvidia-smi; empty where there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,memory.used", "--format=csv,noheader"]
+    """Name, driver, clock and memory in use of the GPU that is device 0, from nvidia-smi; empty where there is none."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    command = ["nvidia-smi", "-i", first]
+    command += ["--query-gpu=name,driver_version,clocks.sm,memory.used", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return ""

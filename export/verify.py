@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import denoise, unet_in, words_of
 from diffprune_plugin.export.feeds import TIMESTEP, input_shapes
 from diffprune_plugin.export.integrity import check_files, reject
-from diffprune_plugin.export.ort_unet import OrtDenoiser
+from diffprune_plugin.export.ort_unet import OrtDenoiser, RunFailed
+from diffprune_plugin.objective import PREDICTION_TYPES
 from diffprune_plugin.plugins import find_adapter
 
 BATCHES = (1, 2, 3, 5)
@@ -44,6 +46,11 @@ class Case:
     relative: float
     passed: bool
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it: no error at all instead of one without an end."""
+        facts = asdict(self)
+        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in facts.items()}
+
 
 @dataclass
 class Verification:
@@ -67,7 +74,8 @@ class Verification:
         return missed[0] if missed else max(self.cases, key=lambda case: case.relative)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed, "worst": asdict(self.worst)}
+        cases = [case.as_dict() for case in self.cases]
+        return asdict(self) | {"cases": cases, "passed": self.passed, "worst": self.worst.as_dict()}
 
 
 def verify_onnx(
@@ -88,13 +96,15 @@ def verify_onnx(
     ``scheduler``: also ``steps`` DDIM steps with its settings, each prediction compared on PyTorch's own trajectory.
     ``size``: (height, width) of the samples where these axes are dynamic, instead of the config's.
 
-    Raises BadInput for a damaged file, or one that is not ours, before a session opens it.
+    Raises BadInput for a damaged file, or one that is not ours, before a session opens it, and for more steps than the
+    scheduler has.
     """
     path = Path(path)
     facts = check_files(path)
     dtype = facts["dtype"]
     unet = unet_in(model)
     subject = Subject(unet, adapter or find_adapter(unet), size)
+    ddim = None if scheduler is None else ddim_of(scheduler, steps)
     result = Verification(provider, dtype, tolerance or TOLERANCES[dtype])
     missing = sorted(set(subject.example()) ^ set(input_shapes(path)))
     if missing:
@@ -104,10 +114,12 @@ def verify_onnx(
         with torch.no_grad():
             for name, inputs in all_cases(subject, path, batches):
                 result.cases.append(compared(name, session, subject, inputs, result.tolerance))
-            if any(case.absolute < math.inf for case in result.cases):
+            try:
                 result.cases += dependence(session, subject, result.tolerance)
-            if scheduler is not None and result.passed:
-                sample(result, session, subject, scheduler, steps)
+                if ddim is not None and result.passed:
+                    sample(result, session, subject, ddim)
+            except RunFailed as error:
+                result.cases.append(failed(f"batch 1 again: {error}"))
         del session
     if not result.passed:
         result.rejected = [str(renamed) for renamed in reject(path)]
@@ -179,8 +191,8 @@ def compared(name: str, session: OrtDenoiser, subject: Subject, inputs: Inputs, 
     expected = subject.denoise(inputs).float().cpu()
     try:
         found = session(inputs)
-    except Exception as error:
-        return failed(f"{name}: {' '.join(str(error).split())[:160]}")
+    except RunFailed as error:
+        return failed(f"{name}: {error}")
     if found.shape != expected.shape:
         return failed(f"{name}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
     return judged(name, found, expected, tolerance)
@@ -213,12 +225,26 @@ def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> 
         yield Case(f"output depends on {name}", 0.0 if depends else meant, 0.0, depends)
 
 
-def sample(result: Verification, session: OrtDenoiser, subject: Subject, scheduler: Any, steps: int) -> None:
-    """DDIM from the same noise: a case for each prediction on PyTorch's trajectory, and the error of a free run."""
+def ddim_of(scheduler: Any, steps: int) -> Any:
+    """DDIM with a scheduler's settings, set to so many steps; raises BadInput if it has not as many."""
     from diffusers import DDIMScheduler
 
     ddim = DDIMScheduler.from_config(scheduler.config)
-    ddim.set_timesteps(steps)
+    try:
+        ddim.set_timesteps(steps)
+    except ValueError as error:
+        raise BadInput(f"--steps {steps}: {first_line(error)}") from None
+    first, total = int(ddim.timesteps.max()), ddim.config.num_train_timesteps
+    if first >= total:
+        raise BadInput(f"--steps {steps}: they would begin at timestep {first} of {total}; take fewer")
+    return ddim
+
+
+def sample(result: Verification, session: OrtDenoiser, subject: Subject, ddim: Any) -> None:
+    """DDIM from the same noise: a case for each prediction on PyTorch's trajectory, and the error of a free run.
+
+    Where the UNet takes more channels than it gives (inpainting), those behind stay what they are.
+    """
     inputs = subject.example()
     ours = theirs = inputs["sample"]
     for timestep in ddim.timesteps:
@@ -229,10 +255,15 @@ def sample(result: Verification, session: OrtDenoiser, subject: Subject, schedul
             judged(f"sampling, timestep {int(timestep)}", found, expected.float().cpu(), result.tolerance)
         )
         free = session(inputs | {"sample": ours, TIMESTEP: rows}).to(ours)
-        channels = theirs.shape[1]
-        ours = ddim.step(free[:, :channels], timestep, ours).prev_sample
-        theirs = ddim.step(expected[:, :channels], timestep, theirs).prev_sample
+        ours, theirs = stepped(ddim, free, timestep, ours), stepped(ddim, expected, timestep, theirs)
         result.sampling.append(float((ours - theirs).abs().max()))
+
+
+def stepped(ddim: Any, prediction: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """The sample one step on; both (batch, channels, height, width), with channels of their own each."""
+    channels = min(prediction.shape[1], sample.shape[1])
+    moved = ddim.step(prediction[:, :channels], timestep, sample[:, :channels]).prev_sample
+    return torch.cat([moved, sample[:, channels:]], 1)
 
 
 def summary(result: Verification) -> str:
@@ -248,14 +279,21 @@ def summary(result: Verification) -> str:
 
 
 def pipeline_scheduler(directory: str | Path) -> Any:
-    """The scheduler of a pipeline directory in DDIM's terms, or None where there is none that DDIM can follow."""
+    """The scheduler of a pipeline directory in DDIM's terms, or None where there is none that DDIM can follow.
+
+    Raises BadInput for a damaged one.
+    """
     from diffusers import DDIMScheduler
 
     folder = Path(directory) / "scheduler"
     if not (folder / "scheduler_config.json").is_file():
         return None
-    config = DDIMScheduler.load_config(str(folder))
-    if not {"beta_start", "beta_end", "beta_schedule", "num_train_timesteps"} <= set(config):
+    try:
+        config = DDIMScheduler.load_config(str(folder))
+    except OSError as error:
+        raise BadInput(f"{folder}: damaged scheduler_config.json: {first_line(error)}; restore it") from None
+    known = config.get("prediction_type", "epsilon") in PREDICTION_TYPES
+    if not known or not {"beta_start", "beta_end", "beta_schedule", "num_train_timesteps"} <= set(config):
         return None
     try:
         return DDIMScheduler.from_config(config)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
-from diffprune_plugin.export.benchmark import Latency, gate, measure
+from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, to_onnx, unet_in
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
-from diffprune_plugin.export.integrity import check_output
+from diffprune_plugin.export.integrity import check_output, need
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.placement import (
     PROVIDERS,
@@ -24,13 +23,14 @@ from diffprune_plugin.export.placement import (
     check_dtype,
     device_proof,
     known_provider,
+    out_of_memory,
+    prove,
 )
-from diffprune_plugin.export.verify import pipeline_scheduler, summary, verify_onnx
-from diffprune_plugin.files import write_text
+from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
+from diffprune_plugin.files import check_place, write_text
 
 VERDICT = ".verdict.json"
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
-MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,13 @@ def run(
 
     Raises BadInput, CheckFailed or HardwareUnproved; a verdict with that failure is written before, if a file was.
     """
-    check_before(output, options)
+    check_before(model, output, options)
     verdict = Verdict({"passed": False, "model": str(model), "file": str(output)})
+    path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with memory_errors():
+            to_file(verdict, model, output, options, say)
+            write_json(path, verdict.content | {"failure": "interrupted before all of it was proved"})
             prove_all(verdict, model, output, options, say)
             if verdict.latency:
                 show(verdict.latency)
@@ -103,14 +106,22 @@ def run(
         raise
     finally:
         if "export" in verdict.content:
-            path = options.verdict or output.with_name(output.name + VERDICT)
-            write_text(path, json.dumps(verdict.content, indent=1) + "\n")
+            write_json(path, verdict.content)
     return verdict
 
 
-def check_before(output: Path, options: Options) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def check_before(model: Path, output: Path, options: Options) -> None:
     """Everything that can be refused before minutes of work: paths, options, a provider that is not there."""
     check_output(output, options.overwrite)
+    if options.baseline and not options.baseline.is_dir():
+        raise BadInput(f"--baseline {options.baseline}: no such directory; give a pipeline or UNet directory")
+    check_gates(options.max_latency_ms, options.min_speedup)
+    if options.verify and (scheduler := pipeline_scheduler(model)) is not None:
+        ddim_of(scheduler, options.steps)
     check_options(options.opset, options.dtype)
     if options.check_placement and options.check_placement not in TABLES:
         raise BadInput(f"--check-placement {options.check_placement}: there is a table for {', '.join(TABLES)} only")
@@ -131,9 +142,8 @@ def check_before(output: Path, options: Options) -> None:
             )
 
 
-def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
-    """Each part in turn; what it found goes into the verdict at once."""
-    content = verdict.content
+def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
+    """The export itself, which nothing is proved of yet."""
     report = to_onnx(
         model,
         output,
@@ -142,9 +152,18 @@ def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say
         dtype=options.dtype,
         overwrite=options.overwrite,
     )
-    content["export"] = asdict(report) | {"path": str(report.path)}
+    verdict.content["export"] = asdict(report) | {"path": str(report.path)}
     size = sum(file["bytes"] for file in report.files.values())
     say(f"exported {output}: {size / 1e6:.1f} MB, {report.nodes} nodes, {report.seconds:.0f} s")
+
+
+def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
+    """Each part in turn; what it found goes into the verdict at once."""
+    content = verdict.content
+    if options.provider and not options.latency:  # else the latency is proved, session by session
+        dims = fixed_dims(output, batch=options.batches[0])
+        placement, _ = prove(output, options.provider, example_feeds(output, dims), dims, options.threads)
+        content["placement"] = placement.as_dict()
     provider, refused = provider_for(output, options)
     content["providers_refused"] = refused
     content["verify"] = "left out (--no-verify)"
@@ -265,7 +284,7 @@ def memory_errors() -> Iterator[None]:
     except DiffPruneError:
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or MEMORY.search(str(error)):
+        if out_of_memory(error):
             raise BadInput("out of memory; use a smaller --batch, a machine with more, or --no-bench") from error
         raise
 
@@ -281,7 +300,12 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     return numbers
 
 
-def check_absent_files(paths: Sequence[Path | None], overwrite: bool) -> None:
-    for path in paths:
+def check_results(json: Path | None, markdown: Path | None, plot: Path | None, overwrite: bool) -> None:
+    """Raises BadInput for a place that a result cannot be written to, or a plot that cannot be drawn."""
+    for path in (json, markdown, plot):
         if path and path.exists() and not overwrite:
             raise BadInput(f"{path} exists; use --overwrite or another path")
+        if path:
+            check_place(path)
+    if plot:
+        need("matplotlib", "eval")

@@ -14,6 +14,7 @@ from rich.console import Console
 from diffprune_plugin.checkpoint import load_pipeline
 from diffprune_plugin.config import read_config
 from diffprune_plugin.export.integrity import need
+from diffprune_plugin.export.placement import check_distribution
 from diffprune_plugin.files import new_directory, write_text
 from diffprune_plugin.report import image_grid, plan_markdown, plot_curve, save_image, size_change
 from diffprune_plugin.sample import sample_images
@@ -35,6 +36,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Consol
     """
     for module, extra in EXTRAS.items():  # before the minutes of work
         need(module, extra)
+    check_distribution()
     console = console or Console()
     with new_directory(output, overwrite) as work:
         shutil.copytree(MODEL, work / "dense")
@@ -93,7 +95,7 @@ def export(output: Path, console: Console) -> dict[str, Any]:
         write_text(output / "latency.md", tables.markdown(latency))
         tables.plot(latency, output / "latency.png")
 
-    options = Options(baseline=output / "dense", torch=True, budget=20)
+    options = Options(baseline=output / "dense", torch=True, budget=20, provider="cpu")
     verdict = run(
         output / "pruned", output / "model.onnx", options, lambda line: console.print(line, markup=False), keep
     )

@@ -3,11 +3,26 @@ from __future__ import annotations
 import json
 
 import pytest
+from diffusers import UNet2DModel
 from PIL import Image
 
+import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.export import benchmark, measure, tables
-from diffprune_plugin.export.benchmark import Latency, Ratio, Row, gate, interleaved, interval, ratios, settled, warmed
+from diffprune_plugin.export import benchmark, measure, tables, to_onnx
+from diffprune_plugin.export.benchmark import (
+    Latency,
+    Ratio,
+    Row,
+    check_gates,
+    gate,
+    interleaved,
+    interval,
+    ratios,
+    settled,
+    warmed,
+)
+from diffprune_plugin.export.feeds import fixed_dims
+from diffprune_plugin.export.memory import peak_memory
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +39,22 @@ def test_every_batch_has_rows_a_ratio_and_a_noise_floor(latency):
     assert len(latency.placements) == 6
     assert all(placement.proved for placement in latency.placements.values())
     assert all(row.memory and row.memory > 1e6 for row in latency.rows if row.model != "again")
+
+
+def test_the_peak_holds_the_weights_of_a_file_at_least(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(64, 128),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    to_onnx(unet, tmp_path / "m.onnx")
+    bytes_of_weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
+    dims = fixed_dims(tmp_path / "m.onnx", batch=1)
+    assert bytes_of_weights > 5e6
+    assert bytes_of_weights < (peak_memory(tmp_path / "m.onnx", "cpu", dims, 1) or 0) < 10 * bytes_of_weights
 
 
 def test_the_macs_ratio_is_that_of_the_plan(latency, models):
@@ -121,6 +152,25 @@ def test_impossible_sizes_are_refused(models, options):
 def test_files_of_two_dtypes_have_no_ratio(models, mixed_onnx):
     with pytest.raises(BadInput, match=r"dtype differ: .*dense.onnx has fp32, .*mixed.onnx has fp16"):
         measure(mixed_onnx, models.dense_onnx)
+
+
+def test_files_of_two_opsets_have_no_ratio(models, tmp_path):
+    to_onnx(models.dense, tmp_path / "old.onnx", opset=18)
+    with pytest.raises(BadInput, match=r"opset differ: .*old.onnx has 18, .*pruned.onnx has 20"):
+        measure(models.pruned_onnx, tmp_path / "old.onnx")
+
+
+def test_pytorch_is_timed_on_the_device_of_the_provider(models):
+    elsewhere = dp.load(models.pruned).to("meta")
+    with pytest.raises(BadInput, match="eager pruned is on meta, cpu computes on cpu: not comparable"):
+        measure(models.pruned_onnx, eager={"pruned": elsewhere})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_gate_that_all_or_none_would_pass_is_refused(value):
+    for gates in ((value, None), (None, value)):
+        with pytest.raises(BadInput, match="give a number above 0"):
+            check_gates(*gates)
 
 
 def test_an_fp16_file_gets_no_figure_from_the_cpu(mixed_onnx):

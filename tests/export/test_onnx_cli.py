@@ -116,6 +116,28 @@ def test_fp16_without_a_gpu_is_checked_but_not_timed_and_a_gate_cannot_hold(expo
         workflow.run(exported, tmp_path / "m.onnx", options)
 
 
+def test_a_provider_asked_for_is_proved_without_timing_too(exported, tmp_path, monkeypatch):
+    options = workflow.Options(provider="cpu", latency=False, verify=False)
+    placement = workflow.run(exported, tmp_path / "m.onnx", options).content["placement"]
+    assert (placement["provider"], placement["proved"], len(placement["proofs"])) == ("cpu", True, 5)
+
+    def unproved(*_: object) -> None:
+        raise HardwareUnproved("cpu is not proved")
+
+    monkeypatch.setattr(workflow, "prove", unproved)
+    words = ("--model", exported, "--provider", "cpu", "--no-bench", "--overwrite")
+    assert exit_code(tmp_path / "m.onnx", *words) == 3
+
+
+def test_while_nothing_is_proved_yet_the_verdict_says_so(exported, tmp_path, monkeypatch):
+    """Also where an older one had passed: a kill leaves the new file with this one."""
+    verdict, seen = tmp_path / "m.onnx.verdict.json", []
+    verdict.write_text('{"passed": true}')
+    monkeypatch.setattr(workflow, "prove_all", lambda *_: seen.append(json.loads(verdict.read_text())))
+    workflow.run(exported, tmp_path / "m.onnx", workflow.Options())
+    assert (seen[0]["passed"], seen[0]["failure"]) == (False, "interrupted before all of it was proved")
+
+
 def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsys):
     assert exit_code(tmp_path / "m.onnx", "--model", models.pruned, "--provider", "cuda") == 3
     assert "cuda is not proved: device:" in capsys.readouterr().err
@@ -135,6 +157,10 @@ def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsy
         (["m.onnx", "--batch", "many"], "--batch 'many'"),
         (["m.onnx", "--check-placement", "rocm"], "there is a table for cuda only"),
         (["m.onnx", "--no-bench", "--min-speedup", "2"], "--no-bench leaves out"),
+        (["m.onnx", "--min-speedup", "nan"], "--min-speedup nan: give a number above 0"),
+        (["m.onnx", "--baseline", "nowhere"], "--baseline nowhere: no such directory"),
+        (["m.onnx", "--markdown", "there.onnx/l.md"], "there.onnx is not a directory that can be written to"),
+        (["."], "must end in .onnx; for example model.onnx"),
         (["there.onnx"], "exists; use --overwrite"),
         (["m.onnx", "--json", "there.onnx"], "exists; use --overwrite"),
     ],

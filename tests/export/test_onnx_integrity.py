@@ -146,6 +146,25 @@ def test_an_overwrite_killed_before_its_end_keeps_the_old_data_file(mixed_onnx, 
     assert check_files(path)["dtype"] == "fp16"
 
 
+def test_two_overwrites_killed_one_after_the_other_keep_the_old_files_and_a_third_clears_up(
+    mixed_onnx, copied, monkeypatch
+):
+    path = copied(mixed_onnx)
+    old = path.read_bytes()
+    for name in ("first.data", "second.data"):
+        die_after(2, monkeypatch)
+        with contextlib.suppress(Killed), files.new_model(path) as temporary:
+            temporary.write_bytes(b"a new graph for " + name.encode())
+            temporary.with_name(name).write_bytes(b"new weights")
+        monkeypatch.undo()
+        assert path.read_bytes() == old
+        assert check_files(path)["dtype"] == "fp16"
+    with files.new_model(path) as temporary:
+        temporary.write_bytes(old_with_note((path.parent / path.name).read_bytes()))
+    left = {file.name for file in path.parent.iterdir()}
+    assert left == {path.name, files.manifest_path(path).name}
+
+
 def old_with_note(content: bytes) -> bytes:
     model = onnx.load_from_string(content)
     model.doc_string = "new"

@@ -41,6 +41,13 @@ def test_a_scalar_timestep_counts_for_the_whole_batch(unet):
     assert one.shape == sample.shape
 
 
+def test_a_timestep_between_two_is_refused_and_not_cut_off(unet):
+    sample = torch.randn(1, 3, 16, 16)
+    assert torch.equal(unet(sample, torch.tensor(7.0)).sample, unet(sample, 7).sample)
+    with pytest.raises(BadInput, match=r"timestep 7.5 is no whole number"):
+        unet(sample, torch.tensor(7.5))
+
+
 def test_an_argument_that_the_graph_lacks_is_refused_and_none_is_not_an_argument(unet):
     sample = torch.randn(1, 3, 16, 16)
     unet(sample, 1, class_labels=None, cross_attention_kwargs=None)

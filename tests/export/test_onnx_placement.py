@@ -68,6 +68,29 @@ def test_a_silent_cpu_session_is_caught_though_every_earlier_answer_lied(models,
         prove(models.pruned_onnx, "cuda", *inputs)
 
 
+@pytest.mark.parametrize(
+    ("provider", "trouble", "raised"),
+    [
+        ("cuda", "no kernel image is available for execution on the device", HardwareUnproved),
+        ("cuda", "CUDA out of memory", HardwareUnproved),
+        ("cpu", "Failed to allocate memory", RuntimeError),
+    ],
+)
+def test_a_session_that_opens_and_does_not_run_proves_nothing(models, inputs, monkeypatch, provider, trouble, raised):
+    """As on a GPU whose kernels were not built, or that others have filled; the CPU's memory is another matter."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError(trouble)
+
+    session = open_session(models.pruned_onnx)
+    monkeypatch.setattr(placement, "device_proof", lambda wanted: Proof("device", True, ""))
+    monkeypatch.setattr(placement, "session_proof", lambda *_: (session, Proof("session", True, "")))
+    monkeypatch.setattr(placement, "assignment_proof", lambda *_: Proof("assignment", True, ""))
+    monkeypatch.setattr(placement, "Bound", fails)
+    with pytest.raises(raised, match=trouble):
+        prove(models.pruned_onnx, provider, *inputs)
+
+
 def test_being_built_in_proves_nothing_where_no_tensor_can_be_put_there(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     proof = device_proof(known_provider("cuda"))

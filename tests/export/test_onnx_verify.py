@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from onnx import helper, numpy_helper
 
 import diffprune_plugin
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import verify_onnx
+from diffprune_plugin.export import to_onnx, verify_onnx
 from diffprune_plugin.export.verify import Tolerance, judged, pipeline_scheduler, summary
 
 
@@ -76,18 +79,20 @@ def test_a_baked_timestep_is_caught_as_an_output_that_does_not_depend_on_it(mode
     assert rejected(copy)
 
 
-def test_a_batch_that_only_works_at_1_is_caught(models, copy, resigned):
+@pytest.mark.parametrize(("baked", "missed"), [(1, "batch 2, timestep 0, 1"), (2, "batch 1, timestep 0: ")])
+def test_a_batch_that_only_works_at_one_size_is_caught(models, copy, resigned, baked, missed):
     model = onnx.load(copy)
     for node in model.graph.node:
         node.input[:] = ["one" if name == "sample" else name for name in node.input]
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 16, 16]), "shape of one"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([baked, 3, 16, 16]), "shape of one"))
     model.graph.node.insert(0, helper.make_node("Reshape", ["sample", "shape of one"], ["one"]))
     onnx.save(model, copy)
     resigned(copy)
     result = verify_onnx(copy, models.pruned)
     assert not result.passed
-    assert result.worst.name.startswith("batch 2, timestep 0, 1")
+    assert result.worst.name.startswith(missed)
     assert rejected(copy)
+    assert "Infinity" not in json.dumps(result.as_dict())
 
 
 def test_an_input_that_the_graph_lacks_is_named(models, copy, resigned):
@@ -124,6 +129,52 @@ def test_the_limit_is_the_absolute_tolerance_plus_the_relative_one_of_the_larges
     expected = torch.tensor([10.0, -1.0])
     assert judged("x", expected + 0.10, expected, Tolerance(0.01, 0.01)).passed
     assert not judged("x", expected + 0.12, expected, Tolerance(0.01, 0.01)).passed
+
+
+def test_a_unet_that_takes_more_channels_than_it_gives_is_sampled_with_the_rest_as_it_is(tmp_path):
+    """Of inpainting and of instructions: latents, and what they are drawn beside."""
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(in_channels=9, out_channels=4, add_attention=False, **sizes, **kinds).eval()
+    to_onnx(unet, tmp_path / "m.onnx")
+    result = verify_onnx(tmp_path / "m.onnx", unet, scheduler=DDIMScheduler(), steps=3)
+    assert result.passed, summary(result)
+    assert len(result.sampling) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "words"),
+    [
+        ({}, 2000, "--steps 2000: "),
+        ({"steps_offset": 1}, 1000, "--steps 1000: they would begin at timestep 1000 of 1000; take fewer"),
+    ],
+)
+def test_more_steps_than_the_scheduler_has_are_refused_before_any_work(models, copy, config, steps, words):
+    with pytest.raises(BadInput, match=words):
+        verify_onnx(copy, models.pruned, scheduler=DDIMScheduler(**config), steps=steps)
+    assert copy.exists()
+
+
+def test_memory_that_runs_out_is_no_miss(models, copy, monkeypatch):
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 9")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession.run", fails)
+    with pytest.raises(RuntimeError, match="Failed to allocate"):
+        verify_onnx(copy, models.pruned)
+    assert copy.exists()
+
+
+def test_a_scheduler_that_ddim_cannot_follow_is_none_and_a_damaged_one_is_named(models, tmp_path):
+    shutil.copytree(models.pruned / "scheduler", tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"prediction_type": "flow_prediction"}))
+    assert pipeline_scheduler(tmp_path) is None
+    file.write_text("{")
+    with pytest.raises(BadInput, match=r"damaged scheduler_config\.json"):
+        pipeline_scheduler(tmp_path)
 
 
 def test_a_model_without_scheduler_has_no_sampling_run(models, tmp_path):
