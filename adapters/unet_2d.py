@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffprune_plugin.adapters.table import Heads, Mirror, Pairs, Port, UNetAdapter
+from diffprune_plugin.adapters.table import Heads, Known, Mirror, Pairs, Port, UNetAdapter
 
 UNET_2D = UNetAdapter(
     model_class="UNet2DModel",
@@ -19,6 +19,7 @@ UNET_2D = UNetAdapter(
             integers_below=("num_class_embeds",),
         ),
     ),
+    known=(Known("class_embed_type", (None,)),),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=("conv_out",),
     heads=(Heads("Attention", "heads", ("to_q", "to_k", "to_v"), query="to_q", scale="scale"),),

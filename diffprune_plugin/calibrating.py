@@ -26,7 +26,7 @@ from diffprune_plugin.draws import CURVE, GRADIENTS, Draw, batch_of, draw, settl
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import differentiable
-from diffprune_plugin.objective import fitting, noise_prediction_loss, training_scheduler
+from diffprune_plugin.objective import fitting, noise_prediction_loss, trained_for, training_scheduler
 from diffprune_plugin.passes import GradientSums, Passes, checkpointing
 from diffprune_plugin.plugins import find_adapter, weights_of_timesteps
 from diffprune_plugin.processes import agreed, check_same, decided, joined, part_of, place, same, summed
@@ -344,6 +344,8 @@ class Run:
             seed=self.seed,
             batch_size=self.batch_size,
             autocast=self.autocast,
+            scheduler=trained_for(self.scheduler),
+            points=len(self.points),
             weights=self.weights,
             images=self.samples.sha256,
         )

@@ -30,6 +30,7 @@ class Calibration:
         where the sweep's ``accumulate`` says so, the sums of weight_t |d L_t / d(parameter)| ** p instead.
     forward, backward: samples that went through the UNet each way.
     weights, images: SHA-256 of the UNet's parameters and of the samples. autocast: computed in bfloat16.
+    scheduler: the noise and the prediction that the loss is of; points: of the curve, also those after the loop's end.
     """
 
     sweep: Sweep
@@ -45,6 +46,8 @@ class Calibration:
     weights: str
     images: str
     autocast: bool = False
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    points: int = 0
 
     def answers(self, sweep: Sweep) -> bool:
         """Whether it is what a sweep asks for; a dropout left open is answered by any."""
@@ -92,6 +95,8 @@ class Calibration:
             "weights": self.weights,
             "images": self.images,
             "autocast": self.autocast,
+            "scheduler": self.scheduler,
+            "points": self.points,
         }
         with new_directory(Path(directory), overwrite) as temporary:
             save_tensors(self.gradients, temporary / "gradients.safetensors")

@@ -55,11 +55,27 @@ class PrunedModelMixin:
         """The pruned UNet of a local directory in eval mode; float32, as in diffusers, unless ``dtype`` (in older
         diffusers ``torch_dtype``) is given.
 
-        Raises BadInput for a directory that is no pruned UNet or was damaged.
+        ``device_map``: a device, to which it goes. Raises BadInput for a directory that is no pruned UNet or was
+        damaged, a ``device_map`` of several devices, or a ``quantization_config``.
         """
-        return read_pruned(
-            cls, Path(pretrained_model_name_or_path) / (subfolder or ""), dtype or torch_dtype or torch.float32
-        )
+        device = one_device(kwargs.get("device_map"))
+        if kwargs.get("quantization_config") is not None:
+            raise BadInput("quantization_config: is not applied to a pruned UNet; load it without and quantize it then")
+        directory = Path(pretrained_model_name_or_path) / (subfolder or "")
+        unet = read_pruned(cls, directory, dtype or torch_dtype or torch.float32)
+        return unet if device is None else unet.to(device)
+
+
+def one_device(device_map: Any) -> torch.device | None:
+    """The device of a map that names one for the whole model; raises BadInput for any other map."""
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if device_map is None or isinstance(device_map, torch.device):
+        return device_map
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise BadInput(f"device_map: {device_map!r}: a pruned UNet goes to one device; give its name") from None
 
 
 @functools.cache

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import psutil
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -36,6 +38,8 @@ from diffprune_plugin.tensors import load_tensors, save_tensors, weights_hash
 from diffprune_plugin.timesteps import CONDITION_DROPOUT, share
 
 Passes = Literal["one", "layer"]
+SAMPLES = 256
+ALIVE = 8  # activations of the largest size that live at once
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLD = 8  # every eighth image is held out
 UNKNOWNS = 4_608  # of one system; a layer with more is solved in blocks of input channels
@@ -62,7 +66,7 @@ def compensate_(
     scheduler: Any,
     images: Any,
     *,
-    samples: int = 256,
+    samples: int = SAMPLES,
     batch_size: int = 32,
     calibration: Calibration | None = None,
     seed: int = 0,
@@ -107,6 +111,36 @@ def compensate_(
             run.refit(bar)
     run.forget_progress()
     return CompensationReport(tuple(run.repairs), left, samples, time.monotonic() - started)
+
+
+@torch.no_grad()
+def passes_that_fit(dense: nn.Module, samples: int = SAMPLES, adapter: UNetAdapter | None = None) -> Passes:
+    """``one``, if the activations of all samples take half of the free memory at most, by estimate; else ``layer``.
+
+    As many as ALIVE activations of the size of the largest live at once: what a block computes with, and the skips.
+    """
+    sizes: list[int] = [0]
+    with contextlib.ExitStack() as hooks, evaluating(dense):
+        for module in dense.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                note = module.register_forward_hook(lambda _, __, out: sizes.append(out.numel() * out.element_size()))
+                hooks.callback(note.remove)
+        dense(**(adapter or find_adapter(dense)).example_inputs(dense))
+    needed, free = samples * ALIVE * max(sizes), free_memory(next(dense.parameters()).device)
+    if 2 * needed <= free:
+        return "one"
+    shown = f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
+    Console(stderr=True).print(
+        f"compensate: {samples} samples at once would take about {shown}: a pass for each layer instead, slower, with "
+        "the same result",
+        soft_wrap=True,
+    )
+    return "layer"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def check_models(unet: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:
@@ -258,7 +292,7 @@ class Run:
 
     def keeper(self, number: int, system: System, batch: slice) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            system.keep_target(unpacked(output), batch, len(self.draws.noisy), self.seed * 1_000_003 + number)
+            system.keep_target(unpacked(output), batch, len(self.draws.noisy), (self.seed * 1_000_003 + number) % 2**63)
 
         return hook
 

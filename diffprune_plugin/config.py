@@ -29,6 +29,8 @@ def number(value: Any) -> Any:
     return float(value) if whole else value
 
 
+Place = Annotated[str, Field(min_length=1)]  # an empty path would be the working directory
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch takes
 Number = Annotated[float, BeforeValidator(number)]
 
 
@@ -64,11 +66,11 @@ class PruningConfig(Config):
     device: ``cpu``, ``cuda``, ``cuda:1`` ...; dtype: of the weights while calibrating and saving.
     """
 
-    model: str
-    output: str = "pruned"
+    model: Place
+    output: Place = "pruned"
     importance: dict[str, Any] = Field(default_factory=lambda: {"name": "diff_taylor"})
     pruning_ratio: Number | None = Field(default=None, ge=0, lt=1)
-    pruning_ratio_dict: dict[str, float] = Field(default_factory=dict)
+    pruning_ratio_dict: dict[str, Annotated[Number, Field(ge=0, lt=1)]] = Field(default_factory=dict)
     macs_target: Number | None = Field(default=None, gt=0, le=1)
     params_target: Number | None = Field(default=None, gt=0, le=1)
     max_pruning_ratio: Number = Field(default=1.0, gt=0, le=1)
@@ -81,14 +83,14 @@ class PruningConfig(Config):
     halves: Literal["together", "apart"] | None = None
     strict: bool = False
     compensate: bool | None = None
-    data: str | None = None
+    data: Place | None = None
     resolution: int | None = Field(default=None, ge=1)
-    calibration: str | None = None
+    calibration: Place | None = None
     batch_size: int = Field(default=32, ge=1)
     timesteps: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool = False
     autocast: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
@@ -138,9 +140,9 @@ class FinetuneConfig(Config):
         ``OUTPUT.logs``.
     """
 
-    model: str
-    output: str = "finetuned"
-    data: str
+    model: Place
+    output: Place = "finetuned"
+    data: Place
     resolution: int | None = Field(default=None, ge=1)
     condition_dropout: Number | None = Field(default=None, ge=0, le=1)
     steps: int = Field(ge=1)
@@ -154,7 +156,7 @@ class FinetuneConfig(Config):
     ema_decay: Number = Field(default=0.999, ge=0, lt=1)
     snr_gamma: Number | None = Field(default=None, gt=0)
     timestep_sampling: Literal["uniform", "stratified"] = "uniform"
-    teacher: str | None = None
+    teacher: Place | None = None
     task_weight: Number = Field(default=1.0, ge=0)
     output_weight: Number | None = Field(default=None, ge=0)
     feature_weight: Number | None = Field(default=None, ge=0)
@@ -163,7 +165,7 @@ class FinetuneConfig(Config):
     checkpoint_every: int = Field(default=500, ge=1)
     num_workers: int = Field(default=0, ge=0)
     tracker: Literal["tensorboard", "none"] = "tensorboard"
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -12,8 +12,15 @@ from pathlib import Path
 
 from diffprune_plugin.errors import BadInput
 
-# One of them is in all that we write.
-OURS = ("model_index.json", "config.json", "calibration.json", "config.yaml", "evaluation.json")
+# One of them is in all that we write, and in hardly anything else.
+OURS = (
+    "model_index.json",
+    "pruning_plan.json",
+    "diffusion_pytorch_model.safetensors",
+    "calibration.json",
+    "evaluation.json",
+    "dense/model_index.json",
+)
 
 
 @contextlib.contextmanager
@@ -66,6 +73,9 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def check_absent(path: Path, overwrite: bool = False) -> None:
     """Raises BadInput if there is something at ``path`` that may not be replaced, or the place cannot be written to."""
     check_place(path)
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):
+        raise BadInput(f"output: {str(path)!r} is the working directory or above it; name a directory of its own")
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
     if path.exists() and not path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,13 @@ def training_scheduler(scheduler: Any) -> Any:
             "pipeline with the DDPM or DDIM that the model was trained with"
         )
     return same
+
+
+def trained_for(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler says of the training, as JSON has it: the noise, and what is predicted."""
+    facts = {key: scheduler.config.get(key) for key in (*TRAINED, "rescale_betas_zero_snr")}
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=list))
+    return found
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:

@@ -27,6 +27,10 @@ def run_app(
         application(words)
     except (DiffPruneError, Interrupted) as error:
         finish(error, str(error), error.exit_code, debug, speaks())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        finish(error, f"{error.filename}: {error.strerror}; choose another path", 2, debug, speaks())
     except Exception as error:
         if not out_of_memory(error):
             raise

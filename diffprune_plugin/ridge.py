@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +96,19 @@ class NormalEquations:
 
 
 def best_update(
-    training: NormalEquations, held_out: NormalEquations, strengths: Sequence[float]
+    training: NormalEquations,
+    held_out: NormalEquations,
+    strengths: Sequence[float],
+    written: Callable[[Tensor], Tensor] = lambda update: update,
 ) -> tuple[Tensor | None, float, float]:
-    """(update, strength, held-out error) of the best strength; no update, and 0, unless one lowers the error."""
+    """(update, strength, held-out error) of the best strength; no update, and 0, unless one lowers the error.
+
+    The error is that of the update as it is ``written``.
+    """
     best: tuple[Tensor | None, float, float] = (None, 0.0, held_out.error())
     for strength in strengths:
         update = training.solve(strength)
-        if update is not None and (error := held_out.error(update)) < best[2]:
+        if update is not None and (error := held_out.error(written(update))) < best[2]:
             best = (update, strength, error)
     return best
 
@@ -216,7 +222,7 @@ class System:
         wanted = self.targets[held_out].flatten(0, 1).double() / self.coupling
         spread = max(float((wanted - wanted.mean(0)).square().sum()), 1e-30)
         before = self.equations[1].error()
-        update, strength, after = best_update(*self.equations, strengths)
+        update, strength, after = best_update(*self.equations, strengths, self.written)
         rows = self.positions.numel()
         if update is not None:
             self.apply_(update)
@@ -224,10 +230,21 @@ class System:
         names = tuple(part.name for part in self.parts)
         return Repair(names, self.block, self.unknowns, rows, before / spread, after / spread, strength)
 
+    def pieces(self, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The weights, and one bias if there is any, each with its share of an update (unknowns and bias, outputs)."""
+        weights = [part.weight() for part in self.parts]
+        shares = torch.split(update[: self.unknowns], [weight[0].numel() for weight in weights])
+        found = [(weight, share.T.reshape(weight.shape)) for weight, share in zip(weights, shares, strict=True)]
+        return [*found, *((bias, update[-1]) for bias in self.biases[:1])]
+
+    def written(self, update: Tensor) -> Tensor:
+        """The update as the layers' dtype takes it up: half precision rounds what is added."""
+        if self.parts[0].weight().element_size() >= 4:
+            return update
+        moved = [(tensor + share.to(tensor)).double() - tensor.double() for tensor, share in self.pieces(update)]
+        return torch.cat([change.flatten(1).T if change.ndim > 1 else change[None] for change in moved]).to(update)
+
     def apply_(self, update: Tensor) -> None:
-        """Add an update (unknowns, then a row for the bias if there is one; outputs) to the layers, the bias to one."""
-        sizes = [part.weight()[0].numel() for part in self.parts]
-        for part, piece in zip(self.parts, torch.split(update[: self.unknowns], sizes), strict=True):
-            part.weight().add_(piece.T.reshape(part.weight().shape).to(part.weight()))
-        for bias in self.biases[:1]:
-            bias.add_(update[-1].to(bias))
+        """Add an update to the layers."""
+        for tensor, share in self.pieces(update):
+            tensor.add_(share.to(tensor))

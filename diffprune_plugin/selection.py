@@ -64,9 +64,11 @@ class AskedGroup:
 def select(groups: Sequence[AskedGroup], common: float, head_ratio: float | None, rules: Rules) -> list[GroupPlan]:
     """The plan of every group, ``common`` being the ratio of those that have none of their own."""
     counts = requested_units(groups, common, rules)
-    chosen = chosen_heads(groups, head_ratio) if head_ratio is not None else {}
+    chosen = chosen_heads(groups, head_ratio, rules) if head_ratio is not None else {}
     return [
-        plan_heads(item, chosen[item.heads]) if item.heads else plan_group(item, counts.get(item.group.root, 0), rules)
+        plan_heads(item, *chosen[item.heads], rules)
+        if item.heads
+        else plan_group(item, counts.get(item.group.root, 0), rules)
         for item in groups
     ]
 
@@ -117,31 +119,45 @@ def plan_group(item: AskedGroup, requested: int, rules: Rules) -> GroupPlan:
     return group_plan(group, group.parts, step, requested, removed, reason)
 
 
-def chosen_heads(groups: Sequence[AskedGroup], ratio: float) -> dict[str, list[int]]:
-    """For each attention the heads that go: of H dense heads H - int(H * (1 - ratio)), one at least stays.
+def chosen_heads(groups: Sequence[AskedGroup], ratio: float, rules: Rules) -> dict[str, tuple[int, list[int]]]:
+    """For each attention how many heads are asked, of H dense heads H - int(H * (1 - ratio)), and those that go.
 
-    A head's score is the sum over its queries, keys and values, each group's divided by the group's mean.
+    One at least stays, and what `Rules` keep: ``max_pruning_ratio``, and multiples of ``round_to`` channels. A head's
+    score is the sum over its queries, keys and values, each group's divided by the group's mean.
     """
     totals: dict[str, Scores] = {}
     gone: dict[str, int] = {}
+    sizes: dict[str, set[int]] = {}
     for item in groups:
         if item.heads:
             gone[item.heads] = item.gone * item.group.parts // item.group.units
+            sizes.setdefault(item.heads, set()).add(item.group.units // item.group.parts)
             score = item.scores.reshape(item.group.parts, -1).sum(1) / max(item.scores.mean(), 1e-300)
             totals[item.heads] = totals.get(item.heads, np.zeros(1)) + score
     chosen = {}
     for name, score in totals.items():
-        count = max(min(asked_of(len(score) + gone[name], ratio) - gone[name], len(score) - 1), 0)
-        chosen[name] = sorted(np.argsort(score, kind="stable")[:count].tolist())
+        heads, dense = len(score), len(score) + gone[name]
+        asked = max(asked_of(dense, ratio) - gone[name], 0)
+        count = max(min(asked, int(dense * rules.max_pruning_ratio) - gone[name], heads - 1), 0)
+        while count and any((heads - count) * size % rules.round_to for size in sizes[name]):
+            count -= 1
+        chosen[name] = asked, sorted(np.argsort(score, kind="stable")[:count].tolist())
     return chosen
 
 
-def plan_heads(item: AskedGroup, heads: Sequence[int]) -> GroupPlan:
-    """The same whole heads of every group of one attention."""
+def plan_heads(item: AskedGroup, asked: int, heads: Sequence[int], rules: Rules) -> GroupPlan:
+    """The same whole heads of every group of one attention, of which as many were asked."""
     size = item.group.units // item.group.parts
     removed = [head * size + place for head in heads for place in range(size)]
-    reason = "" if heads or item.gone else f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
-    return group_plan(item.group, 1, size, item.gone + len(removed), removed, reason)
+    reason = ""
+    if len(heads) < asked:
+        dense = item.dense // size
+        limits = [f"max_pruning_ratio {rules.max_pruning_ratio}"] if dense * rules.max_pruning_ratio < asked else []
+        limits += [f"round_to {rules.round_to}"] if rules.round_to > 1 else []
+        reason = f"{' and '.join(limits) or 'one head has to stay'}: {size} at a time"
+    elif not heads and not item.gone:
+        reason = f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
+    return group_plan(item.group, 1, size, item.gone + asked * size, removed, reason)
 
 
 def group_plan(

@@ -17,17 +17,18 @@ import yaml
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffprune_plugin.calibrating import calibrate
+from diffprune_plugin.calibrating import calibrate, default_points
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.checkpoint import PrunedModelMixin, load, load_pipeline, save
-from diffprune_plugin.compensate import CompensationReport, compensate_
+from diffprune_plugin.compensate import CompensationReport, compensate_, passes_that_fit
 from diffprune_plugin.config import FinetuneConfig, PruningConfig
 from diffprune_plugin.data import Samples
 from diffprune_plugin.encoding import encode
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.objective import fitting
+from diffprune_plugin.objective import fitting, trained_for, training_scheduler
+from diffprune_plugin.passes import out_of_memory
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.planning import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import criterion_of, find_adapter
@@ -209,17 +210,27 @@ def compensate(
     config: PruningConfig,
     progress: bool,
 ) -> CompensationReport:
-    """Refit the pruned UNet's layers to the dense one's outputs."""
-    return compensate_(
-        unet,
-        dense,
-        plan,
-        scheduler,
-        samples,
-        seed=config.seed,
-        checkpoint=progress_directory(config),
-        progress=progress,
-    )
+    """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
+    try:
+        return compensate_(
+            unet,
+            dense,
+            plan,
+            scheduler,
+            samples,
+            batch_size=config.batch_size,
+            passes=passes_that_fit(dense),
+            seed=config.seed,
+            checkpoint=progress_directory(config),
+            progress=progress,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(
+            "out of memory while compensating; use a smaller batch_size, or 'compensate: false' and fine-tune; the "
+            "calibration is kept"
+        ) from None
 
 
 def progress_directory(config: PruningConfig | FinetuneConfig) -> Path:
@@ -315,13 +326,17 @@ def stored_calibration(directory: Path, job: Job, sweep: Any) -> Calibration:
     known = config.data is not None and isinstance(job.model, DiffusionPipeline)
     images = fitting(job.samples(), unet, find_adapter(unet)).sha256 if known else None
     calibration = Calibration.load(directory)
-    points = config.timesteps or len(calibration.timesteps)
+    scheduler = training_scheduler(job.model.scheduler) if known else None
+    points = config.timesteps
+    if scheduler is not None:
+        points = points or default_points(sweep, int(scheduler.config.num_train_timesteps))
     same = {
         "weights": calibration.weights == weights_hash(unet),
         "data": images is None or calibration.images == images,
         "seed": calibration.seed == config.seed,
         "autocast": calibration.autocast == config.autocast,
-        "timesteps": sweep.sampling != "stratified" or points == len(calibration.timesteps),
+        "scheduler": scheduler is None or calibration.scheduler == trained_for(scheduler),
+        "timesteps": points in (None, calibration.points),
         "batch_size": sweep.sampling == "stratified" or calibration.batch_size == config.batch_size,
     }
     for key, fits in same.items():

@@ -128,6 +128,12 @@ def set_processor(unet: torch.nn.Module, processor: Any) -> None:
             module.set_processor(processor)
 
 
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_an_embedding_of_classes_that_is_no_table_is_refused_by_name(kind) -> None:
+    with pytest.raises(BadInput, match=f"class_embed_type.*{kind}"):
+        dp.make_plan(make_unet(class_embed_type=kind), "magnitude", pruning_ratio=0.3)
+
+
 def test_a_unet_without_an_adapter_is_refused_with_those_known() -> None:
     with pytest.raises(BadInput, match=r"no adapter for Linear; have .*UNet2DModel"):
         dp.make_plan(torch.nn.Linear(2, 2), "magnitude")

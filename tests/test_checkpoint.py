@@ -41,6 +41,18 @@ def test_plain_diffusers_loads_it_and_gives_the_same_images_bit_for_bit(cls, pip
     assert np.array_equal(images_of(pipeline), images_of(loaded))
 
 
+def test_a_device_map_of_one_device_moves_it_and_others_are_refused(pruned_dir) -> None:
+    load = type(DiffusionPipeline.from_pretrained(pruned_dir).unet).from_pretrained
+    for device_map in ("meta", {"": "meta"}, torch.device("meta")):
+        assert load(pruned_dir, subfolder="unet", device_map=device_map).device.type == "meta"
+    assert load(pruned_dir, subfolder="unet").device.type == "cpu"
+    for device_map in ("auto", {"conv_in": "cpu", "conv_out": "meta"}):
+        with pytest.raises(BadInput, match="a pruned UNet goes to one device"):
+            load(pruned_dir, subfolder="unet", device_map=device_map)
+    with pytest.raises(BadInput, match="quantization_config: is not applied to a pruned UNet"):
+        load(pruned_dir, subfolder="unet", quantization_config=object())
+
+
 def test_an_ordinary_save_pretrained_of_a_pruned_pipeline_loads_too(pruned_dir, tmp_path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(pruned_dir)
     pipeline.save_pretrained(tmp_path / "again")
@@ -93,7 +105,8 @@ def test_an_existing_directory_is_kept_unless_told_otherwise(pipeline, dense_dir
         dp.save(pipeline, dense_dir)
     dp.save(pipeline, dense_dir, overwrite=True)
     (dense_dir.parent / "other").mkdir()
-    (dense_dir.parent / "other" / "thesis.txt").write_text("years of work")
+    for name in ("thesis.txt", "config.yaml", "config.json"):
+        (dense_dir.parent / "other" / name).write_text("years of work")
     with pytest.raises(BadInput, match="holds other files"):
         dp.save(pipeline, dense_dir.parent / "other", overwrite=True)
     with pytest.raises(BadInput, match="is a file"):

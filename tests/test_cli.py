@@ -106,6 +106,16 @@ def test_a_stored_calibration_is_used_again_and_refused_for_other_weights(
     code, _, err = run("prune", config_file, *stored, "--dry-run", "--set", "seed=5")
     assert code == 2
     assert "calibrated with other seed" in err
+    code, _, err = run("prune", config_file, *stored, "--dry-run", "--set", "timesteps=null")
+    assert code == 2
+    assert "calibrated with other timesteps" in err, "a hundred by default"
+    scheduler = tmp_path / "dense" / "scheduler" / "scheduler_config.json"
+    before = scheduler.read_text()
+    scheduler.write_text(json.dumps(json.loads(before) | {"prediction_type": "v_prediction"}))
+    code, _, err = run("prune", config_file, *stored, "--dry-run")
+    assert code == 2
+    assert "calibrated with other scheduler" in err
+    scheduler.write_text(before)
     unet = dp.load(tmp_path / "dense")
     with torch.no_grad():
         unet.conv_in.weight.mul_(2)
@@ -251,6 +261,39 @@ def test_an_interruption_and_too_little_memory_are_one_line(run, config_file, mo
     code, _, err = run("prune", config_file)
     assert code == expected
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--model", "x" * 300], ["--data", "x" * 300], ["--output", "x" * 300]])
+def test_a_path_that_the_system_refuses_is_one_line(run, config_file, words) -> None:
+    code, _, err = run("prune", config_file, *words)
+    assert code == 2
+    assert "File name too long; choose another path" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["", ".", ".."])
+def test_overwrite_never_takes_the_working_directory_or_one_above_it(run, config_file, tmp_path, monkeypatch, place):
+    """As with --output "$OUT" where OUT is not set."""
+    work = tmp_path / "work" / "here"
+    work.mkdir(parents=True)
+    (work / "model_index.json").write_text("{}")
+    monkeypatch.chdir(work)
+    code, _, err = run("prune", config_file, "--output", place, "--overwrite")
+    assert code == 2
+    assert "is the working directory or above it" in err or "output: ''" in err
+    code, _, err = run("evaluate", tmp_path / "dense", "--output", place, "--overwrite", "--count", 0)
+    assert code == 2
+    assert list(work.iterdir()) == [work / "model_index.json"]
+
+
+def test_memory_that_runs_out_while_compensating_is_one_line_and_the_calibration_is_kept(
+    run, config_file, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(workflow, "compensate_", lambda *a, **k: out_of_memory(ON_CPU))
+    code, _, err = run("prune", config_file)
+    assert code == 2
+    assert "error: out of memory while compensating; use a smaller batch_size, or 'compensate: false'" in err
+    assert list((tmp_path / ".pruned.progress").iterdir())
 
 
 def test_sample_refuses_an_unknown_scheduler(run, dense_dir, tmp_path) -> None:

@@ -209,6 +209,52 @@ def test_no_repair_is_worse_on_held_out_images_and_the_output_comes_nearer(image
     assert error(unet, dense, images) < 0.7 * before
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_half_precision_the_update_that_is_judged_is_the_one_that_is_written(bias: bool) -> None:
+    """The oracle: what the layers compute afterwards less what they computed before."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 3, bias=bias).bfloat16(), torch.nn.Conv2d(2, 3, 3, bias=False).bfloat16()]
+    parts = [Part("linear", layers[0], 1, 4), Part("conv", layers[1], 0, 2)]
+    system = System("block", parts, torch.arange(3), 1.0, 1.0)
+    update = torch.randn(system.unknowns + bias, 3, dtype=torch.float64) * 1e-3
+    before = [parameter.detach().double() for layer in layers for parameter in layer.parameters()]
+    written = system.written(update)
+    with torch.no_grad():
+        system.apply_(update)
+    after = [parameter.detach().double() for layer in layers for parameter in layer.parameters()]
+    moved = [new - old for new, old in zip(after, before, strict=True)]
+    expected = [moved[0][:, 1:].T, moved[-1].flatten(1).T, *([moved[1][None]] if bias else [])]
+    assert torch.equal(written, torch.cat(expected))
+    assert not torch.equal(written, update)
+    single = System("block", [Part("linear", torch.nn.Linear(4, 3), 0, 4)], torch.arange(3), 1.0, 1.0)
+    assert single.written(update) is update
+
+
+def test_all_samples_go_at_once_only_where_half_of_the_free_memory_is_enough(monkeypatch, capsys) -> None:
+    dense = make_unet()
+    largest = 4 * max(output[0].numel() for output in outputs_of_layers(dense))  # bytes, of one sample
+    needed = 256 * 8 * largest
+    for free, expected in ((2 * needed, "one"), (2 * needed - 1, "layer")):
+        monkeypatch.setattr(compensate, "free_memory", lambda device, free=free: free)
+        assert compensate.passes_that_fit(dense) == expected
+        assert ("a pass for each layer instead, slower" in capsys.readouterr().err) == (expected == "layer")
+    monkeypatch.undo()
+    assert 1e8 < compensate.free_memory(torch.device("cpu")) < 1e14
+
+
+def outputs_of_layers(unet: UNet2DModel) -> list[Tensor]:
+    seen: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: seen.append(output))
+        for module in unet.modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
+    ]
+    output_of(unet)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def test_every_layer_behind_a_cut_is_in_one_repair(images: np.ndarray) -> None:
     dense = make_unet()
     unet, plan = pruned(dense)

@@ -104,6 +104,21 @@ def test_a_setting_that_cannot_be_set_is_named(tmp_path, setting, words) -> None
         read_config(path, [setting])
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"data": ""}, "data: ''"),
+        ({"output": ""}, "output: ''"),
+        ({"calibration": ""}, "calibration: ''"),
+        ({"seed": 2**63}, "seed: 9223372036854775808"),
+        ({"pruning_ratio_dict": {"conv_in": 1.5}}, "pruning_ratio_dict.conv_in: 1.5"),
+    ],
+)
+def test_what_would_fail_late_or_mean_something_else_is_refused_at_once(values, words) -> None:
+    with pytest.raises(BadInput, match=words):
+        dp.PruningConfig.make({"model": "dense", **values})
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = dp.PruningConfig.make({"model": "dense"})
     with pytest.raises(ValueError, match="frozen"):

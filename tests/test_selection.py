@@ -138,6 +138,29 @@ def test_less_than_one_head_is_reported(unet) -> None:
     assert "one of 4 heads is more than was asked" in next(g for g in kept.groups if g.root.endswith("to_v")).reason
 
 
+@pytest.mark.parametrize(
+    ("options", "asked", "gone", "reason"),
+    [
+        ({"head_pruning_ratio": 0.9}, 4, 3, "one head has to stay: 8 at a time"),
+        ({"head_pruning_ratio": 0.5, "max_pruning_ratio": 0.25}, 2, 1, "max_pruning_ratio 0.25: 8 at a time"),
+        ({"head_pruning_ratio": 0.25, "round_to": 16}, 1, 0, "round_to 16: 8 at a time"),
+        ({"head_pruning_ratio": 0.75, "round_to": 16}, 3, 2, "round_to 16: 8 at a time"),
+        ({"head_pruning_ratio": 0.5}, 2, 2, ""),
+    ],
+)
+def test_heads_that_were_asked_and_stay_are_counted_with_the_reason(options, asked, gone, reason) -> None:
+    unet = make_unet(attention_head_dim=8)
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.0, **options)
+    heads = [group for group in plan.groups if group.root.endswith(("to_q", "to_k", "to_v")) and group.units == 32]
+    assert len(heads) > 3
+    for group in heads:
+        assert (group.requested, len(group.removed), group.reason) == (8 * asked, 8 * gone, reason)
+        assert group.short == (gone < asked)
+    if gone < asked:
+        with pytest.raises(CheckFailed, match="strict: "):
+            dp.make_plan(unet, "magnitude", pruning_ratio=0.0, strict=True, **options)
+
+
 def test_halves_ranked_apart_leave_a_pair_only_where_both_stay() -> None:
     item = AskedGroup(group_of(100, 1, pairs=2), None, np.arange(100.0))
     (together,) = select([item], 0.3, None, Rules())
