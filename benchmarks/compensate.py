@@ -61,10 +61,8 @@ def repair(criterion: str, ratio: float, seed: int) -> Row:
     """Loss and SSIM right after removal and after the repair, and what the repair cost."""
     unet, plan = pruned(criterion, ratio, seed)
     row: Row = {"pruned": held_out_loss(unet, LOOK.repeats), "ssim_pruned": resemblance(unet)}
-    reset_peak()
-    before = memory("VmRSS")
     report = repaired_(unet, plan, seed)
-    row |= {"seconds": report.seconds, "peak_mb": memory("VmHWM"), "before_mb": before}
+    row["seconds"] = report.seconds
     return row | {"repaired": held_out_loss(unet, LOOK.repeats), "ssim_repaired": resemblance(unet)}
 
 
@@ -94,17 +92,6 @@ def tune(ratio: float, seed: int, repaired: bool, steps: tuple[int, ...]) -> Row
     return {"steps": steps, "losses": losses}
 
 
-def reset_peak() -> None:
-    """Let the kernel count this process's peak memory anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory(key: str) -> float:
-    """A line of /proc/self/status in MB: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1000
-
-
 def cells(rows: dict[str, Row], kind: str) -> dict[str, list[Row]]:
     """Rows of one kind by what stands between the kind and the seed in their keys."""
     groups: dict[str, list[Row]] = {}
@@ -130,7 +117,7 @@ def repair_rows(rows: dict[str, Row]) -> list[list[str]]:
         gone = [(r["pruned"] - r["repaired"]) / (r["pruned"] - rows["dense"]["loss"]) for r in group]
         values = [mean(of["pruned"]), mean(of["repaired"]), mean(gone, 3)]
         values += [mean(of["ssim_pruned"], 3), mean(of["ssim_repaired"], 3), mean(of["seconds"], 1)]
-        lines.append([name, str(len(group)), *values, f"{max(of['peak_mb']):.0f}", f"{max(of['before_mb']):.0f}"])
+        lines.append([name, str(len(group)), *values])
     return lines
 
 
@@ -157,7 +144,7 @@ def report(rows: dict[str, Row]) -> list[str]:
         f"Dense held-out loss {rows['dense']['loss']:.4f}. Mean ± standard error over seeds. Seconds: two repairs at "
         "once, one thread each.",
         "",
-        *table([*head, "seconds", "peak MB", "of them before"], repair_rows(rows)),
+        *table([*head, "seconds"], repair_rows(rows)),
         "",
         *table(["variant of diff_taylor", "seeds", "repaired", "seconds"], variants),
         "",
