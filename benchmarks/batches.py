@@ -21,7 +21,7 @@ NAMES = ("random", "magnitude", "taylor", criteria.PAPER, criteria.SCRATCH)
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="two seeds, 8 steps")] = False,
-    seeds: Annotated[int, typer.Option(help="of criteria.py; recover.py has two")] = 5,
+    seeds: Annotated[int, typer.Option(help="of criteria.py; recover.py has two")] = 3,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print both tables and draw their pictures."""
