@@ -104,7 +104,8 @@ def compensate_(
         run = Run(unet, dense, systems, draws, batch_size, seed, strengths, passes)
         if checkpoint is not None:
             contents = [plan.sha256, weights_hash(dense), weights_hash(unet), data.sha256, dict(scheduler.config)]
-            settings = [samples, batch_size, timesteps.tolist(), seed, list(strengths), passes]
+            # Without passes: the memory that is free then may choose others for the call that goes on.
+            settings = [samples, batch_size, timesteps.tolist(), seed, list(strengths)]
             run.resume(Path(checkpoint), [contents, settings])
         with progress_bar(progress) as bar:
             run.keep_targets(bar)
@@ -139,8 +140,21 @@ def passes_that_fit(dense: nn.Module, samples: int = SAMPLES, adapter: UNetAdapt
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Bytes that are free on a device, in a container with a limit of its own what is left of that."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier calibration has left there
+        return int(torch.cuda.mem_get_info(device)[0])
+    free, left = int(psutil.virtual_memory().available), of_container(Path("/sys/fs/cgroup"))
+    return free if left is None else min(free, left)
+
+
+def of_container(place: Path) -> int | None:
+    """Bytes that a control group (Linux, version 2) leaves its processes; None where it sets no limit."""
+    try:
+        limit, used = ((place / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(int(limit) - int(used), 0)
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def check_models(unet: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:

@@ -72,10 +72,10 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def check_absent(path: Path, overwrite: bool = False) -> None:
     """Raises BadInput if there is something at ``path`` that may not be replaced, or the place cannot be written to."""
-    check_place(path)
     here = Path.cwd()
     if path.resolve() in (here, *here.parents):
         raise BadInput(f"output: {str(path)!r} is the working directory or above it; name a directory of its own")
+    check_place(path)
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
     if path.exists() and not path.is_dir():
@@ -86,7 +86,7 @@ def check_absent(path: Path, overwrite: bool = False) -> None:
 
 def check_place(path: Path) -> None:
     """Raises BadInput unless a file or directory can be made at ``path``."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another output")
 

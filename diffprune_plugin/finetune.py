@@ -47,6 +47,7 @@ from diffprune_plugin.workflow import (
 )
 
 FINETUNE_FILE = "finetune.yaml"
+FORMAT = 2  # of the checkpoints
 REPORT_FILE = "finetune.json"
 PLOT_FILE = "finetune.png"
 FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision"}  # keys that change no result
@@ -204,6 +205,7 @@ def fingerprint(
         {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")},
         samples.sha256,
         torch.__version__,
+        FORMAT,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

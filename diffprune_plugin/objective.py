@@ -100,7 +100,7 @@ def training_scheduler(scheduler: Any) -> Any:
 def trained_for(scheduler: Any) -> dict[str, Any]:
     """What a scheduler says of the training, as JSON has it: the noise, and what is predicted."""
     facts = {key: scheduler.config.get(key) for key in (*TRAINED, "rescale_betas_zero_snr")}
-    found: dict[str, Any] = json.loads(json.dumps(facts, default=list))
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=lambda numbers: numbers.tolist()))
     return found
 
 

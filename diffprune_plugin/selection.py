@@ -66,9 +66,7 @@ def select(groups: Sequence[AskedGroup], common: float, head_ratio: float | None
     counts = requested_units(groups, common, rules)
     chosen = chosen_heads(groups, head_ratio, rules) if head_ratio is not None else {}
     return [
-        plan_heads(item, *chosen[item.heads], rules)
-        if item.heads
-        else plan_group(item, counts.get(item.group.root, 0), rules)
+        plan_heads(item, *chosen[item.heads]) if item.heads else plan_group(item, counts.get(item.group.root, 0), rules)
         for item in groups
     ]
 
@@ -119,8 +117,9 @@ def plan_group(item: AskedGroup, requested: int, rules: Rules) -> GroupPlan:
     return group_plan(group, group.parts, step, requested, removed, reason)
 
 
-def chosen_heads(groups: Sequence[AskedGroup], ratio: float, rules: Rules) -> dict[str, tuple[int, list[int]]]:
-    """For each attention how many heads are asked, of H dense heads H - int(H * (1 - ratio)), and those that go.
+def chosen_heads(groups: Sequence[AskedGroup], ratio: float, rules: Rules) -> dict[str, tuple[int, list[int], str]]:
+    """For each attention how many heads are asked, of H dense heads H - int(H * (1 - ratio)), those that go, and what
+    kept the rest.
 
     One at least stays, and what `Rules` keep: ``max_pruning_ratio``, and multiples of ``round_to`` channels. A head's
     score is the sum over its queries, keys and values, each group's divided by the group's mean.
@@ -138,24 +137,24 @@ def chosen_heads(groups: Sequence[AskedGroup], ratio: float, rules: Rules) -> di
     for name, score in totals.items():
         heads, dense = len(score), len(score) + gone[name]
         asked = max(asked_of(dense, ratio) - gone[name], 0)
-        count = max(min(asked, int(dense * rules.max_pruning_ratio) - gone[name], heads - 1), 0)
+        limits = {
+            f"max_pruning_ratio {rules.max_pruning_ratio}": int(dense * rules.max_pruning_ratio) - gone[name],
+            "one head has to stay": heads - 1,
+        }
+        count = max(min(asked, *limits.values()), 0)
         while count and any((heads - count) * size % rules.round_to for size in sizes[name]):
-            count -= 1
-        chosen[name] = asked, sorted(np.argsort(score, kind="stable")[:count].tolist())
+            limits[f"round_to {rules.round_to}"] = count = count - 1
+        bound = [limit for limit, most in limits.items() if most <= count < asked]
+        chosen[name] = asked, sorted(np.argsort(score, kind="stable")[:count].tolist()), " and ".join(bound)
     return chosen
 
 
-def plan_heads(item: AskedGroup, asked: int, heads: Sequence[int], rules: Rules) -> GroupPlan:
+def plan_heads(item: AskedGroup, asked: int, heads: Sequence[int], limit: str) -> GroupPlan:
     """The same whole heads of every group of one attention, of which as many were asked."""
     size = item.group.units // item.group.parts
     removed = [head * size + place for head in heads for place in range(size)]
-    reason = ""
-    if len(heads) < asked:
-        dense = item.dense // size
-        limits = [f"max_pruning_ratio {rules.max_pruning_ratio}"] if dense * rules.max_pruning_ratio < asked else []
-        limits += [f"round_to {rules.round_to}"] if rules.round_to > 1 else []
-        reason = f"{' and '.join(limits) or 'one head has to stay'}: {size} at a time"
-    elif not heads and not item.gone:
+    reason = f"{limit}: {size} at a time" if limit else ""
+    if not asked and not item.gone:
         reason = f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
     return group_plan(item.group, 1, size, item.gone + asked * size, removed, reason)
 

@@ -167,8 +167,9 @@ class Training:
             weights = min_snr_weights(self.scheduler, batch.timesteps, self.config.snr_gamma)
             terms = {name: loss * weights for name, loss in terms.items()}
         if kept:
-            # Layers behind the features have a gradient, of 0, too: several processes wait for that of each.
-            terms["features"] = feature_error(values, taught, kept) + 0.0 * prediction.float().flatten(1).sum(1)
+            terms["features"] = feature_error(values, taught, kept)
+            if self.accelerator.num_processes > 1:  # they wait for a gradient, if only of 0, of every layer
+                terms["features"] = terms["features"] + 0.0 * prediction.float().flatten(1).sum(1)
         return {name: loss for name, loss in terms.items() if name in self.terms}
 
     def checked(self, terms: Mapping[str, Tensor], batch: Batch) -> dict[str, float]:

@@ -228,8 +228,8 @@ def compensate(
         if not out_of_memory(error):
             raise
         raise BadInput(
-            "out of memory while compensating; use a smaller batch_size, or 'compensate: false' and fine-tune; the "
-            "calibration is kept"
+            "out of memory while compensating; set 'compensate: false' and fine-tune (the calibration is kept for the "
+            "same settings), or use a machine with more"
         ) from None
 
 

@@ -37,6 +37,11 @@ class Tolerance:
 TOLERANCES = {"fp32": Tolerance(1e-5, 1e-6), "fp16": Tolerance(5e-3, 1e-3)}
 
 
+def finite(error: float) -> float | None:
+    """None for an error without an end, which JSON has no number for."""
+    return error if math.isfinite(error) else None
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison: what was tried, the largest error, absolute and relative to the largest output, the verdict."""
@@ -47,9 +52,8 @@ class Case:
     passed: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it: no error at all instead of one without an end."""
-        facts = asdict(self)
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in facts.items()}
+        """As JSON has it."""
+        return asdict(self) | {"absolute": finite(self.absolute), "relative": finite(self.relative)}
 
 
 @dataclass
@@ -74,8 +78,9 @@ class Verification:
         return missed[0] if missed else max(self.cases, key=lambda case: case.relative)
 
     def as_dict(self) -> dict[str, Any]:
-        cases = [case.as_dict() for case in self.cases]
-        return asdict(self) | {"cases": cases, "passed": self.passed, "worst": self.worst.as_dict()}
+        cases, errors = [case.as_dict() for case in self.cases], [finite(error) for error in self.sampling]
+        found = {"cases": cases, "sampling": errors, "passed": self.passed, "worst": self.worst.as_dict()}
+        return asdict(self) | found
 
 
 def verify_onnx(

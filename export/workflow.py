@@ -95,12 +95,14 @@ def run(
     try:
         with memory_errors():
             to_file(verdict, model, output, options, say)
-            write_json(path, verdict.content | {"failure": "interrupted before all of it was proved"})
+            verdict.content["failure"] = "interrupted before all of it was proved"
+            write_json(path, verdict.content)
             prove_all(verdict, model, output, options, say)
             if verdict.latency:
                 show(verdict.latency)
                 gate(verdict.latency, options.max_latency_ms, options.min_speedup)
         verdict.content["passed"] = True
+        del verdict.content["failure"]
     except DiffPruneError as error:
         verdict.content["failure"] = str(error)
         raise
@@ -160,10 +162,6 @@ def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: 
 def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
     """Each part in turn; what it found goes into the verdict at once."""
     content = verdict.content
-    if options.provider and not options.latency:  # else the latency is proved, session by session
-        dims = fixed_dims(output, batch=options.batches[0])
-        placement, _ = prove(output, options.provider, example_feeds(output, dims), dims, options.threads)
-        content["placement"] = placement.as_dict()
     provider, refused = provider_for(output, options)
     content["providers_refused"] = refused
     content["verify"] = "left out (--no-verify)"
@@ -171,6 +169,10 @@ def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say
         verify(content, model, output, options, provider or "cpu", say)
     else:
         say("NOT verified (--no-verify)")
+    if options.provider and not options.latency:  # else the latency is proved, session by session
+        dims = fixed_dims(output, batch=options.batches[0])
+        placement = prove(output, options.provider, example_feeds(output, dims), dims, options.threads)[0]
+        content["placement"] = placement.as_dict()
     if options.check_placement:
         check_placement(content, output, options.check_placement, options.batches[0], say)
     content["latency"] = "left out (--no-bench)"

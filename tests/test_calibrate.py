@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from tiny import make_unet
 import diffprune_plugin as dp
 from diffprune_plugin.calibration import Calibration
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.objective import min_snr_weights, noise_prediction_loss, training_scheduler
+from diffprune_plugin.objective import min_snr_weights, noise_prediction_loss, trained_for, training_scheduler
 from diffprune_plugin.plugins import weights_of_timesteps
 from diffprune_plugin.timesteps import Sweep, above_threshold, alphas_of, share, strata
 
@@ -160,6 +161,7 @@ def test_a_sampler_in_sigmas_is_calibrated_with_its_training_noise_and_flow_matc
         HeunDiscreteScheduler(num_train_timesteps=100),  # whose defaults are not the DDPM's
         PNDMScheduler(100, prediction_type="v_prediction"),  # which has no velocity
         DDIMInverseScheduler(100),  # which adds no noise
+        EulerDiscreteScheduler(100, trained_betas=np.linspace(1e-4, 0.02, 100, dtype=np.float32)),
     ],
 )
 def test_a_sampler_is_replaced_by_the_ddpm_of_its_own_betas(scheduler) -> None:
@@ -167,6 +169,8 @@ def test_a_sampler_is_replaced_by_the_ddpm_of_its_own_betas(scheduler) -> None:
     assert type(found) is DDPMScheduler
     np.testing.assert_allclose(alphas_of(found), alphas_of(scheduler), rtol=1e-5)
     assert found.config.prediction_type == scheduler.config.prediction_type
+    facts = trained_for(found)
+    assert json.loads(json.dumps(facts)) == facts
 
 
 def test_a_sampler_with_other_alphas_than_its_betas_give_is_refused() -> None:

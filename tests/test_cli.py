@@ -271,7 +271,7 @@ def test_a_path_that_the_system_refuses_is_one_line(run, config_file, words) -> 
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("place", ["", ".", ".."])
+@pytest.mark.parametrize("place", ["", ".", "..", "/"])
 def test_overwrite_never_takes_the_working_directory_or_one_above_it(run, config_file, tmp_path, monkeypatch, place):
     """As with --output "$OUT" where OUT is not set."""
     work = tmp_path / "work" / "here"
@@ -292,8 +292,12 @@ def test_memory_that_runs_out_while_compensating_is_one_line_and_the_calibration
     monkeypatch.setattr(workflow, "compensate_", lambda *a, **k: out_of_memory(ON_CPU))
     code, _, err = run("prune", config_file)
     assert code == 2
-    assert "error: out of memory while compensating; use a smaller batch_size, or 'compensate: false'" in err
-    assert list((tmp_path / ".pruned.progress").iterdir())
+    assert "error: out of memory while compensating; set 'compensate: false' and fine-tune" in err
+    passes = []
+    monkeypatch.setattr("diffprune_plugin.calibrating.noise_prediction_loss", lambda *a: passes.append(a))
+    assert run("prune", config_file, "--set", "compensate=false")[0] == 0
+    assert not passes, "as the line says, the calibration is kept"
+    assert (tmp_path / "pruned").exists()
 
 
 def test_sample_refuses_an_unknown_scheduler(run, dense_dir, tmp_path) -> None:

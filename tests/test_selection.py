@@ -145,6 +145,7 @@ def test_less_than_one_head_is_reported(unet) -> None:
         ({"head_pruning_ratio": 0.5, "max_pruning_ratio": 0.25}, 2, 1, "max_pruning_ratio 0.25: 8 at a time"),
         ({"head_pruning_ratio": 0.25, "round_to": 16}, 1, 0, "round_to 16: 8 at a time"),
         ({"head_pruning_ratio": 0.75, "round_to": 16}, 3, 2, "round_to 16: 8 at a time"),
+        ({"head_pruning_ratio": 0.9, "round_to": 8}, 4, 3, "one head has to stay: 8 at a time"),
         ({"head_pruning_ratio": 0.5}, 2, 2, ""),
     ],
 )

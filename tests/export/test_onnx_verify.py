@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -92,7 +93,9 @@ def test_a_batch_that_only_works_at_one_size_is_caught(models, copy, resigned, b
     assert not result.passed
     assert result.worst.name.startswith(missed)
     assert rejected(copy)
-    assert "Infinity" not in json.dumps(result.as_dict())
+    result.sampling = [math.nan, 1.0]
+    facts = json.dumps(result.as_dict(), allow_nan=False)
+    assert '"sampling": [null, 1.0]' in facts
 
 
 def test_an_input_that_the_graph_lacks_is_named(models, copy, resigned):
