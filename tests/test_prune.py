@@ -205,7 +205,7 @@ def another_device(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 def dropped(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The second process's gradients count for nothing."""
     if rank:
-        patch.setattr(GradientSums, "backward", lambda *_: None)
+        patch.setattr(GradientSums, "adder", lambda *_: lambda parameter: setattr(parameter, "grad", None))
     return {"calibration": "dropped/stored", "output": "dropped/pruned"}
 
 
@@ -228,7 +228,7 @@ TROUBLE: dict[Callable[..., dict[str, Any]], tuple[int, str, str]] = {
     full_disk: (2, "BadInput: cannot write", "BadInput: process 0: cannot write"),
     damaged: (2, "BadInput: damaged: not a calibration", "BadInput: process 0: damaged: not a calibration"),
     too_strict: (1, "CheckFailed: strict", "CheckFailed: process 0: strict"),
-    output_there: (2, "BadInput: . exists", "BadInput: process 0: . exists"),
+    output_there: (2, "BadInput: output: '.' is the working", "BadInput: process 0: output: '.' is the working"),
     another_device: (2, "BadInput: process 1: device: cuda, but", "BadInput: device: cuda, but"),
     dropped: (0, "done", "not the first"),
     nothing: (0, "done", "not the first"),
