@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -28,6 +27,7 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.files import new_file
 from diffprune_plugin.groups import removed_channels, trace_groups
 from diffprune_plugin.objective import fitting, training_scheduler
+from diffprune_plugin.passes import free_memory
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
@@ -137,24 +137,6 @@ def passes_that_fit(dense: nn.Module, samples: int = SAMPLES, adapter: UNetAdapt
         soft_wrap=True,
     )
     return "layer"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, in a container with a limit of its own what is left of that."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what an earlier calibration has left there
-        return int(torch.cuda.mem_get_info(device)[0])
-    free, left = int(psutil.virtual_memory().available), of_container(Path("/sys/fs/cgroup"))
-    return free if left is None else min(free, left)
-
-
-def of_container(place: Path) -> int | None:
-    """Bytes that a control group (Linux, version 2) leaves its processes; None where it sets no limit."""
-    try:
-        limit, used = ((place / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return max(int(limit) - int(used), 0)
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 def check_models(unet: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from torch import Tensor, nn
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -72,10 +73,22 @@ class Passes:
         )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or should_reduce_batch_size(error) or "not enough memory" in str(error)
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, in a container with a limit of its own what is left of that."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier calibration has left there
+        return int(torch.cuda.mem_get_info(device)[0])
+    free, left = int(psutil.virtual_memory().available), of_container(Path("/sys/fs/cgroup"))
+    return free if left is None else min(free, left)
+
+
+def of_container(place: Path) -> int | None:
+    """Bytes that a control group (Linux, version 2) leaves its processes; None where it sets no limit."""
+    try:
+        limit, used = ((place / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(int(limit) - int(used), 0)
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 class GradientSums:

@@ -11,8 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, distributed
 
-from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, first_line
-from diffprune_plugin.passes import out_of_memory
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, first_line, out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from diffprune_plugin.errors import DiffPruneError, Interrupted
+from diffprune_plugin.errors import DiffPruneError, Interrupted, out_of_memory
 
 
 def run_app(
@@ -37,15 +37,6 @@ def run_app(
         finish(error, "out of memory; use a smaller batch_size", 2, debug, True)  # the first process may have enough
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on whatever device; torch is imported only where it is already."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from diffprune_plugin import passes
-
-    return passes.out_of_memory(error)
 
 
 def interrupt(*_: object) -> None:

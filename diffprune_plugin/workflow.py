@@ -24,11 +24,10 @@ from diffprune_plugin.compensate import CompensationReport, compensate_, passes_
 from diffprune_plugin.config import FinetuneConfig, PruningConfig
 from diffprune_plugin.data import Samples
 from diffprune_plugin.encoding import encode
-from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.errors import BadInput, HardwareUnproved, out_of_memory
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.objective import fitting, trained_for, training_scheduler
-from diffprune_plugin.passes import out_of_memory
 from diffprune_plugin.plan import PruningPlan
 from diffprune_plugin.planning import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import criterion_of, find_adapter

@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import tempfile
 import warnings
@@ -23,12 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from diffprune_plugin.errors import BadInput, HardwareUnproved, nearest
+from diffprune_plugin.errors import BadInput, HardwareUnproved, nearest, out_of_memory
 from diffprune_plugin.export.integrity import need
 
 CPU_PROVIDER = "CPUExecutionProvider"
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
-MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory|failed to allocate", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -192,11 +190,6 @@ def prepare(wanted: Provider) -> None:
     if wanted.name.startswith("Tensorrt"):
         with contextlib.suppress(ImportError):
             importlib.import_module("tensorrt")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, in whichever library."""
-    return isinstance(error, MemoryError) or bool(MEMORY.search(str(error)))
 
 
 class Bound:

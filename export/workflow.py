@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, out_of_memory
 from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, to_onnx, unet_in
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
@@ -23,7 +23,6 @@ from diffprune_plugin.export.placement import (
     check_dtype,
     device_proof,
     known_provider,
-    out_of_memory,
     prove,
 )
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx

@@ -238,16 +238,6 @@ def test_all_samples_go_at_once_only_where_half_of_the_free_memory_is_enough(mon
         monkeypatch.setattr(compensate, "free_memory", lambda device, free=free: free)
         assert compensate.passes_that_fit(dense) == expected
         assert ("a pass for each layer instead, slower" in capsys.readouterr().err) == (expected == "layer")
-    monkeypatch.undo()
-    assert 1e8 < compensate.free_memory(torch.device("cpu")) < 1e14
-
-
-def test_a_container_leaves_what_its_limit_leaves(tmp_path: Path) -> None:
-    assert compensate.of_container(tmp_path) is None
-    (tmp_path / "memory.current").write_text("1000\n")
-    for limit, left in (("max\n", None), ("1500\n", 500), ("900\n", 0)):
-        (tmp_path / "memory.max").write_text(limit)
-        assert compensate.of_container(tmp_path) == left
 
 
 def outputs_of_layers(unet: UNet2DModel) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration import Calibration
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, out_of_memory
 from diffprune_plugin.objective import noise_prediction_loss
-from diffprune_plugin.passes import GradientSums, Passes, checkpointing, out_of_memory
+from diffprune_plugin.passes import GradientSums, Passes, checkpointing, free_memory, of_container
 from diffprune_plugin.timesteps import Sweep
 
 SWEEPS = {
@@ -200,3 +201,12 @@ def test_the_gradients_of_the_weights_are_never_held_twice(images) -> None:
     unet.conv_in.weight.register_hook(lambda g: held.append(sum(p.grad is not None for p in unet.parameters())))
     calibrated(unet, images)
     assert set(held) == {0}
+
+
+def test_a_container_leaves_what_its_limit_leaves(tmp_path: Path) -> None:
+    assert of_container(tmp_path) is None
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, left in (("max\n", None), ("1500\n", 500), ("900\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert of_container(tmp_path) == left
+    assert 1e8 < free_memory(torch.device("cpu")) < 1e14
