@@ -1,6 +1,6 @@
 """More images a step than `make bench` has time for, with the scripts it runs.
 
-    python benchmarks/batches.py            # more than an hour on two cores
+    python benchmarks/batches.py            # half an hour on two cores, on slow ones more than one
     python benchmarks/batches.py --quick    # 8 steps
 
 criteria.py at half the MACs with 16 images a step instead of one, and recover.py with the 32 of the dense model's own

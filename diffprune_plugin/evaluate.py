@@ -25,14 +25,14 @@ from diffprune_plugin.export.integrity import need
 from diffprune_plugin.features import Features, frechet_distance, kernel_distance, load_features
 from diffprune_plugin.files import check_absent
 from diffprune_plugin.groups import total_macs
-from diffprune_plugin.objective import fitting, prediction_type, training_scheduler
+from diffprune_plugin.objective import fitting, prediction_type, same_noise, training_scheduler
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.progress import progress_bar
 from diffprune_plugin.prompts import read_prompts
 from diffprune_plugin.report import pil_images
 from diffprune_plugin.sample import sample_images
 from diffprune_plugin.tensors import weights_hash
-from diffprune_plugin.timesteps import Sweep, alphas_of, strata
+from diffprune_plugin.timesteps import Sweep, strata
 from diffprune_plugin.workflow import check_apart, check_device, unet_of
 
 Curves = npt.NDArray[np.float64]
@@ -170,9 +170,9 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
 
 def check_comparable(schedulers: Sequence[Any]) -> None:
     """Raises BadInput unless all losses are of the same prediction, with the same noise at the same timesteps."""
-    first, last = ((prediction_type(each), alphas_of(each)) for each in (schedulers[0], schedulers[-1]))
-    if first[0] != last[0] or first[1].shape != last[1].shape or not np.allclose(first[1], last[1], atol=1e-5):
-        kinds = [f"{kind} over {len(alphas)} timesteps" for kind, alphas in (first, last)]
+    first, last = schedulers[0], schedulers[-1]
+    if prediction_type(first) != prediction_type(last) or not same_noise(first, last):
+        kinds = [f"{prediction_type(s)} over {s.config.num_train_timesteps} timesteps" for s in (first, last)]
         raise BadInput(
             f"--against: it was trained for {kinds[0]}, the model for {kinds[1]}, or with other noise: their losses "
             "are not comparable; leave --reference out"

@@ -19,7 +19,15 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.timesteps import alphas_of, min_snr
 
 # What a scheduler's config says of the training.
-TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+TRAINED = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -88,8 +96,7 @@ def training_scheduler(scheduler: Any) -> Any:
     if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
         return scheduler
     same = DDPMScheduler.from_config(config_of(scheduler))
-    mine, its = alphas_of(scheduler), alphas_of(same)
-    if mine.shape != its.shape or not np.allclose(mine, its, atol=1e-5):
+    if not same_noise(scheduler, same):
         raise BadInput(
             f"scheduler: {type(scheduler).__name__} has other alphas_cumprod than a DDPM makes of its config; save the "
             "pipeline with the DDPM or DDIM that the model was trained with"
@@ -97,9 +104,15 @@ def training_scheduler(scheduler: Any) -> Any:
     return same
 
 
+def same_noise(first: Any, second: Any) -> bool:
+    """Whether two schedulers have the same alphas_cumprod at the same timesteps, to 1e-5."""
+    mine, its = alphas_of(first), alphas_of(second)
+    return mine.shape == its.shape and np.allclose(mine, its, atol=1e-5)
+
+
 def trained_for(scheduler: Any) -> dict[str, Any]:
     """What a scheduler says of the training, as JSON has it: the noise, and what is predicted."""
-    facts = {key: scheduler.config.get(key) for key in (*TRAINED, "rescale_betas_zero_snr")}
+    facts = {key: scheduler.config.get(key) for key in TRAINED}
     found: dict[str, Any] = json.loads(json.dumps(facts, default=lambda numbers: numbers.tolist()))
     return found
 

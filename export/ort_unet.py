@@ -13,7 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from diffprune_plugin.errors import BadInput, CheckFailed, out_of_memory
+from diffprune_plugin.errors import BadInput, CheckFailed, first_line, out_of_memory
 from diffprune_plugin.export.convert import DTYPES
 from diffprune_plugin.export.feeds import TIMESTEP, input_types
 from diffprune_plugin.export.integrity import check_files
@@ -38,7 +38,7 @@ class OrtDenoiser:
         except Exception as error:
             if out_of_memory(error):
                 raise
-            raise RunFailed(" ".join(str(error).split())[:160]) from error
+            raise RunFailed(first_line(error)) from error
 
 
 class ORTUNet(nn.Module):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from diffprune_plugin.errors import BadInput, HardwareUnproved, nearest, out_of_memory
+from diffprune_plugin.errors import BadInput, HardwareUnproved, first_line, nearest, out_of_memory
 from diffprune_plugin.export.integrity import need
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -247,7 +247,7 @@ def prove(
         except Exception as error:
             if wanted.memory == "cpu" and out_of_memory(error):
                 raise
-            held(Proof("profile", False, f"it opens and does not run: {' '.join(str(error).split())[:200]}"))
+            held(Proof("profile", False, f"it opens and does not run: {first_line(error)}"))
             raise
         held(profile_proof(wanted.name, json.loads(Path(session.end_profiling()).read_text())))
         held(binding_proof(wanted.memory, bound.devices()))
