@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from diffprune_plugin.files import write_text
-from diffprune_plugin.progress import progress_bar
+from diffprune_plugin.utils.files import write_text
+from diffprune_plugin.utils.progress import progress_bar
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent

@@ -22,16 +22,16 @@ from train_demo import digits
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.calibration import Calibration
-from diffprune_plugin.checkpoint import load_pipeline
-from diffprune_plugin.data import Samples, load_samples
-from diffprune_plugin.features import Features, frechet_distance, load_features
-from diffprune_plugin.files import new_file
-from diffprune_plugin.finetune import finetune
-from diffprune_plugin.objective import noise_prediction_loss
-from diffprune_plugin.plan import PruningPlan
-from diffprune_plugin.sample import sample_images
-from diffprune_plugin.timesteps import Sweep
+from diffprune_plugin.calibration.calibration import Calibration
+from diffprune_plugin.criteria.sweep import Sweep
+from diffprune_plugin.data.loading import Samples, load_samples
+from diffprune_plugin.diffusion.loss import noise_prediction_loss
+from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
+from diffprune_plugin.evaluation.sampling import sample_images
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.pruning.checkpoint import load_pipeline
+from diffprune_plugin.recovery.finetune import finetune
+from diffprune_plugin.utils.files import new_file
 
 Row = dict[str, float]
 TRAINING: dict[str, Any] = json.loads((demo.HERE / "training.json").read_text())

@@ -27,9 +27,9 @@ from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, p
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.checkpoint import load_pipeline, read_plan
-from diffprune_plugin.data import load_samples
+from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
 
 THRESHOLD, BATCH = 0.05, 16
 GRID = [step / 100 for step in range(60, 4, -1)]  # ratios tried for the stock selection

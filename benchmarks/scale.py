@@ -27,12 +27,12 @@ from architectures import NAMES, build
 from diffusers import DDPMScheduler
 
 import diffprune_plugin as dp
-from diffprune_plugin.compensate import compensate_
-from diffprune_plugin.data import Samples
+from diffprune_plugin.data.loading import Samples
 from diffprune_plugin.export.memory import high_water
-from diffprune_plugin.plan import PruningPlan
+from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.tensors import weights_hash
+from diffprune_plugin.recovery.compensate import compensate_
+from diffprune_plugin.utils.tensors import weights_hash
 
 Row = dict[str, Any]
 RATIOS = (0.1, 0.3, 0.5, 0.7)

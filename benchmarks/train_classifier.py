@@ -21,8 +21,8 @@ from torch.nn import functional
 from train_demo import HELD_OUT, digits_with_labels
 
 from diffprune_plugin.export.convert import quiet, strip_
-from diffprune_plugin.files import new_file, write_text
-from diffprune_plugin.progress import progress_bar
+from diffprune_plugin.utils.files import new_file, write_text
+from diffprune_plugin.utils.progress import progress_bar
 
 FILE = Path(__file__).parent / "digits_classifier.onnx"
 SIZE = 64  # features

@@ -11,46 +11,46 @@ if not (Path(__file__).parent / "adapters").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from diffprune_plugin.calibrating import calibrate
-    from diffprune_plugin.calibration import Calibration
-    from diffprune_plugin.checkpoint import load, save
-    from diffprune_plugin.compensate import compensate_
-    from diffprune_plugin.config import FinetuneConfig, PruningConfig
-    from diffprune_plugin.encoding import encode
+    from diffprune_plugin.calibration.calibration import Calibration
+    from diffprune_plugin.calibration.run import calibrate
+    from diffprune_plugin.config.pruning import FinetuneConfig, PruningConfig
+    from diffprune_plugin.criteria.sweep import Sweep
+    from diffprune_plugin.data.encoding import encode
     from diffprune_plugin.hookspecs import hookimpl
-    from diffprune_plugin.mask_schedule import MaskSchedule
-    from diffprune_plugin.masking import fold_, load_masked_, mask_, nncf_prune, save_masked
-    from diffprune_plugin.plan import PruningPlan
-    from diffprune_plugin.planning import make_plan
+    from diffprune_plugin.integrations.torch_pruning import Pruner
+    from diffprune_plugin.planning.plan import PruningPlan
+    from diffprune_plugin.planning.planner import make_plan
     from diffprune_plugin.plugins import importance, plugin_manager
-    from diffprune_plugin.pruner import Pruner
-    from diffprune_plugin.removal import remove_
-    from diffprune_plugin.timesteps import Sweep
+    from diffprune_plugin.pruning.checkpoint import load, save
+    from diffprune_plugin.pruning.mask_schedule import MaskSchedule
+    from diffprune_plugin.pruning.masks import fold_, load_masked_, mask_, nncf_prune, save_masked
+    from diffprune_plugin.pruning.removal import remove_
+    from diffprune_plugin.recovery.compensate import compensate_
 
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
 _HOME = {
-    "Calibration": "calibration",
-    "FinetuneConfig": "config",
-    "MaskSchedule": "mask_schedule",
-    "Pruner": "pruner",
-    "PruningConfig": "config",
-    "PruningPlan": "plan",
-    "Sweep": "timesteps",
-    "calibrate": "calibrating",
-    "compensate_": "compensate",
-    "encode": "encoding",
-    "fold_": "masking",
+    "Calibration": "calibration.calibration",
+    "FinetuneConfig": "config.pruning",
+    "MaskSchedule": "pruning.mask_schedule",
+    "Pruner": "integrations.torch_pruning",
+    "PruningConfig": "config.pruning",
+    "PruningPlan": "planning.plan",
+    "Sweep": "criteria.sweep",
+    "calibrate": "calibration.run",
+    "compensate_": "recovery.compensate",
+    "encode": "data.encoding",
+    "fold_": "pruning.masks",
     "hookimpl": "hookspecs",
     "importance": "plugins",
-    "load": "checkpoint",
-    "load_masked_": "masking",
-    "make_plan": "planning",
-    "mask_": "masking",
-    "nncf_prune": "masking",
+    "load": "pruning.checkpoint",
+    "load_masked_": "pruning.masks",
+    "make_plan": "planning.planner",
+    "mask_": "pruning.masks",
+    "nncf_prune": "pruning.masks",
     "plugin_manager": "plugins",
-    "remove_": "removal",
-    "save": "checkpoint",
-    "save_masked": "masking",
+    "remove_": "pruning.removal",
+    "save": "pruning.checkpoint",
+    "save_masked": "pruning.masks",
 }
 
 __all__ = [
@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("diffusers").ModelMixin
     if name.startswith("Pruned"):
         # ... and for the class that model_index.json names.
-        from diffprune_plugin.checkpoint import pruned_class_named
+        from diffprune_plugin.pruning.checkpoint import pruned_class_named
 
         return pruned_class_named(name)
     raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")

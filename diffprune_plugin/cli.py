@@ -12,13 +12,13 @@ from rich.table import Table
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.cli import Overwrite, bench
-from diffprune_plugin.program import run_app
+from diffprune_plugin.utils.entry_point import run_app
 
 if TYPE_CHECKING:
-    from diffprune_plugin.compensate import CompensationReport
-    from diffprune_plugin.config import PruningConfig
-    from diffprune_plugin.dialects.table import Listing
-    from diffprune_plugin.plan import PruningPlan
+    from diffprune_plugin.config.dialects.table import Listing
+    from diffprune_plugin.config.pruning import PruningConfig
+    from diffprune_plugin.planning.plan import PruningPlan
+    from diffprune_plugin.recovery.compensate import CompensationReport
 
 app = typer.Typer(
     name="diffprune",
@@ -75,8 +75,8 @@ def prune(
     json: Json = False,
 ) -> None:
     """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
-    from diffprune_plugin.dialects import read, settle
-    from diffprune_plugin.processes import agreed, place
+    from diffprune_plugin.config.dialects import read, settle
+    from diffprune_plugin.utils.distributed import agreed, place
     from diffprune_plugin.workflow import prune_shared
 
     def given() -> tuple[Listing, PruningConfig]:
@@ -115,9 +115,9 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Train a pruned model further, on one device or, under accelerate launch, on several."""
-    from diffprune_plugin.config import FinetuneConfig, read_as
-    from diffprune_plugin.finetune import finetune as run
-    from diffprune_plugin.processes import agreed, own_device, place
+    from diffprune_plugin.config.pruning import FinetuneConfig, read_as
+    from diffprune_plugin.recovery.finetune import finetune as run
+    from diffprune_plugin.utils.distributed import agreed, own_device, place
 
     def given() -> FinetuneConfig:
         return read_as(FinetuneConfig, config, settings or [], model=model, output=output)
@@ -149,8 +149,8 @@ def config(
     """Translate a config to the native form, and list what becomes of each of its keys and why."""
     import yaml
 
-    from diffprune_plugin.dialects import read, translated
-    from diffprune_plugin.files import write_text
+    from diffprune_plugin.config.dialects import read, translated
+    from diffprune_plugin.utils.files import write_text
 
     if output and output.exists() and not overwrite:
         raise BadInput(f"{output} exists; use --overwrite or another file")
@@ -175,7 +175,7 @@ def inspect(
     if path.suffix == ".onnx":
         show_provenance(path, json)
         return
-    from diffprune_plugin.checkpoint import read_plan
+    from diffprune_plugin.pruning.checkpoint import read_plan
 
     show_plan(read_plan(path), json)
 
@@ -195,10 +195,10 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images; the same seed gives every model the same noise."""
-    from diffprune_plugin.checkpoint import load_pipeline
-    from diffprune_plugin.prompts import read_prompts
-    from diffprune_plugin.report import image_grid, save_image
-    from diffprune_plugin.sample import sample_images
+    from diffprune_plugin.evaluation.prompts import read_prompts
+    from diffprune_plugin.evaluation.sampling import sample_images
+    from diffprune_plugin.planning.report import image_grid, save_image
+    from diffprune_plugin.pruning.checkpoint import load_pipeline
     from diffprune_plugin.workflow import check_device
 
     check_device(device)
@@ -253,8 +253,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a model: size, loss per timestep, distance to real images, likeness to the dense model's images."""
-    from diffprune_plugin.drawing import Drawing
-    from diffprune_plugin.evaluate import run
+    from diffprune_plugin.evaluation.evaluate import run
+    from diffprune_plugin.evaluation.settings import Drawing
 
     drawing = Drawing(
         count=count,
@@ -355,7 +355,7 @@ def compensation_line(report: CompensationReport | None) -> str:
 
 def show_plan(plan: PruningPlan, json: bool) -> None:
     """The plan as a table, or as JSON; what fell short on standard error."""
-    from diffprune_plugin.report import plan_table
+    from diffprune_plugin.planning.report import plan_table
 
     if json:
         console.print_json(plan.model_dump_json())

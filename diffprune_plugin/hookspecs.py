@@ -28,7 +28,7 @@ hookimpl = pluggy.HookimplMarker("diffprune")
 class Criterion(Protocol):
     """A ``torch_pruning`` Importance: any object that scores a coupled group.
 
-    A criterion that needs gradients has two more attributes: ``sweep`` (a `diffprune_plugin.timesteps.Sweep`,
+    A criterion that needs gradients has two more attributes: ``sweep`` (a `diffprune_plugin.criteria.sweep.Sweep`,
     what to calibrate) and ``calibration`` (set to the `Calibration` before the first score).
     """
 

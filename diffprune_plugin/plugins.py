@@ -13,11 +13,11 @@ import numpy as np
 import pluggy
 
 import diffprune_plugin.adapters as built_in_adapters
-from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
-from diffprune_plugin import timesteps as built_in_timesteps
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.config import PruningConfig
+from diffprune_plugin.config.pruning import PruningConfig
+from diffprune_plugin.criteria import sweep as built_in_timesteps
+from diffprune_plugin.criteria import taylor as built_in_criteria
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from diffprune_plugin import launched
-from diffprune_plugin.processes import check_parallel
+from diffprune_plugin import __main__ as launched
+from diffprune_plugin.utils.distributed import check_parallel
 
 
 def make_accelerator() -> Any:

@@ -17,23 +17,23 @@ import yaml
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffprune_plugin.calibrating import calibrate, default_points
-from diffprune_plugin.calibration import Calibration
-from diffprune_plugin.checkpoint import PrunedModelMixin, load, load_pipeline, save
-from diffprune_plugin.compensate import CompensationReport, compensate_, passes_that_fit
-from diffprune_plugin.config import FinetuneConfig, PruningConfig
-from diffprune_plugin.data import Samples
-from diffprune_plugin.encoding import encode
+from diffprune_plugin.calibration.calibration import Calibration
+from diffprune_plugin.calibration.run import calibrate, default_points
+from diffprune_plugin.config.pruning import FinetuneConfig, PruningConfig
+from diffprune_plugin.data.encoding import encode
+from diffprune_plugin.data.loading import Samples
+from diffprune_plugin.diffusion.loss import fitting, trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, HardwareUnproved, out_of_memory
-from diffprune_plugin.files import check_absent
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.objective import fitting, trained_for, training_scheduler
-from diffprune_plugin.plan import PruningPlan
-from diffprune_plugin.planning import check_asked, check_patterns, make_plan
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.planner import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import criterion_of, find_adapter
-from diffprune_plugin.processes import agreed, decided, place
-from diffprune_plugin.removal import remove_
-from diffprune_plugin.tensors import weights_hash
+from diffprune_plugin.pruning.checkpoint import PrunedModelMixin, load, load_pipeline, save
+from diffprune_plugin.pruning.removal import remove_
+from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.utils.distributed import agreed, decided, place
+from diffprune_plugin.utils.files import check_absent
+from diffprune_plugin.utils.tensors import weights_hash
 
 CONFIG_FILE = "diffprune.yaml"
 # Keys of the config that are options of make_plan.

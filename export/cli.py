@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from diffprune_plugin.program import run_app
+from diffprune_plugin.utils.entry_point import run_app
 
 if TYPE_CHECKING:
     from diffprune_plugin.export.benchmark import Latency
@@ -117,7 +117,7 @@ def bench(
 
     from diffprune_plugin.export.benchmark import check_gates, gate, measure
     from diffprune_plugin.export.workflow import check_results, memory_errors, parse_numbers
-    from diffprune_plugin.files import write_text
+    from diffprune_plugin.utils.files import write_text
 
     check_results(json, markdown, plot, overwrite)
     check_gates(max_latency_ms, min_speedup)
@@ -133,7 +133,7 @@ def bench(
 def show(result: Latency, markdown: Path | None, plot: Path | None) -> None:
     """The tables on the terminal, and in the files asked for."""
     from diffprune_plugin.export import tables
-    from diffprune_plugin.files import write_text
+    from diffprune_plugin.utils.files import write_text
 
     for table in tables.tables(result):
         console.print(table)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, MissingExtra
-from diffprune_plugin.files import check_place, disk_errors, sync, write_text
+from diffprune_plugin.utils.files import check_place, disk_errors, sync, write_text
 
 PREFIX = "diffprune."
 MANIFEST = ".manifest.json"

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from diffprune_plugin.export.benchmark import AGAIN, DENSE, EAGER, Latency, Ratio, Row
 from diffprune_plugin.export.integrity import need
-from diffprune_plugin.files import new_file
+from diffprune_plugin.utils.files import new_file
 
 ROWS = ("runs on", "model", "batch", "p50 ms", "p90 ms", "p99 ms", "runs", "peak MB")
 DENSE_COLOR, PRUNED_COLOR = "#b0b7c3", "#2f6fde"

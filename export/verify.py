@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.diffusion.loss import PREDICTION_TYPES
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import denoise, unet_in, words_of
 from diffprune_plugin.export.feeds import TIMESTEP, input_shapes
 from diffprune_plugin.export.integrity import check_files, reject
 from diffprune_plugin.export.ort_unet import OrtDenoiser, RunFailed
-from diffprune_plugin.objective import PREDICTION_TYPES
 from diffprune_plugin.plugins import find_adapter
 
 BATCHES = (1, 2, 3, 5)

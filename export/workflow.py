@@ -26,7 +26,7 @@ from diffprune_plugin.export.placement import (
     prove,
 )
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
-from diffprune_plugin.files import check_place, write_text
+from diffprune_plugin.utils.files import check_place, write_text
 
 VERDICT = ".verdict.json"
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")

@@ -13,9 +13,9 @@ from PIL import Image
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.data import load_samples
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.export import ORTUNet
-from diffprune_plugin.objective import noise_prediction_loss
 
 
 def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_path, run) -> None:

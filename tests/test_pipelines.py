@@ -12,10 +12,10 @@ from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
-from diffprune_plugin.checkpoint import load_pipeline
-from diffprune_plugin.config import PruningConfig
+from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
+from diffprune_plugin.pruning.checkpoint import load_pipeline
 from diffprune_plugin.workflow import prune, unet_of
 
 FAST = {"timesteps": 4, "batch_size": 8}

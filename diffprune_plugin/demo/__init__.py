@@ -11,13 +11,13 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from diffprune_plugin.checkpoint import load_pipeline
-from diffprune_plugin.config import read_config
+from diffprune_plugin.config.pruning import read_config
+from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.export.integrity import need
 from diffprune_plugin.export.placement import check_distribution
-from diffprune_plugin.files import new_directory, write_text
-from diffprune_plugin.report import image_grid, plan_markdown, plot_curve, save_image, size_change
-from diffprune_plugin.sample import sample_images
+from diffprune_plugin.planning.report import image_grid, plan_markdown, plot_curve, save_image, size_change
+from diffprune_plugin.pruning.checkpoint import load_pipeline
+from diffprune_plugin.utils.files import new_directory, write_text
 from diffprune_plugin.workflow import Pruned, prune
 
 HERE = Path(__file__).parent

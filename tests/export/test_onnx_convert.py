@@ -15,7 +15,7 @@ from diffprune_plugin.export import read_provenance, to_onnx
 from diffprune_plugin.export.convert import dense_twin
 from diffprune_plugin.export.feeds import fixed_dims, input_shapes
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.plan import PruningPlan
+from diffprune_plugin.planning.plan import PruningPlan
 
 
 def test_names_and_axes_are_those_of_the_adapters_table(models):

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.errors import MissingGradients
-from diffprune_plugin.timesteps import Sweep
 
 
 class Fisher:

@@ -1,0 +1,247 @@
+"""The built-in importance criteria, registered through the same hooks as anyone's."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from diffprune_plugin.criteria.sweep import POWERS, Accumulation, Sweep, check_option
+from diffprune_plugin.errors import BadInput, MissingGradients, nearest
+from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
+
+if TYPE_CHECKING:
+    from diffprune_plugin.calibration.calibration import Calibration
+
+Normalizer = Literal["mean"] | None
+
+# The three variants in the authors' code, and the paper's own equation; every entry is an option and can be overridden.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"power": 1},
+    "ddpm_exp": {"power": 2, "sampling": "reference"},
+    "diffusers": {"power": 1, "sampling": "reference", "include_last": True},
+    "ldm": {"power": 1, "sampling": "fresh", "threshold": 0.1, "round_to": 2, "halves": "apart"},
+}
+
+
+class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
+    """First-order Taylor score of a coupled group: sum over its weights k of |w_k g_k| ** power.
+
+    g is the gradient of the loss, summed over the timesteps that the calibration kept before the absolute value is
+    taken (Eq. 7-10 of arXiv 2305.10924). Where the sweep accumulates powers, the score is sum_k |w_k| ** p G_k with
+    G_k the sum over timesteps of |g_kt| ** p; for p = 2 that of arXiv 1906.10771.
+    Convolutions and linear layers count, norm affine parameters if ``norms``.
+    ``normalizer="mean"`` divides by the group's mean, so that groups can be ranked together; the order inside a group
+    is the same. ``round_to`` and ``halves`` are what `make_plan` takes where it is not told otherwise. Without a
+    calibration, gradients accumulated in ``.grad`` are used.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        *,
+        power: int = 1,
+        norms: bool = False,
+        normalizer: Normalizer = "mean",
+        round_to: int | None = None,
+        halves: Literal["together", "apart"] | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        check_option("power", power, int)
+        check_option("norms", norms, bool)
+        if round_to is not None:
+            check_option("round_to", round_to, int)
+            if round_to < 1:
+                raise BadInput(f"importance: round_to {round_to} is below 1")
+        if halves not in ("together", "apart", None):
+            raise BadInput(f"importance: halves {halves!r} is neither 'together' nor 'apart'")
+        if power not in (1, 2):
+            raise BadInput(f"importance: power {power} is neither 1 (absolute value) nor 2 (square)")
+        if power != 1 and sweep.accumulate != "sum":
+            raise BadInput(f"importance: power {power} is for accumulate 'sum', not {sweep.accumulate!r}; leave it out")
+        if normalizer not in ("mean", None):
+            raise BadInput(f"importance: normalizer {normalizer!r} is neither 'mean' nor null")
+        self.sweep, self.power, self.norms, self.normalizer = sweep, power, norms, normalizer
+        self.round_to, self.halves, self.calibration = round_to, halves, calibration
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Score of each root channel of a torch-pruning group, shape (channels,), >= 0; None if nothing in it counts.
+
+        Raises MissingGradients if calibration has not run or belongs to a model of other sizes.
+        """
+        score = summed(group, lambda dep: self._channel_scores(dep, group))
+        if score is None or self.normalizer is None:
+            return score
+        return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+
+    def _channel_scores(self, dep: Any, group: Any) -> Tensor | None:
+        """`_saliency` summed over all weights of each channel on the pruned side of one layer."""
+        layer = dep.target.module
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            axis = 0 if group._DG.is_out_channel_pruning_fn(dep.handler) else 1
+            return self._saliency(layer, "weight", group).transpose(0, axis).flatten(1).sum(1)
+        if self.norms and isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None:
+            score = self._saliency(layer, "weight", group)
+            return score if layer.bias is None else score + self._saliency(layer, "bias", group)
+        return None
+
+    def _saliency(self, layer: nn.Module, name: str, group: Any) -> Tensor:
+        """|w g| ** power of each weight, or |w| ** p G where the calibration holds the sums G of |g| ** p."""
+        weight: nn.Parameter = getattr(layer, name)
+        where = f"{group._DG._module2name[layer]}.{name}"
+        summed = self.sweep.accumulate == "sum"
+        own = weight.grad if summed else None  # a sum of powers is not what autograd leaves in .grad
+        gradient = own if self.calibration is None else self.calibration.gradients.get(where)
+        if gradient is None:
+            raise MissingGradients(f"{where} has no gradient; pass importance(..., calibration=calibrate(...))")
+        if gradient.shape != weight.shape:
+            raise MissingGradients(
+                f"{where} is {tuple(weight.shape)} but was calibrated as {tuple(gradient.shape)}; calibrate again "
+                "after each removal"
+            )
+        size, slope = weight.detach().float().abs(), gradient.to(weight.device).float().abs()
+        return (size * slope) ** self.power if summed else size ** POWERS[self.sweep.accumulate] * slope
+
+
+def summed(group: Any, channel_scores: Callable[[Any], Tensor | None]) -> Tensor | None:
+    """The scores of the layers of a torch-pruning group added up by root channel; None if no layer has any."""
+    position = {channel: i for i, channel in enumerate(group[0].idxs)}
+    score: Tensor | None = None
+    for item in group.items:
+        scores = channel_scores(item.dep)
+        if scores is None or any(root is None for root in item.root_idxs):
+            continue
+        if score is None:
+            score = torch.zeros(len(position), dtype=scores.dtype, device=scores.device)
+        rows = torch.tensor([position[root] for root in item.root_idxs], device=scores.device)
+        score.index_add_(0, rows, scores[torch.as_tensor(item.idxs, device=scores.device)])
+    return score
+
+
+class FilterImportance(tp.importance.Importance):  # type: ignore[misc]
+    """NNCF 2's score of a coupled group: the norms of its filters, added up over the layers that produce the channels.
+
+    norm: ``L2``, ``L1``, or ``geometric_median``, the sum of a filter's distances to the layer's others. normalize:
+    each weight is divided by its L2 norm first, as NNCF does to rank all groups together (``all_weights``).
+    """
+
+    def __init__(self, norm: str = "L2", normalize: bool = False) -> None:
+        check_option("normalize", normalize, bool)
+        if norm not in FILTER_NORMS:
+            hint = nearest(str(norm), FILTER_NORMS)
+            raise BadInput(f"importance: norm {norm!r} is none of {', '.join(FILTER_NORMS)}{hint}")
+        self.norm, self.normalize = norm, normalize
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Score of each root channel of a torch-pruning group, shape (channels,), >= 0."""
+        return summed(group, lambda dep: self._filter_scores(dep, group))
+
+    def _filter_scores(self, dep: Any, group: Any) -> Tensor | None:
+        layer = dep.target.module
+        produces = isinstance(layer, (nn.Conv2d, nn.Linear)) and group._DG.is_out_channel_pruning_fn(dep.handler)
+        if not produces:
+            return None
+        filters = layer.weight.detach().float().flatten(1)
+        return FILTER_NORMS[self.norm](filters / filters.norm().clamp_min(1e-12) if self.normalize else filters)
+
+
+FILTER_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "L2": lambda filters: filters.norm(dim=1),
+    "L1": lambda filters: filters.abs().sum(1),
+    "geometric_median": lambda filters: torch.cdist(filters, filters).sum(1),
+}
+
+
+class RandomImportance(tp.importance.Importance):  # type: ignore[misc]
+    """Uniform scores that depend on the seed and the root layer's name only, not on the order of the groups."""
+
+    def __init__(self, seed: int = 0) -> None:
+        check_option("seed", seed, int)
+        self.seed = seed
+
+    def __call__(self, group: Any) -> Tensor:
+        """Scores in [0, 1), shape (channels,)."""
+        dep, channels = group[0]
+        name = group._DG._module2name[dep.target.module]
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.rand(len(channels), generator=generator)
+
+
+def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
+    """The thresholded timestep Taylor score; presets are variants of the authors' code (README, 'Presets')."""
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise BadInput(f"importance: preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+    return make_taylor({"accumulate": "sum", **PRESETS[preset], **options})
+
+
+def taylor(**options: Any) -> TaylorImportance:
+    """The Taylor score over all timesteps: no threshold."""
+    if "threshold" in options:
+        raise BadInput("importance: taylor keeps all timesteps and takes no threshold; use diff_taylor")
+    return make_taylor({"accumulate": "sum", "threshold": 0.0, **options})
+
+
+def taylor_absolute(**options: Any) -> TaylorImportance:
+    """sum_k |w_k| sum_t |g_kt|: gradients of different timesteps do not cancel; all timesteps unless told otherwise."""
+    return accumulating("absolute", options)
+
+
+def fisher(**options: Any) -> TaylorImportance:
+    """sum_k w_k^2 sum_t g_kt^2: the Fisher score; all timesteps unless told otherwise."""
+    return accumulating("square", options)
+
+
+def accumulating(what: Accumulation, options: dict[str, Any]) -> TaylorImportance:
+    if options.get("accumulate", what) != what:
+        raise BadInput(
+            f"importance: accumulate {options['accumulate']!r}: this criterion's is {what!r}; use diff_taylor"
+        )
+    return make_taylor({"threshold": 0.0, **options, "accumulate": what})
+
+
+def make_taylor(options: dict[str, Any]) -> TaylorImportance:
+    """Split the options into those of the sweep and those of the score."""
+    known = Sweep.option_names()
+    allowed = (*known, *(name for name in inspect.signature(TaylorImportance).parameters if name != "sweep"))
+    for key in options:
+        if key not in allowed:
+            raise BadInput(f"importance: unknown option {key!r}{nearest(key, allowed)}; have {', '.join(allowed)}")
+    given = {key: value for key, value in options.items() if key in known}
+    sweep, calibration = Sweep(**given), options.get("calibration")
+    if calibration is not None:
+        options["calibration"] = calibration = calibration.matching(given)
+        sweep = calibration.sweep
+    return TaylorImportance(sweep, **{key: value for key, value in options.items() if key not in known})
+
+
+def magnitude(p: int = 2) -> Any:
+    """torch-pruning's group magnitude: |w| ** p summed over a layer's weights, the mean over the coupled layers."""
+    check_option("p", p, int)
+    return tp.importance.GroupMagnitudeImportance(p=p)
+
+
+BUILT_IN: dict[str, CriterionFactory] = {
+    "diff_taylor": diff_taylor,
+    "diff-pruning": diff_taylor,
+    "ours": diff_taylor,
+    "taylor": taylor,
+    "taylor_absolute": taylor_absolute,
+    "fisher": fisher,
+    "magnitude": magnitude,
+    "random": RandomImportance,
+    "filter_norm": FilterImportance,
+}
+
+
+@hookimpl
+def diffprune_register_criteria(register: Callable[[str, CriterionFactory], None]) -> None:
+    for name, factory in BUILT_IN.items():
+        register(name, factory)

@@ -1,0 +1,152 @@
+"""Images and captions as a pipeline's UNet sees them: through its own autoencoder and text encoders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffprune_plugin.adapters.table import UNetAdapter, sample_size
+from diffprune_plugin.data.loading import FRAME, Samples, load_samples
+from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.plugins import find_adapter
+
+PIXELS = 8 * 256 * 256  # that go through the autoencoder at once
+CAPTIONS = 8  # captions that go through a text encoder at once
+WORDS = 77  # tokens a caption that LDMTextToImagePipeline takes
+AESTHETIC_SCORE = 6.0  # what SDXL's refiner pipeline takes for its prompts
+ENCODERS = ("vae", "vqvae", "bert", "text_encoder", "text_encoder_2")
+STATES, POOLED, NUMBERS = "encoder_hidden_states", "text_embeds", "time_ids"
+
+
+@torch.no_grad()
+def encode(pipeline: Any, source: Any, resolution: int | None = None, whole: bool = False) -> Samples:
+    """Whatever `load_samples` takes, as inputs of the pipeline's UNet: latents (their mean) of images, embeddings of
+    captions, and that of the empty prompt as null condition. What is neither stays as it is.
+
+    Raises BadInput for images that the autoencoder does not take, or captions without a text encoder.
+    """
+    samples, adapter = load_samples(source, resolution, whole), find_adapter(pipeline.unet)
+    needed = set(adapter.shapes(pipeline.unet)) - set(samples.extra)
+    images = samples.values.dtype is torch.uint8
+    if images and NUMBERS in needed:
+        samples = replace(samples, extra=samples.extra | {NUMBERS: time_ids(samples, pipeline, adapter)})
+    with beside_the_unet(pipeline):
+        if images:
+            samples = replace(samples, values=latents_of(pipeline, samples))
+        if samples.captions and STATES in needed:
+            embeddings, null = texts_encoded(pipeline, samples.captions)
+            samples = replace(samples, extra=samples.extra | embeddings, null=samples.null | null)
+    return samples
+
+
+@contextlib.contextmanager
+def beside_the_unet(pipeline: Any) -> Iterator[None]:
+    """The encoders on the UNet's device, afterwards where they were: they take no room there while it is calibrated."""
+    found = (getattr(pipeline, name, None) for name in ENCODERS)
+    before = [(encoder, encoder.device) for encoder in found if encoder is not None]
+    away = [(encoder, device) for encoder, device in before if device != pipeline.unet.device]
+    for encoder, _ in away:
+        encoder.to(pipeline.unet.device)
+    try:
+        yield
+    finally:
+        for encoder, device in away:
+            encoder.to(device)
+
+
+def latents_of(pipeline: Any, samples: Samples) -> Tensor:
+    """uint8 images through the pipeline's autoencoder if it has one: the mean of their latents, in its units."""
+    encoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+    if encoder is None:
+        return samples.values
+    channels, height, width = samples.shape
+    scale = 2 ** (len(encoder.config.block_out_channels) - 1)
+    expected = (encoder.config.in_channels, *(side * scale for side in sample_size(pipeline.unet)))
+    if (channels, height, width) != expected:
+        raise BadInput(
+            f"data: images are {samples.shape} (channels, height, width), the pipeline takes {expected}: its UNet's "
+            f"sample_size times {scale}; set 'resolution: {expected[1]}' or convert them"
+        )
+    upcast = encoder.dtype is torch.float16 and encoder.config.get("force_upcast")
+    if upcast:
+        encoder.to(torch.float32)  # as the pipelines do: in half precision it overflows
+    parts = []
+    for rows in torch.split(torch.arange(len(samples)), max(PIXELS // (height * width), 1)):
+        encoded = encoder.encode(samples.sample(rows).to(encoder.device, encoder.dtype))
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        parts.append(normalized(latents.float(), encoder.config).cpu().contiguous())
+    if upcast:
+        encoder.to(torch.float16)
+    return torch.cat(parts)
+
+
+def normalized(latents: Tensor, config: Any) -> Tensor:
+    """Latents in the units of the UNet."""
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[key], device=latents.device) for key in ("latents_mean", "latents_std"))
+        latents = (latents - mean.reshape(1, -1, 1, 1)) / std.reshape(1, -1, 1, 1)
+    scaled: Tensor = latents * config.scaling_factor
+    return scaled
+
+
+def time_ids(samples: Samples, pipeline: Any, adapter: UNetAdapter) -> Tensor:
+    """SDXL's numbers for each image: size before and crop, then its size, or an aesthetic score for the refiner."""
+    _, height, width = samples.shape
+    frames = samples.extra.get(FRAME, torch.tensor([[height, width, 0, 0]]).expand(len(samples), -1)).float()
+    last = [AESTHETIC_SCORE] if adapter.shapes(pipeline.unet)[NUMBERS] == ("batch", 5) else [height, width]
+    return torch.cat([frames, torch.tensor([last]).float().expand(len(samples), -1)], dim=1)
+
+
+def texts_encoded(pipeline: Any, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The UNet's inputs for captions, a row each, and the one row of each for no caption.
+
+    Raises BadInput for a pipeline without a text encoder that is known here.
+    """
+    if hasattr(pipeline, "encode_prompt"):
+        call = prompt_encoded
+    elif getattr(pipeline, "bert", None) is not None:
+        call = bert_encoded
+    else:
+        raise BadInput(
+            f"data: there are captions, and {type(pipeline).__name__} has no text encoder known here; give embeddings "
+            "in a .safetensors"
+        )
+    try:
+        rows = [call(pipeline, part) for part in batches(captions)]
+        null = call(pipeline, None)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise BadInput(
+            f"data: {type(pipeline).__name__} cannot encode the captions: {first_line(error)}; give embeddings in a "
+            ".safetensors"
+        ) from error
+    return {name: torch.cat([row[name] for row in rows]) for name in null}, null
+
+
+def batches(captions: Sequence[str]) -> Iterator[list[str]]:
+    return (list(captions[first : first + CAPTIONS]) for first in range(0, len(captions), CAPTIONS))
+
+
+def prompt_encoded(pipeline: Any, texts: list[str] | None) -> dict[str, Tensor]:
+    """By the pipeline's own encode_prompt; for None what it takes for no prompt (SDXL: zeros)."""
+    # Stable Diffusion returns embeddings and negative ones, SDXL the pooled of both too.
+    found = pipeline.encode_prompt(
+        prompt=texts or [""],
+        device=pipeline.unet.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=texts is None,
+    )
+    chosen = found[0 if texts else 1 :: 2]
+    return {name: tensor.float().cpu() for name, tensor in zip((STATES, POOLED), chosen, strict=False)}
+
+
+def bert_encoded(pipeline: Any, texts: list[str] | None) -> dict[str, Tensor]:
+    """As LDMTextToImagePipeline does it inside its call."""
+    tokens = pipeline.tokenizer(
+        texts or [""], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt"
+    )
+    return {STATES: pipeline.bert(tokens.input_ids.to(pipeline.bert.device))[0].float().cpu()}

@@ -1,0 +1,263 @@
+"""How good a pipeline's images are, and how near to the dense model's: what `diffprune evaluate` measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffprune_plugin.calibration.run import Run
+from diffprune_plugin.criteria.sweep import Sweep, strata
+from diffprune_plugin.data.encoding import encode
+from diffprune_plugin.data.loading import Samples, load_samples
+from diffprune_plugin.diffusion.loss import fitting, prediction_type, same_noise, training_scheduler
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
+from diffprune_plugin.evaluation.prompts import read_prompts
+from diffprune_plugin.evaluation.report import Evaluation, not_measured
+from diffprune_plugin.evaluation.sampling import sample_images
+from diffprune_plugin.evaluation.settings import Drawing
+from diffprune_plugin.export.integrity import need
+from diffprune_plugin.graph.groups import total_macs
+from diffprune_plugin.planning.report import pil_images
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.pruning.checkpoint import load_pipeline
+from diffprune_plugin.utils.files import check_absent
+from diffprune_plugin.utils.progress import progress_bar
+from diffprune_plugin.utils.tensors import weights_hash
+from diffprune_plugin.workflow import check_apart, check_device, unet_of
+
+Curves = npt.NDArray[np.float64]
+POINTS = 20  # of the loss curve
+SHOWN = 8  # images a row of the grid
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: its size, its losses (points, loss_samples), the images drawn, how many its safety checker blacked."""
+
+    name: str
+    weights: str
+    params: int
+    macs: int
+    losses: Curves | None = field(repr=False)
+    pictures: list[Image.Image] = field(repr=False)
+    blacked_out: int = 0
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 (count, channels, height, width)."""
+        arrays = [np.atleast_3d(np.asarray(picture)) for picture in self.pictures]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def run(
+    directory: Path,
+    output: Path,
+    *,
+    against: Path | None = None,
+    reference: Path | None = None,
+    features: Path | None = None,
+    prompts: Path | None = None,
+    resolution: int | None = None,
+    drawing: Drawing | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate the pipelines of two directories and write the result; raises BadInput before anything is computed.
+
+    With ``features`` every image of ``reference`` counts, else as many as calibration would take. ``resolution``: they
+    are resized and cropped to this height and width.
+    """
+    check_device(device)
+    check_absent(output, overwrite)
+    sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
+    check_apart(output, {key: None if path is None else str(path) for key, path in sources.items()})
+    drawing = drawing or Drawing()
+    if prompts is not None:
+        drawing = replace(drawing, prompts=read_prompts(prompts))
+    evaluation = evaluate(
+        load_pipeline(directory).to(device),
+        against=None if against is None else load_pipeline(against).to(device),
+        reference=None if reference is None else load_samples(reference, resolution, whole=features is not None),
+        features=None if features is None else load_features(features),
+        drawing=drawing,
+        progress=progress,
+    )
+    evaluation.write(output, overwrite)
+    return evaluation
+
+
+def evaluate(
+    pipeline: Any,
+    *,
+    against: Any = None,
+    reference: Any = None,
+    features: Features | None = None,
+    drawing: Drawing | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Draw from a pipeline, and from the dense one from the same noise, and measure both.
+
+    Params and MACs always; with ``reference`` (whatever `load_samples` takes) the loss per timestep on these images;
+    with ``features`` too the distances between drawn and reference images; with ``against`` SSIM and PSNR between the
+    two models' images, and the difference of their losses for the same images, timesteps and noise.
+
+    Of pipelines that draw from prompts image i of both models comes from the same prompt and the same noise.
+
+    What is not measured, for want of an option or of images, is in ``not_measured``, with what it takes.
+
+    Raises BadInput for images or models that do not fit each other.
+    """
+    samples = None if reference is None else load_samples(reference)
+    pipelines = {"model": pipeline} if against is None else {"against": against, "model": pipeline}
+    drawing = (drawing or Drawing()).settled(pipeline, samples)
+    check(pipelines, samples, features, drawing)
+    facts: dict[str, Any] = {"drawing": drawing.facts(pipeline)}
+    real = None
+    if features is not None and samples is not None:
+        real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
+        size = real.shape[1]
+        facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": size}
+        facts["features"]["least_images"] = features.least_images(size)
+    models = {role: measure(role, each, samples, drawing, progress) for role, each in pipelines.items()}
+    if len({model.name for model in models.values()}) < len(models):
+        models = {role: replace(model, name=f"{model.name} ({role})") for role, model in models.items()}
+    facts["models"] = {role: size_and_loss(model) for role, model in models.items()}
+    if samples is not None:
+        facts["reference"] = {"images": len(samples), "sha256": samples.sha256}
+        facts["timesteps"] = [int(part[len(part) // 2]) for part in parts_of(pipeline)]
+    if features is not None and real is not None:
+        for role, model in models.items():
+            drawn = features.of(model.images, drawing.batch_size)
+            facts["models"][role] |= distances(real, drawn, features, drawing.seed)
+    if against is not None:
+        facts["compared"] = compare(models["model"], models["against"])
+    facts["not_measured"] = not_measured(facts)
+    rows = {model.name: model.pictures[:SHOWN] for model in models.values() if model.pictures}
+    if samples is not None and samples.values.dtype is torch.uint8 and rows:
+        rows = {"reference": pil_images(samples.values[:SHOWN].numpy() / 255)} | rows
+    return Evaluation(facts, rows)
+
+
+def check(pipelines: dict[str, Any], samples: Samples | None, features: Features | None, drawing: Drawing) -> None:
+    """Raises BadInput for what could not be measured, before anything is drawn."""
+    need("torchmetrics", "eval")
+    drawing.check(pipelines.get("against", pipelines["model"]), pipelines["model"])
+    shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
+    if len(set(shapes.values())) > 1:
+        raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")
+    if samples is not None:
+        check_comparable([training_scheduler(pipeline.scheduler) for pipeline in pipelines.values()])
+    if features is None:
+        return
+    if samples is None:
+        raise BadInput("--features needs --reference: the images to compare with")
+    if samples.values.dtype is not torch.uint8:
+        raise BadInput("--reference: holds floats; --features needs uint8 images")
+    if not drawing.count:
+        raise BadInput("--features: --count 0 draws no images to compare; give more, or leave it out")
+
+
+def check_comparable(schedulers: Sequence[Any]) -> None:
+    """Raises BadInput unless all losses are of the same prediction, with the same noise at the same timesteps."""
+    first, last = schedulers[0], schedulers[-1]
+    if prediction_type(first) != prediction_type(last) or not same_noise(first, last):
+        kinds = [f"{prediction_type(s)} over {s.config.num_train_timesteps} timesteps" for s in (first, last)]
+        raise BadInput(
+            f"--against: it was trained for {kinds[0]}, the model for {kinds[1]}, or with other noise: their losses "
+            "are not comparable; leave --reference out"
+        )
+
+
+def sample_shape(pipeline: Any) -> tuple[int, ...]:
+    """(channels, height, width) of what the UNet denoises."""
+    unet = unet_of(pipeline)
+    return tuple(find_adapter(unet).flat_inputs(unet)["sample"].shape[1:])
+
+
+def measure(role: str, pipeline: Any, samples: Samples | None, drawing: Drawing, progress: bool) -> Measured:
+    """The losses first: they find out cheaply whether the images fit."""
+    unet = unet_of(pipeline)
+    losses = None if samples is None else losses_of(pipeline, samples, drawing, progress)
+    pictures = sample_images(pipeline, **drawing.options(), progress=progress) if drawing.count else []
+    params = sum(parameter.numel() for parameter in unet.parameters())
+    macs = total_macs(unet, find_adapter(unet))
+    checked = getattr(pipeline, "safety_checker", None) is not None
+    black = sum(not np.asarray(picture).any() for picture in pictures) if checked else 0
+    return Measured(str(pipeline.name_or_path or role), weights_hash(unet), params, macs, losses, pictures, black)
+
+
+def parts_of(pipeline: Any) -> list[npt.NDArray[np.int64]]:
+    """The timesteps that each point of the loss curve stands for."""
+    total = int(pipeline.scheduler.config.num_train_timesteps)
+    return strata(total, min(POINTS, total))
+
+
+def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool) -> Curves:
+    """Noise-prediction losses (points, loss_samples): the calibration's loss curve, each sample with a seed of its own.
+
+    Image, timestep and noise depend on the seed alone, so that two models' losses can be compared in pairs. Of very
+    many images every n-th is encoded.
+    """
+    unet, scheduler = unet_of(pipeline), training_scheduler(pipeline.scheduler)
+    adapter = find_adapter(unet)
+    fit = fitting(encode(pipeline, samples.thinned()), unet, adapter)
+    sweep = Sweep(threshold=0.0, curve_samples=drawing.loss_samples)
+    curve = Run(unet, scheduler, fit, sweep, drawing.batch_size, parts_of(pipeline), drawing.seed, adapter)
+    with progress_bar(progress) as bar:
+        curve.measure_curve(bar)
+    return curve.losses
+
+
+def size_and_loss(model: Measured) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": model.name, "weights": model.weights, "params": model.params, "MACs": model.macs}
+    if model.blacked_out:
+        facts["blacked_out"] = model.blacked_out
+    if model.losses is None:
+        return facts
+    mean, error = stratified_mean(model.losses)
+    per_timestep = model.losses.mean(axis=1).tolist()
+    return {**facts, "loss": mean, "loss_stderr": error, "loss_per_timestep": per_timestep}
+
+
+def stratified_mean(values: Curves) -> tuple[float, float]:
+    """Mean and standard error of values (strata, samples): only the spread inside the strata is chance."""
+    return float(values.mean()), math.sqrt(values.var(axis=1, ddof=1).mean() / values.size)
+
+
+def distances(real: Tensor, drawn: Tensor, features: Features, seed: int) -> dict[str, Any]:
+    """The Frechet and the kernel distance; None where a set has fewer images than it needs."""
+    fewest, least = min(len(real), len(drawn)), features.least_images(real.shape[1])
+    found: dict[str, Any] = dict.fromkeys(least)
+    if fewest >= least[features.frechet]:
+        found[features.frechet] = frechet_distance(real, drawn)
+    if fewest >= least[features.kernel]:
+        mean, deviation = kernel_distance(real, drawn, seed)
+        found[features.kernel] = {"mean": mean, "subsets_std": deviation}
+    return found
+
+
+def compare(model: Measured, dense: Measured) -> dict[str, Any]:
+    """SSIM (mean over images) and PSNR (of all pixels together) of images from the same noise; paired losses."""
+    found: dict[str, Any] = {}
+    if model.pictures:
+        metrics = need("torchmetrics.functional.image", "eval")
+        pair = model.images.float() / 255, dense.images.float() / 255
+        ssim = metrics.structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").flatten().double()
+        found["SSIM"] = float(ssim.mean())
+        found["SSIM_stderr"] = float(ssim.std() / math.sqrt(len(ssim))) if len(ssim) > 1 else None
+        psnr = float(metrics.peak_signal_noise_ratio(*pair, data_range=1.0))
+        found["PSNR"] = psnr if math.isfinite(psnr) else None  # every pixel is the same
+    if model.losses is not None and dense.losses is not None:
+        found["loss_difference"], found["loss_difference_stderr"] = stratified_mean(model.losses - dense.losses)
+    return found

@@ -1,0 +1,171 @@
+"""Images from a pipeline, from a seed, with any sampler and spacing of the timesteps."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from diffprune_plugin.diffusion.loss import config_of
+from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
+from diffprune_plugin.evaluation.prompts import Size, call_arguments, check_drawable, check_fitting, scales_noise
+from diffprune_plugin.planning.report import pil_images
+from diffprune_plugin.utils.progress import progress_bar
+
+SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolverMultistepScheduler"}
+SKIPS = ("uniform", "quad")
+
+
+def sample_images(
+    pipeline: Any,
+    count: int = 16,
+    *,
+    seed: int = 0,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    skip: str = "uniform",
+    batch_size: int | None = None,
+    prompts: Sequence[str] = (),
+    guidance_scale: float | None = None,
+    size: Size | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """``count`` images; the same seed gives every model the same noise. DDIM without added noise unless told otherwise.
+
+    ``scheduler``: a short name, or any diffusers scheduler that the pipeline's own is compatible with. ``skip``:
+    ``uniform`` spaces the timesteps as that scheduler does, ``quad`` by `quadratic`. ``batch_size``: images a pass,
+    all at once by default; samplers that add noise (DDPM) draw other images at another batch size, the rest the same.
+
+    Of pipelines that draw from prompts only: ``prompts``, taken in turn, image i from prompt i; ``guidance_scale`` and
+    ``size`` (height, width), by default the pipeline's own.
+
+    Raises BadInput for an unknown scheduler or spacing, a pipeline that needs prompts and has none, or the reverse;
+    CheckFailed for an image that is not finite.
+    """
+    check_fitting(pipeline, prompts, guidance_scale, size)
+    check_drawable(pipeline, prompts)
+    batch_size = count if batch_size is None else batch_size
+    if count < 1 or steps < 1 or batch_size < 1:
+        raise BadInput(f"--count {count}, --steps {steps} and --batch-size {batch_size} have to be at least 1")
+    before = pipeline.scheduler
+    pipeline.scheduler = sampler(before, scheduler, steps, skip, scales_noise(pipeline))
+    pipeline.set_progress_bar_config(disable=True)
+    common = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps, "output_type": "np"}
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    images: list[Image.Image] = []
+    with progress_bar(progress) as bar, seeded(seed, pipeline.unet.device):
+        task = bar.add_task("sampling", total=len(batches) * len(pipeline.scheduler.timesteps))
+        advance = pipeline.unet.register_forward_hook(lambda *_: bar.advance(task))
+        try:
+            for rows in batches:
+                given = call_arguments(pipeline, rows, prompts, guidance_scale, size)
+                drawn = np.asarray(pipeline(**given, **common).images)
+                check_finite(drawn, rows, pipeline)
+                images += pil_images(drawn)
+        except ValueError as error:
+            raise BadInput(f"{type(pipeline).__name__} cannot draw: {first_line(error)}") from error
+        finally:
+            advance.remove()
+            pipeline.scheduler = before
+    return images
+
+
+def check_finite(images: Any, rows: range, pipeline: Any) -> None:
+    """Raises CheckFailed for an image (count, height, width, channels) that would otherwise become a black one."""
+    bad = [row for row, image in zip(rows, images, strict=True) if not np.isfinite(image).all()]
+    if bad:
+        name = pipeline.name_or_path or type(pipeline).__name__
+        raise CheckFailed(f"{name}: image {bad[0]} is not finite; the model has diverged, or its dtype is too narrow")
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The same random numbers also for pipelines and samplers that add noise and take no generator for it.
+
+    They come from another seed made of this one: as numbers of the generator's own they would repeat the first noise.
+    """
+    other = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(other))
+        yield
+
+
+def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) -> Any:
+    """A scheduler of this name for a pipeline whose own is ``own``, set to so many steps.
+
+    ``sigmas``: whether the pipeline works with samplers that scale its noise (see `scales_noise`).
+
+    Raises BadInput for an unknown scheduler, or one that cannot be set so or does not fit the pipeline.
+    """
+    total = own.config.num_train_timesteps
+    if skip not in SKIPS:
+        raise BadInput(f"--skip {skip!r}{nearest(skip, SKIPS)}; known: {', '.join(SKIPS)}")
+    if steps > total:
+        raise BadInput(f"--steps {steps} is more than the {total} the model was trained for")
+    known = {cls.__name__: cls for cls in own.compatibles} | {type(own).__name__: type(own)}
+    cls = known.get(SCHEDULERS.get(name, name)) or getattr(diffusers, SCHEDULERS.get(name, ""), None)
+    if cls is None:
+        listing = ", ".join((*SCHEDULERS, *sorted(known)))
+        raise BadInput(f"--scheduler {name!r}{nearest(name, [*SCHEDULERS, *known])}; known: {listing}")
+    if skip == "quad" and cls is DDIMScheduler:
+        cls = AnyStepDDIM
+    try:
+        scheduler = cls.from_config(config_of(own))
+        settle_(scheduler, quadratic(total, steps) if skip == "quad" else None)
+        scheduler.set_timesteps(steps)
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"--scheduler {name}: {first_line(error)}") from None
+    if not sigmas and float(scheduler.init_noise_sigma) != 1:
+        raise BadInput(f"--scheduler {name}: it works in sigmas, and this pipeline scales no noise; use ddim or dpm")
+    return scheduler
+
+
+def settle_(scheduler: Any, timesteps: Sequence[int] | None) -> None:
+    """Make the pipeline's calls fit: these timesteps whatever it asks for, and a generator where step takes none.
+
+    Raises BadInput if timesteps are given and the scheduler cannot take them.
+    """
+    cls = type(scheduler)
+    if "generator" not in inspect.signature(cls.step).parameters:
+        scheduler.step = lambda *args, generator=None, **named: cls.step(scheduler, *args, **named)
+    if timesteps is None:
+        return
+    if "timesteps" not in inspect.signature(cls.set_timesteps).parameters:
+        raise BadInput(f"--skip quad: {cls.__name__} takes no timesteps of one's own; use ddim, ddpm or dpm")
+    scheduler.set_timesteps = lambda _, device=None: cls.set_timesteps(scheduler, device=device, timesteps=timesteps)
+
+
+def quadratic(total: int, steps: int) -> list[int]:
+    """Timesteps that grow as squares, largest first: [linspace(0, sqrt(0.8 total), steps) ** 2], rounded down.
+
+    The spacing of DDIM (arXiv 2010.02502, D.3) in the authors' code. Repeats near 0 are left out: a step of length
+    zero changes nothing. Raises BadInput for fewer than two steps.
+    """
+    if steps < 2:
+        raise BadInput(f"--skip quad: --steps {steps} is below 2: it would start from timestep 0")
+    squares = np.linspace(0, np.sqrt(total * 0.8), steps) ** 2
+    return [int(timestep) for timestep in np.unique(squares.astype(np.int64))[::-1]]
+
+
+class AnyStepDDIM(DDIMScheduler):  # type: ignore[misc]
+    """DDIM over any decreasing timesteps; diffusers' own always goes back by the same stride."""
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] = ()
+    ) -> None:
+        self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+        self.before = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
+
+    def step(self, model_output: torch.Tensor, timestep: Any, *args: Any, **named: Any) -> Any:
+        stride = int(timestep) - self.before[int(timestep)]
+        # The step goes back by num_train_timesteps // num_inference_steps: as many steps as give this stride.
+        self.num_inference_steps = Fraction(self.config.num_train_timesteps, stride)
+        return super().step(model_output, timestep, *args, **named)

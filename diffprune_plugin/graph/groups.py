@@ -1,0 +1,257 @@
+"""Coupled groups: which channels of which layers have to go together, and what every layer costs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.dependency import index_mapping
+
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.pruning.masked_layers import check_stock
+
+Channels = npt.NDArray[np.int64]
+Side = Literal["out", "in"]
+ChannelsToGo = dict[tuple[str, Side], Channels]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Channels of one side of a layer, in its own numbering, and the root channel that each belongs to."""
+
+    layer: str
+    side: Side
+    channels: Channels
+    roots: Channels
+
+
+@dataclass(frozen=True)
+class CoupledGroup:
+    """All channels that a removal of the root layer's output channels drags along.
+
+    The root's ``channels`` fall into ``pairs`` halves that live and die together (GEGLU), leaving ``units``; those fall
+    into ``parts`` equal runs (norm groups, heads) that must lose equally many. ``graph_group`` is torch-pruning's own
+    group over all channels: what a criterion scores.
+    """
+
+    root: str
+    channels: int
+    pairs: int
+    parts: int
+    members: tuple[Member, ...]
+    graph_group: Any = field(repr=False, compare=False)
+
+    @property
+    def units(self) -> int:
+        return self.channels // self.pairs
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """What makes groups alike: the kinds of their layers, in the graph's order, and how their units are tied."""
+        kinds = ((type(i.dep.target.module).__name__, i.dep.handler.__name__) for i in self.graph_group.items)
+        return (self.pairs, self.parts, *kinds)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose output channels are coupled, the root first."""
+        return tuple(dict.fromkeys(m.layer for m in self.members if m.side == "out"))
+
+    def closed(self, units: Iterable[int]) -> Channels:
+        """The root channels of these units, sorted: each with its twin in every other half."""
+        return self.rooted(np.asarray(sorted(units), dtype=np.int64))
+
+    def rooted(self, first: Channels) -> Channels:
+        """The root channels of units, half by half in the order given."""
+        return np.concatenate([first + half * self.units for half in range(self.pairs)])
+
+
+class Settled(dict[Any, Any]):
+    """The nodes of a finished dependency graph, which has no index mappings left to update.
+
+    torch-pruning goes through ``items()`` before it makes any group, to update the mapping of every concatenation and
+    reshape: half the time of a Stable Diffusion UNet. Nothing changes while groups are listed, so here it finds none.
+    """
+
+    def items(self) -> Any:
+        return ()
+
+
+def trace_groups(unet: nn.Module, adapter: UNetAdapter) -> list[CoupledGroup]:
+    """The UNet's coupled groups, found by torch-pruning's dependency graph; every output channel is in at most one.
+
+    Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked UNet.
+    """
+    check_stock(unet)
+    adapter.check(unet)
+    example = adapter.trace_inputs(unet)
+    with differentiable(unet):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
+        graph = tp.DependencyGraph().build_dependency(unet, example, verbose=False)
+    return groups_of(graph, unet, adapter)
+
+
+def groups_of(
+    graph: Any,
+    unet: nn.Module,
+    adapter: UNetAdapter,
+    parts: Mapping[str, int] | None = None,
+    root_types: Sequence[type] = (ops.TORCH_CONV, ops.TORCH_LINEAR),
+) -> list[CoupledGroup]:
+    """The coupled groups of a dependency graph; ``parts``: equal parts by layer, by default those of the adapter."""
+    names = {module: name for name, module in unet.named_modules()}
+    parts, paired = adapter.equal_parts(unet) if parts is None else parts, adapter.paired(unet)
+    groups = []
+    with settled(graph):
+        for group in graph.get_all_groups(root_module_types=root_types):
+            members = tuple(members_of(group, graph, names))
+            root = names[group[0].dep.target.module]
+            pairs = paired.get(root, 1)
+            check_pairs(group, graph, root, pairs, adapter)
+            equal = (parts.get(m.layer, 1) for m in members if m.side == "out")
+            groups.append(CoupledGroup(root, len(group[0].idxs), pairs, math.lcm(*equal), members, group))
+    return groups
+
+
+@contextlib.contextmanager
+def settled(graph: Any) -> Iterator[None]:
+    """Groups are listed without updating index mappings each time: they are brought up to date once."""
+    index_mapping.update_index_mapping(graph)
+    nodes = graph.module2node
+    graph.module2node = Settled(nodes)
+    try:
+        yield
+    finally:
+        graph.module2node = nodes
+
+
+@contextlib.contextmanager
+def differentiable(unet: nn.Module) -> Iterator[None]:
+    """Autograd reaches every parameter, in eval mode; afterwards the UNet is as it was."""
+    training = unet.training
+    before = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    unet.eval().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        unet.train(training)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def members_of(group: Any, graph: Any, names: dict[nn.Module, str]) -> Iterable[Member]:
+    """The layers of a torch-pruning group with their channels; operations without weights are left out."""
+    for item in group.items:
+        module = item.dep.target.module
+        if isinstance(module, nn.Parameter):
+            raise BadInput(f"{graph._param_to_name[module]}: a parameter outside any layer is coupled: not supported")
+        if module in names:
+            side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+            yield Member(names[module], side, np.asarray(item.idxs), np.asarray(item.root_idxs))
+
+
+def check_pairs(group: Any, graph: Any, root: str, pairs: int, adapter: UNetAdapter) -> None:
+    """Raises BadInput unless removing root channel 0 takes exactly its twins in the other halves."""
+    dep, channels = group[0].dep, len(group[0].idxs)
+    coupled = sorted(graph.get_pruning_group(dep.target.module, dep.handler, [0])[0].idxs)
+    if coupled != [half * channels // pairs for half in range(pairs)]:
+        raise BadInput(
+            f"{root}: channels {coupled} live and die together, which no Pairs row of the adapter for "
+            f"{adapter.model_class} says; add one to its table"
+        )
+
+
+def removed_channels(groups: Iterable[CoupledGroup], units: dict[str, list[int]]) -> ChannelsToGo:
+    """For each side of each layer that shrinks, the channels that go, when these units (by root layer) go."""
+    removed: dict[tuple[str, Side], list[Channels]] = {}
+    for group in groups:
+        roots = group.closed(units.get(group.root, []))
+        for member in group.members if len(roots) else ():
+            gone = member.channels[np.isin(member.roots, roots)]
+            removed.setdefault((member.layer, member.side), []).append(gone)
+    return {key: np.unique(np.concatenate(parts)) for key, parts in removed.items()}
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Channels and size of one layer, applied at so many positions.
+
+    Of its ``params`` elements the ``weights`` have an input and an output side, the others (biases, norm affine) an
+    output side only.
+    """
+
+    channels_in: int
+    channels_out: int
+    params: int
+    weights: int
+    positions: int
+
+    def after(self, removed_in: int, removed_out: int) -> tuple[int, int]:
+        """(params, MACs) of the layer when these many channels are gone."""
+        left_in = 1 - removed_in / max(self.channels_in, 1)
+        left_out = 1 - removed_out / max(self.channels_out, 1)
+        params = round(self.weights * left_in * left_out) + round((self.params - self.weights) * left_out)
+        return params, params * self.positions
+
+
+def layer_costs(unet: nn.Module, adapter: UNetAdapter) -> dict[str, LayerCost]:
+    """The cost of every layer with parameters, for one sample of the config's size; nothing is computed (meta device).
+
+    MACs count every parameter of a convolution, linear or norm layer once per position, as torch-pruning and with it
+    the paper do; what has no parameters (the attention product, activations) is left out.
+    """
+    model = meta_copy(unet)
+    positions: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            positions[name] = positions.get(name, 0) + output.numel() // layer_cost(modules[name], 0).channels_out
+
+        return hook
+
+    modules = {name: module for name, module in model.named_modules() if own_parameters(module)}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Embedding):
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model(**adapter.example_inputs(model))
+    return {name: layer_cost(module, positions.get(name, 0)) for name, module in modules.items()}
+
+
+def total_macs(unet: nn.Module, adapter: UNetAdapter) -> int:
+    """MACs of one sample of the config's size, counted as `layer_costs` does."""
+    return sum(cost.after(0, 0)[1] for cost in layer_costs(unet, adapter).values())
+
+
+def layer_cost(module: nn.Module, positions: int) -> LayerCost:
+    """The cost of one layer applied at so many positions."""
+    params = own_parameters(module)
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        out, into = module.weight.shape[:2]
+        return LayerCost(into, out, params, module.weight.numel(), positions)
+    if isinstance(module, nn.Embedding):
+        return LayerCost(0, module.embedding_dim, params, 0, 0)
+    channels = next(module.parameters(recurse=False)).shape[0]
+    return LayerCost(0, channels, params, 0, positions)
+
+
+def own_parameters(module: nn.Module) -> int:
+    """Elements of the parameters that the module itself holds."""
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def meta_copy(unet: nn.Module) -> nn.Module:
+    """A copy of the structure without data: parameters and buffers of the same shapes on the meta device."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in unet.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
+    return copy.deepcopy(unet, memo).eval()

@@ -1,0 +1,64 @@
+"""pruna: the algorithm ``diffprune``, for pipelines with a UNet that has an adapter.
+
+Importing this file registers it; then ``smash(pipeline, SmashConfig({"diffprune": {"data": "train-images"}}))`` prunes;
+criteria that need no gradients need no data. The smashed pipeline is saved by pruna as a diffusers directory, without a
+pickle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ConfigSpace import CategoricalHyperparameter, UniformFloatHyperparameter
+from pruna.algorithms.base.pruna_base import PrunaAlgorithmBase
+from pruna.algorithms.base.registry import AlgorithmRegistry
+from pruna.algorithms.base.tags import AlgorithmTag
+from pruna.config.hyperparameters import UnconstrainedHyperparameter
+
+from diffprune_plugin.calibration.run import calibrate
+from diffprune_plugin.data.encoding import encode
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.planner import make_plan
+from diffprune_plugin.plugins import criteria, find_adapter, importance, plugin_manager
+from diffprune_plugin.pruning.removal import remove_
+
+
+class DiffPrune(PrunaAlgorithmBase):  # type: ignore[misc]
+    """Remove channels of a pipeline's UNet; ``data`` (images) for criteria that calibrate."""
+
+    algorithm_name = "diffprune"
+    group_tags = (AlgorithmTag.PRUNER,)
+    references = {"Paper": "https://arxiv.org/abs/2305.10924"}  # noqa: RUF012
+    save_fn = None  # the pipeline's own
+    tokenizer_required = processor_required = dataset_required = False
+    runs_on = ("cpu", "cuda")
+
+    def get_hyperparameters(self) -> list[Any]:
+        """Criterion, ratio and data, as ConfigSpace has them."""
+        return [
+            CategoricalHyperparameter("importance", sorted(criteria(plugin_manager())), default_value="diff_taylor"),
+            UniformFloatHyperparameter("pruning_ratio", 0.0, 0.99, default_value=0.3),
+            UnconstrainedHyperparameter("data", default_value=None),
+        ]
+
+    def model_check_fn(self, model: Any) -> bool:
+        """Whether this is a pipeline whose UNet has an adapter."""
+        try:
+            find_adapter(model.unet)
+        except (AttributeError, BadInput):
+            return False
+        return True
+
+    def _apply(self, model: Any, smash_config: Any) -> Any:
+        criterion: Any = importance(smash_config["importance"])
+        if (sweep := getattr(criterion, "sweep", None)) is not None:
+            if smash_config["data"] is None:
+                raise BadInput(f"diffprune_data is missing: {smash_config['importance']} needs images; give a folder")
+            samples = encode(model, smash_config["data"])
+            criterion.calibration = calibrate(model.unet, model.scheduler, samples, sweep, progress=False)
+        remove_(model.unet, make_plan(model.unet, criterion, pruning_ratio=smash_config["pruning_ratio"]))
+        model.register_modules(unet=model.unet)  # its class is another now
+        return model
+
+
+AlgorithmRegistry.register_algorithm(DiffPrune())

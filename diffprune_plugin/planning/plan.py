@@ -1,0 +1,135 @@
+"""The pruning plan: which channels go, and how it is written down."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.utils.files import write_text
+
+PLAN_FILE = "pruning_plan.json"
+WITHIN = 0.01  # a target is met within this share of it
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GroupPlan(Frozen):
+    """One coupled group: its root layer, what is coupled to it, and which of its units go.
+
+    A unit is a channel of the root, with its twins where the layer's output comes in ``pairs``. The units fall into
+    ``parts`` that lose equally many, so that, with ``round_to``, ``step`` go at a time. ``requested`` units were asked
+    to go; ``reason`` says why fewer went.
+    """
+
+    root: str
+    layers: tuple[str, ...]
+    units: int
+    pairs: int
+    parts: int
+    step: int
+    requested: int
+    removed: tuple[int, ...]
+    reason: str = ""
+
+    @property
+    def short(self) -> bool:
+        """Whether the group lost nothing, or a whole step less, than it was asked to."""
+        return self.requested > 0 and (not self.removed or self.requested - len(self.removed) >= self.step)
+
+
+class LayerSize(Frozen):
+    """Channels (in, out) of one layer before and after."""
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+
+class PruningPlan(Frozen):
+    """Which output channels of which layers go, and what is left. JSON, readable, made without touching the model.
+
+    ``architecture`` is the SHA-256 of the dense UNet's config; ``layers`` holds every layer that changes; ``params``
+    and ``macs`` are those of the whole UNet before and after, for one sample. ``target`` is the ``macs_target`` or
+    ``params_target`` that ``pruning_ratio`` was searched for; ``heads`` the number of heads before and after of each
+    attention that loses whole ones.
+    """
+
+    format: Literal[1] = 1
+    model_class: str
+    architecture: str
+    criterion: dict[str, Any]
+    pruning_ratio: float
+    target: dict[str, float] = {}
+    groups: tuple[GroupPlan, ...]
+    heads: dict[str, tuple[int, int]] = {}
+    layers: dict[str, LayerSize]
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    versions: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
+        content = self.model_dump(mode="json", exclude={"versions"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def shortfalls(self) -> list[str]:
+        """A line for each group that could not lose what was asked; for a target only whether that was missed."""
+        if not self.target:
+            return [f"{g.root}: {len(g.removed)} of {g.requested} went: {g.reason}" for g in self.groups if g.short]
+        lines = []
+        for key, share in self.target.items():
+            before, after = self.macs if key == "macs_target" else self.params
+            if abs(after - share * before) > WITHIN * share * before:
+                lines.append(f"{key}: asked {share}, got {after / before:.4f}: the groups' steps allow no nearer size")
+        return lines
+
+    def removed_units(self) -> dict[str, list[int]]:
+        """The units that go, by root layer."""
+        return {group.root: list(group.removed) for group in self.groups}
+
+    def write(self, path: Path) -> None:
+        """As JSON with its hash, atomically."""
+        content = self.model_dump(mode="json") | {"sha256": self.sha256}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> PruningPlan:
+        """The plan in a file.
+
+        Raises BadInput if it is missing, is no plan, or was altered since it was written.
+        """
+        try:
+            content = json.loads(path.read_text())
+            stated = content.pop("sha256")
+            plan = cls.model_validate(content)
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such file; is the directory a pruned model?") from None
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path}: not a pruning plan: {first_line(error)}") from None
+        if plan.sha256 != stated:
+            raise BadInput(f"{path}: altered since it was written (its sha256 differs); restore it or prune again")
+        return plan
+
+
+def architecture_hash(unet: Any) -> str:
+    """SHA-256 of what the dense config says beyond the defaults: a key that a later diffusers adds changes nothing."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(type(unet)).parameters.items()}
+    config = {
+        key: value
+        for key, value in dict(unet.config).items()
+        if not key.startswith("_") and plain(value) != plain(defaults.get(key))
+    }
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A tuple as the list that it becomes in JSON."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,80 @@
+"""Removal: the channels of a plan physically gone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.pruner.function import PrunerBox
+
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.groups import ChannelsToGo, CoupledGroup, removed_channels, trace_groups
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.pruning.checkpoint import as_pruned_, check_architecture
+from diffprune_plugin.pruning.masked_layers import check_hooks, stock_
+
+
+@dataclass(frozen=True)
+class RemovalReport:
+    """What a removal did: how many layers shrank, parameters and MACs before and after, groups that fell short."""
+
+    layers: int
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    shortfalls: tuple[str, ...]
+
+
+def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None = None) -> RemovalReport:
+    """Remove the plan's channels from the UNet in place, and make it a class that saves and loads with its plan.
+
+    Every attribute that repeats a size is mended; attention keeps the dense softmax scale (the query weights are
+    multiplied by sqrt(new / old head size)).
+
+    Raises BadInput if the plan belongs to another architecture, or the UNet was pruned before or is masked.
+    """
+    adapter = adapter or find_adapter(unet)
+    check_hooks(unet)
+    check_architecture(unet, plan, type(unet).__name__)
+    stock_(unet)
+    gone = channels_to_go(unet, plan, adapter)
+    heads = adapter.head_sizes(unet)
+    remove_channels_(unet, gone)
+    adapter.set_heads_(unet, plan.heads)
+    adapter.mend_(unet)
+    adapter.keep_softmax_scale_(unet, heads)
+    as_pruned_(unet, plan)
+    return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
+
+
+def channels_to_go(unet: nn.Module, plan: PruningPlan, adapter: UNetAdapter) -> ChannelsToGo:
+    """For each side of each layer that shrinks, the channels that go; raises BadInput for another UNet's plan."""
+    check_architecture(unet, plan, type(unet).__name__)
+    groups = trace_groups(unet, adapter)
+    check_groups(groups, plan)
+    return removed_channels(groups, plan.removed_units())
+
+
+@torch.no_grad()
+def remove_channels_(unet: nn.Module, gone: ChannelsToGo) -> None:
+    """Slice every layer with torch-pruning's own function for its type."""
+    for (name, side), channels in gone.items():
+        layer = unet.get_submodule(name)
+        pruner = PrunerBox[ops.module2type(layer)]
+        slice_ = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+        slice_(layer, channels.tolist())
+
+
+def check_groups(groups: list[CoupledGroup], plan: PruningPlan) -> None:
+    """Raises BadInput unless the plan's groups are this UNet's."""
+    found = {group.root: group.units for group in groups}
+    for group in plan.groups:
+        if found.get(group.root) != group.units:
+            raise BadInput(
+                f"the plan has {group.units} units at {group.root}, this UNet {found.get(group.root, 'none')}"
+            )
+        if group.removed and not 0 <= group.removed[0] <= group.removed[-1] < group.units:
+            raise BadInput(f"the plan removes unit {group.removed[-1]} of {group.units} at {group.root}")

@@ -1,0 +1,60 @@
+"""Distillation: the dense model as a teacher of the pruned one, by its prediction and by its features."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.recovery.compensate import evaluating, find_systems
+from diffprune_plugin.recovery.ridge import by_position
+
+
+@torch.no_grad()
+def kept_features(unet: nn.Module, dense: nn.Module, plan: PruningPlan, adapter: UNetAdapter) -> dict[str, Tensor]:
+    """The blocks whose outputs are residual sums, and which of the dense UNet's channels there the pruned one kept.
+
+    Raises BadInput if there is none.
+    """
+    with evaluating(unet, dense):
+        systems, _ = find_systems(unet, dense, plan, adapter)
+    sums = {s.block: s.kept for s in systems if s.block not in {part.name for part in s.parts}}
+    if not sums:
+        raise BadInput("feature_weight: the plan cuts no layer whose output goes into a residual sum; leave it out")
+    return sums
+
+
+@contextlib.contextmanager
+def watched(unet: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of some modules, by name, filled in by the forward passes of the block."""
+    values: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            values[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(unet.get_submodule(name).register_forward_hook(keeper(name)))
+        yield values
+
+
+def feature_error(values: Mapping[str, Tensor], taught: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+    """Squared distance to the teacher's features at the kept channels over their mean square, shape (batch,).
+
+    The mean over all features: the feature term of arXiv 2305.15798, made free of each feature's scale.
+    """
+    errors = []
+    for name, channels in kept.items():
+        target = by_position(taught[name])[..., channels.to(taught[name].device)].float()
+        error = (by_position(values[name]).float() - target).square().flatten(1).mean(1)
+        errors.append(error / target.square().mean().clamp_min(torch.finfo(target.dtype).tiny))
+    return torch.stack(errors).mean(0)

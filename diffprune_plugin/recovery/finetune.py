@@ -1,0 +1,243 @@
+"""From a pruned directory to a trained one: what `diffprune finetune` does.
+
+accelerate launch -m diffprune_plugin.finetune CONFIG     # several processes, GPUs or machines
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+
+from diffprune_plugin.config.pruning import FinetuneConfig
+from diffprune_plugin.data.encoding import encode
+from diffprune_plugin.data.loading import Samples
+from diffprune_plugin.diffusion.batches import settled_dropout
+from diffprune_plugin.diffusion.loss import fitting, training_scheduler
+from diffprune_plugin.errors import BadInput, MissingExtra, first_line
+from diffprune_plugin.planning.report import loss_plot
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.pruning.checkpoint import PrunedModelMixin, check_architecture, load, load_pipeline, save
+from diffprune_plugin.recovery.distillation import kept_features
+from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
+from diffprune_plugin.utils.distributed import agreed, check_parallel, check_same, own_device
+from diffprune_plugin.utils.files import check_absent, disk_errors
+from diffprune_plugin.utils.memory import checkpointing
+from diffprune_plugin.utils.progress import progress_bar
+from diffprune_plugin.utils.tensors import weights_hash
+from diffprune_plugin.workflow import COMPENSATION_FILE, CONFIG_FILE, check_apart, progress_directory, unet_of
+
+FINETUNE_FILE = "finetune.yaml"
+FORMAT = 2  # of the checkpoints
+REPORT_FILE = "finetune.json"
+PLOT_FILE = "finetune.png"
+FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision"}  # keys that change no result
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a training did: settings, steps and wall seconds, processes, and the curve of each term of the loss.
+
+    ``curve``: one entry a step, the mean over its batch before the step; ``loss`` is the weighted sum of the terms,
+    ``grad_norm`` the norm of the gradients before they are clipped (0 where fp16 skipped the step).
+    ``resumed``: the step that this run went on from.
+    """
+
+    settings: dict[str, Any]
+    steps: int
+    resumed: int
+    seconds: float
+    processes: int
+    device: str
+    mixed_precision: str
+    versions: dict[str, str]
+    curve: dict[str, list[float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def ends(self) -> tuple[float, float]:
+        """The mean loss over the first tenth of the steps and over the last."""
+        loss = self.curve["loss"]
+        tenth = max(len(loss) // 10, 1)
+        return sum(loss[:tenth]) / tenth, sum(loss[-tenth:]) / tenth
+
+
+def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool = True) -> FinetuneReport:
+    """Train the pruned model of a directory and write one that loads the same way; its weights are the moving average.
+
+    An interrupted call goes on from its last checkpoint, on one process to identical bits. The output also holds the
+    config, the loss curve (finetune.json) and, where matplotlib is installed, its plot.
+
+    Raises BadInput for anything in the config that cannot be used, before anything is written; CheckFailed for a loss
+    that is not finite.
+    """
+    accelerator = agreed(lambda: make_accelerator(config), own_device())
+    device = accelerator.device
+    begin, pipeline = agreed(lambda: prepare(config, accelerator, overwrite), device)
+    training = begin()
+    agreed(training.resume, device)
+    resumed = training.step
+    check_same(resumed, training.file, device)
+    agreed(lambda: start_tracker(config, accelerator, training.file.stem), device)
+    try:
+        shown = progress and accelerator.is_local_main_process
+        with checkpointing(training.unet, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
+            training.run(bar)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    training.finish_()
+    report = report_of(training, resumed)
+    agreed(lambda: finish(config, pipeline, report, overwrite) if accelerator.is_main_process else None, device)
+    return report
+
+
+def finish(config: FinetuneConfig, pipeline: Any, report: FinetuneReport, overwrite: bool) -> None:
+    """Write the output; the checkpoints are needed no more."""
+    save(pipeline, Path(config.output), overwrite=overwrite, extra=provenance(config, report))
+    shutil.rmtree(progress_directory(config), ignore_errors=True)
+
+
+def start_tracker(config: FinetuneConfig, accelerator: Accelerator, name: str) -> None:
+    """Raises BadInput where its files cannot be written."""
+    if config.tracker != "none":
+        with disk_errors(Path(accelerator.logging_dir)):
+            accelerator.init_trackers(name)
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Accelerate as the config and ``accelerate launch`` want it.
+
+    Raises MissingExtra without the tracker's package, BadInput for what this machine or process cannot do.
+    """
+    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtra("tensorboard", "train")
+    place = Path(config.output)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_config=ProjectConfiguration(str(place.parent), str(place.parent / f"{place.name}.logs")),
+        )
+    except ValueError as error:
+        raise BadInput(f"mixed_precision: {config.mixed_precision}: {first_line(error)}") from None
+    check_parallel(accelerator)
+    return accelerator
+
+
+def check_shares(config: FinetuneConfig, accelerator: Accelerator) -> None:
+    """Raises BadInput unless the batch divides evenly."""
+    passes, processes = config.gradient_accumulation_steps, accelerator.num_processes
+    if config.batch_size % (passes * processes):
+        raise BadInput(
+            f"batch_size: {config.batch_size} does not divide over {processes} processes x {passes} "
+            f"gradient_accumulation_steps; choose a multiple of {passes * processes}"
+        )
+
+
+def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -> tuple[Callable[[], Training], Any]:
+    """What makes the training at its first step, and the pipeline whose UNet it trains.
+
+    Raises BadInput for an output in the way, a batch that does not divide over the processes, a model that is no pruned
+    pipeline, and for images or a teacher that do not fit it.
+    """
+    output = Path(config.output)
+    check_absent(output, overwrite)
+    check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
+    check_shares(config, accelerator)
+    pipeline = load_pipeline(Path(config.model))
+    unet = unet_of(pipeline)
+    if not isinstance(unet, PrunedModelMixin):
+        raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
+    adapter = find_adapter(unet)
+    unet.to(accelerator.device)
+    samples = fitting(encode(pipeline, config.data, config.resolution, whole=True), unet, adapter)
+    settled_dropout(config.condition_dropout, samples, "fine-tune")
+    scheduler = training_scheduler(pipeline.scheduler)
+    teacher = teacher_of(config, unet, accelerator) if config.teacher else None
+    name = fingerprint(config, unet, teacher, scheduler, samples, accelerator)
+    file = progress_directory(config) / f"finetune-{name}.safetensors"
+    return partial(Training, unet, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
+
+
+def teacher_of(config: FinetuneConfig, unet: Any, accelerator: Accelerator) -> Teacher | None:
+    """The dense UNet, if it is the one that was pruned; None if nothing is to be learned from it."""
+    weights, directory = config.weights(), str(config.teacher)
+    if not weights["output"] and not weights["features"]:
+        return None
+    dense: nn.Module = load(directory)
+    check_architecture(dense, unet.pruning_plan, f"teacher: {directory}")
+    dense.to(accelerator.device).requires_grad_(False)
+    adapter = find_adapter(dense)
+    return Teacher(dense, kept_features(unet, dense, unet.pruning_plan, adapter) if weights["features"] else {})
+
+
+def fingerprint(
+    config: FinetuneConfig, unet: nn.Module, teacher: Teacher | None, scheduler: Any, samples: Samples, by: Accelerator
+) -> str:
+    """Of everything that the result depends on but the number of processes: other progress is never taken up."""
+    facts = [
+        config.model_dump(mode="json", exclude={*FREE, "model", "data", "teacher"}),
+        by.mixed_precision,
+        weights_hash(unet),
+        teacher and weights_hash(teacher.unet),
+        {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")},
+        samples.sha256,
+        torch.__version__,
+        FORMAT,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def report_of(training: Training, resumed: int) -> FinetuneReport:
+    accelerator = training.accelerator
+    packages = ("diffprune-plugin", "torch", "diffusers", "accelerate")
+    return FinetuneReport(
+        settings=training.config.model_dump(mode="json"),
+        steps=training.step,
+        resumed=resumed,
+        seconds=training.seconds,
+        processes=accelerator.num_processes,
+        device=accelerator.device.type,
+        mixed_precision=accelerator.mixed_precision,
+        versions={name: importlib.metadata.version(name) for name in packages},
+        curve=training.curve,
+    )
+
+
+def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str | bytes]:
+    """The files beside the model: what pruning left there, the config, the report, the plot."""
+    files: dict[str, str | bytes] = {
+        name: path.read_bytes()
+        for name in (CONFIG_FILE, COMPENSATION_FILE)
+        if (path := Path(config.model) / name).exists()
+    }
+    files[FINETUNE_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    files[REPORT_FILE] = json.dumps(report.as_dict(), indent=1) + "\n"
+    if importlib.util.find_spec("matplotlib") is not None:
+        files[PLOT_FILE] = loss_plot({name: v for name, v in report.curve.items() if name != GRADIENT_NORM})
+    return files
+
+
+if __name__ == "__main__":
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    from diffprune_plugin import __main__ as launched
+
+    launched.main("finetune", partial(PartialState, parse_flag_from_env("ACCELERATE_USE_CPU")))

@@ -1,0 +1,139 @@
+"""Every row of the UNet2DModel table is needed: without it, something breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
+from tiny import make_unet, output_of
+
+import diffprune_plugin as dp
+from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.groups import trace_groups
+
+FAMILY: dict[str, dict[str, Any]] = {
+    "ddpm": {},
+    "one head": {"attention_head_dim": None},
+    "class labels": {"num_class_embeds": 10},
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "learned time": {"time_embedding_type": "learned", "num_train_timesteps": 100},
+    "fourier time": {"time_embedding_type": "fourier"},
+    "no attention in the middle": {"add_attention": False},
+    "resnet up and down, three levels": {
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "layers_per_block": 2,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+}
+
+
+def prune_with(adapter: UNetAdapter, **changes: Any) -> torch.Tensor:
+    """Prune a tiny UNet by half with an adapter and run it."""
+    unet = make_unet(**changes)
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, adapter=adapter)
+    dp.remove_(unet, plan, adapter=adapter)
+    return output_of(unet)
+
+
+def without(field: str, row: Any) -> UNetAdapter:
+    return dataclasses.replace(UNET_2D, **{field: tuple(r for r in getattr(UNET_2D, field) if r != row)})
+
+
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
+def test_every_kind_of_unet2dmodel_runs_at_half_its_channels(changes: dict[str, Any]) -> None:
+    dense = make_unet(**changes)
+    output = prune_with(UNET_2D, **changes)
+    assert output.shape == output_of(dense).shape
+    assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    zip(UNET_2D.mirrors, ({}, {}, *[FAMILY["resnet up and down, three levels"]] * 2), strict=True),
+    ids=lambda value: getattr(value, "attribute", ""),
+)
+def test_without_a_mirror_the_forward_fails_on_a_stale_size(row: Any, changes: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        prune_with(without("mirrors", row), **changes)
+
+
+def test_without_the_heads_row_heads_get_unequal_sizes() -> None:
+    unet = make_unet()
+    adapter = without("heads", UNET_2D.heads[0])
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.3, adapter=adapter), adapter=adapter)
+    with pytest.raises(RuntimeError):
+        output_of(unet)
+
+
+@pytest.mark.parametrize("layer", UNET_2D.heads[0].layers)
+def test_each_layer_of_the_heads_row_is_in_a_group_of_as_many_parts_as_heads(layer: str) -> None:
+    groups = {name: g for g in trace_groups(make_unet(), UNET_2D) for name in g.layers}
+    assert groups[f"mid_block.attentions.0.{layer}"].parts == 4
+
+
+def test_without_the_pairs_row_the_halves_of_scale_and_shift_are_refused() -> None:
+    with pytest.raises(BadInput, match="live and die together"):
+        prune_with(without("pairs", UNET_2D.pairs[0]), **FAMILY["scale and shift"])
+
+
+def test_without_the_kept_output_the_image_loses_channels() -> None:
+    unet = make_unet(out_channels=4)
+    adapter = dataclasses.replace(UNET_2D, keep=())
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, adapter=adapter)
+    dp.remove_(unet, plan, adapter=adapter)
+    assert output_of(unet).shape[1] == 2
+
+
+def test_a_keep_pattern_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(BadInput, match="matches no layer"):
+        dataclasses.replace(UNET_2D, keep=("conv_last",)).kept_layers(make_unet())
+
+
+@pytest.mark.parametrize("port", UNET_2D.inputs, ids=lambda p: p.name)
+def test_without_an_input_port_the_forward_lacks_an_argument(port: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        prune_with(without("inputs", port), num_class_embeds=10)
+
+
+def test_the_output_port_is_what_comes_out() -> None:
+    unet = make_unet(in_channels=3, out_channels=2)
+    (port,) = UNET_2D.outputs
+    assert port.axes.split()[1] == "{out_channels}"
+    assert output_of(unet).shape[1] == unet.config.out_channels
+
+
+def test_known_attention_processors_agree_on_a_pruned_model_and_others_are_refused_by_name() -> None:
+    unet = make_unet()
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
+    expected = output_of(unet)
+    set_processor(unet, AttnProcessor())
+    torch.testing.assert_close(output_of(unet), expected)
+    other = make_unet()
+    set_processor(other, SlicedAttnProcessor(2))
+    with pytest.raises(BadInput, match="SlicedAttnProcessor"):
+        dp.make_plan(other, "magnitude")
+
+
+def set_processor(unet: torch.nn.Module, processor: Any) -> None:
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(processor)
+
+
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_an_embedding_of_classes_that_is_no_table_is_refused_by_name(kind) -> None:
+    with pytest.raises(BadInput, match=f"class_embed_type.*{kind}"):
+        dp.make_plan(make_unet(class_embed_type=kind), "magnitude", pruning_ratio=0.3)
+
+
+def test_a_unet_without_an_adapter_is_refused_with_those_known() -> None:
+    with pytest.raises(BadInput, match=r"no adapter for Linear; have .*UNet2DModel"):
+        dp.make_plan(torch.nn.Linear(2, 2), "magnitude")

@@ -1,0 +1,122 @@
+"""Sampling: the spacing of the timesteps, the scheduler, and what the noise depends on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+
+import diffprune_plugin as dp
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation.sampling import AnyStepDDIM, quadratic, sample_images, sampler
+
+
+def arrays(images: list[Any]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_quadratic_timesteps_are_squares_of_an_even_spacing_by_hand() -> None:
+    top = math.sqrt(0.8 * 1000)
+    by_hand = {int((top * k / 9) ** 2) for k in range(10)}
+    assert quadratic(1000, 10) == sorted(by_hand, reverse=True)
+    assert quadratic(1000, 5) == [800, 450, 200, 50, 0]
+
+
+def test_quadratic_timesteps_repeat_none() -> None:
+    steps = quadratic(1000, 50)
+    assert len(steps) == len(set(steps)) < 50
+
+
+def ddim_by_hand(pipeline: DDPMPipeline, timesteps: list[int], noise: torch.Tensor) -> torch.Tensor:
+    """Eq. 12 of arXiv 2010.02502 with sigma 0; the authors' x_0 is clipped as the scheduler's config says."""
+    alphas, x = pipeline.scheduler.alphas_cumprod, noise
+    for t, before in zip(timesteps, [*timesteps[1:], None], strict=True):
+        alpha, alpha_before = alphas[t], alphas[before] if before is not None else torch.tensor(1.0)
+        with torch.no_grad():
+            epsilon = pipeline.unet(x, t).sample
+        start = ((x - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()).clamp(-1, 1)
+        x = alpha_before.sqrt() * start + (1 - alpha_before).sqrt() * epsilon
+    return x
+
+
+@pytest.mark.parametrize("skip", ["uniform", "quad"])
+def test_ddim_is_the_equation_over_the_spacing(pipeline: DDPMPipeline, skip: str) -> None:
+    timesteps = [80, 60, 40, 20, 0] if skip == "uniform" else quadratic(100, 5)
+    noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    expected = (ddim_by_hand(pipeline, timesteps, noise) / 2 + 0.5).clamp(0, 1)[:, 0].numpy()
+    drawn = arrays(sample_images(pipeline, 2, seed=3, steps=5, skip=skip, progress=False))
+    assert np.abs(drawn / 255 - expected).max() < 0.51 / 255 + 1e-4
+
+
+def test_any_step_ddim_with_equal_steps_is_diffusers_own() -> None:
+    own, ours = DDIMScheduler(100), AnyStepDDIM(100)
+    own.set_timesteps(5)
+    ours.set_timesteps(timesteps=own.timesteps.tolist())
+    x = y = torch.randn(1, 1, 4, 4)
+    for t in own.timesteps:
+        output = torch.randn(1, 1, 4, 4)
+        x, y = own.step(output, t, x).prev_sample, ours.step(output, t, y).prev_sample
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm", "UniPCMultistepScheduler"])
+def test_a_sampler_that_adds_no_noise_draws_the_same_images_at_any_batch_size(
+    pipeline: DDPMPipeline, name: str
+) -> None:
+    drawn = [
+        arrays(sample_images(pipeline, 3, steps=4, scheduler=name, batch_size=size, progress=False)) for size in (3, 2)
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm"])
+def test_quadratic_timesteps_reach_every_scheduler_that_takes_its_own(pipeline: DDPMPipeline, name: str) -> None:
+    seen: list[int] = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
+    sample_images(pipeline, 1, steps=6, scheduler=name, skip="quad", progress=False)
+    hook.remove()
+    assert seen == quadratic(100, 6)
+
+
+def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
+    before = pipeline.scheduler
+    sample_images(pipeline, 1, steps=2, skip="quad", progress=False)
+    assert pipeline.scheduler is before
+    assert not pipeline.unet._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"scheduler": "dddim"}, "did you mean 'ddim'"),
+        ({"scheduler": "EulerDiscreteScheduler"}, "works in sigmas"),
+        ({"scheduler": "DEISMultistepScheduler", "skip": "quad"}, "takes no timesteps of one's own"),
+        ({"skip": "square"}, "--skip .square.; did you mean .quad.?"),
+        ({"skip": "quad", "steps": 1}, "--steps 1 is below 2"),
+        ({"steps": 101}, "more than the 100"),
+        ({"batch_size": 0}, "--batch-size 0"),
+    ],
+)
+def test_what_cannot_be_sampled_is_one_line(pipeline: DDPMPipeline, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        sample_images(pipeline, 1, **{"steps": 4, "progress": False, **asked})
+
+
+def test_an_image_that_is_not_finite_is_no_black_one(pipeline: DDPMPipeline, run: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(float("nan"))
+    dp.save(pipeline, tmp_path / "bad")
+    code, _, err = run("sample", tmp_path / "bad", "-o", tmp_path / "grid.png", "--count", 2, "--steps", 2)
+    assert code == 1
+    assert f"error: {tmp_path / 'bad'}: image 0 is not finite; the model has diverged" in err
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_another_pipeline_class_samples_too(pipeline: DDPMPipeline) -> None:
+    ddim = DDIMPipeline(pipeline.unet, sampler(pipeline.scheduler, "ddim", 4, "uniform"))
+    assert len(sample_images(ddim, 1, steps=3, skip="quad", progress=False)) == 1

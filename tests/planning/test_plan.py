@@ -1,0 +1,192 @@
+"""The plan: exact counts, honest about what it could not do, and JSON."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_unet, output_of
+
+import diffprune_plugin as dp
+from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.graph.groups import CoupledGroup, Member, meta_copy
+from diffprune_plugin.planning.channels import AskedGroup, Rules, plan_group
+from diffprune_plugin.planning.plan import PruningPlan
+
+
+def group_of(units: int, parts: int, pairs: int = 1) -> CoupledGroup:
+    channels = np.arange(units * pairs)
+    return CoupledGroup("layer", units * pairs, pairs, parts, (Member("layer", "out", channels, channels),), None)
+
+
+def kept(units: int, parts: int, requested: int, round_to: int = 1) -> int:
+    item = AskedGroup(group_of(units, parts), None, np.arange(float(units)))
+    plan = plan_group(item, requested, Rules(round_to=round_to))
+    return plan.units - len(plan.removed)
+
+
+@pytest.mark.parametrize(
+    ("units", "parts", "requested", "round_to", "left"),
+    [
+        (128, 32, 39, 1, 96),  # floor(39 / 32) = 1 of 4 from each norm group
+        (256, 32, 77, 1, 192),
+        (256, 1, 77, 1, 179),
+        (128, 32, 6, 1, 128),  # less than one a group
+        (320, 32, 160, 16, 160),  # where torch-pruning's own round_to removes nothing
+        (320, 32, 160, 8, 160),  # ... or four fifths
+        (96, 4, 29, 8, 72),
+        (10, 1, 10, 1, 1),  # one channel has to stay
+        (20, 4, 10, 8, 16),
+    ],
+)
+def test_counts_follow_the_published_rule_and_rounding_never_removes_more_than_asked(
+    units, parts, requested, round_to, left
+) -> None:
+    assert kept(units, parts, requested, round_to) == left
+
+
+def test_each_part_loses_its_own_lowest_channels() -> None:
+    item = AskedGroup(group_of(6, 2), None, np.array([5.0, 1.0, 2.0, 8.0, 7.0, 9.0]))
+    assert plan_group(item, 2, Rules()).removed == (1, 4)
+
+
+def test_paired_halves_go_together() -> None:
+    assert group_of(4, 1, pairs=2).closed([1, 3]).tolist() == [1, 3, 5, 7]
+
+
+def test_a_plan_made_twice_is_the_same_and_does_not_touch_the_model(unet) -> None:
+    before = output_of(unet)
+    first, again = (dp.make_plan(unet, "magnitude") for _ in range(2))
+    assert first == again
+    assert first.sha256 == again.sha256
+    assert torch.equal(output_of(unet), before)
+    assert type(unet).__name__ == "UNet2DModel"
+
+
+def test_a_frozen_unet_is_pruned_like_any_other_and_stays_frozen(unet) -> None:
+    expected = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    unet.requires_grad_(False)
+    assert dp.make_plan(unet, "magnitude", pruning_ratio=0.5).sha256 == expected.sha256
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_params_and_macs_are_those_of_the_pruned_model(unet) -> None:
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    dp.remove_(unet, plan)
+    after = dp.make_plan(make_unet(), "magnitude", pruning_ratio=0.0)
+    assert after.params[0] == after.params[1] == plan.params[0]
+    assert sum(p.numel() for p in unet.parameters()) == plan.params[1]
+    shrunk = {name: size.after for name, size in plan.layers.items()}
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and name in shrunk:
+            assert (module.in_channels, module.out_channels) == shrunk[name]
+
+
+def test_ignored_layers_keep_their_group_and_say_why(unet) -> None:
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, ignored_layers=["mid_block", "{re}time_embedding.*"])
+    groups = {layer: group for group in plan.groups for layer in group.layers}
+    assert not groups["mid_block.resnets.0.conv1"].removed
+    assert groups["mid_block.resnets.0.conv1"].reason == "ignored_layers: mid_block"
+    assert not groups["time_embedding.linear_1"].removed
+    trunk = groups["mid_block.resnets.0.conv2"]
+    assert "coupled to mid_block" in trunk.reason
+    assert groups["conv_in"].removed
+
+
+def test_a_ratio_by_pattern_replaces_the_common_one(unet) -> None:
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.25, pruning_ratio_dict={"*.resnets.*.conv1": 0.5})
+    groups = {group.root: group for group in plan.groups}
+    assert len(groups["mid_block.resnets.0.conv1"].removed) == 16
+    assert len(groups["time_embedding.linear_1"].removed) == 16
+
+
+def test_patterns_that_ask_different_things_of_one_group_are_refused(unet) -> None:
+    with pytest.raises(BadInput, match="give it one ratio"):
+        dp.make_plan(unet, "magnitude", pruning_ratio_dict={"conv_in": 0.5, "down_blocks.0.resnets.0.conv2": 0.2})
+
+
+def test_global_pruning_ranks_all_groups_together(unet) -> None:
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight.mul_(1e-3)
+        unet.mid_block.resnets[0].conv2.weight.mul_(1e-3)
+        unet.mid_block.resnets[0].time_emb_proj.weight.mul_(1e-3)
+    criterion = dp.importance("magnitude")
+    criterion.normalizer = None
+    plan = dp.make_plan(unet, criterion, pruning_ratio=0.2, global_pruning=True)
+    groups = {group.root: len(group.removed) / group.units for group in plan.groups}
+    assert groups["mid_block.resnets.0.conv1"] == 0.75  # one channel of each norm group has to stay
+    assert groups["mid_block.resnets.1.conv1"] < 0.75
+    asked = sum(g.requested for g in plan.groups)
+    total = sum(g.units for g in plan.groups if g.requested or not g.reason)
+    assert asked / total == pytest.approx(0.2, abs=0.05)
+
+
+def test_what_could_not_go_is_reported_and_an_error_if_strict(unet) -> None:
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.1)
+    (line, *_) = [line for line in plan.shortfalls() if line.startswith("conv_in")]
+    assert line == "conv_in: 0 of 2 went: 8 norm groups or heads lose equally many: 8 at a time"
+    with pytest.raises(CheckFailed, match=r"strict: .*conv_in: 0 of 2"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.1, strict=True)
+    assert not dp.make_plan(unet, "magnitude", pruning_ratio=0.5, strict=True).shortfalls()
+    assert not dp.make_plan(unet, "magnitude", pruning_ratio=0.6, round_to=8, strict=True).shortfalls()
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+def test_a_ratio_outside_its_range_is_refused(unet, ratio) -> None:
+    with pytest.raises(BadInput, match=r"outside \[0, 1\)"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=ratio)
+
+
+def test_a_pattern_that_matches_nothing_offers_the_nearest_layer(unet) -> None:
+    with pytest.raises(BadInput, match="did you mean 'conv_in'"):
+        dp.make_plan(unet, "magnitude", ignored_layers=["conv_inn"])
+    with pytest.raises(BadInput, match="no valid expression"):
+        dp.make_plan(unet, "magnitude", ignored_layers=["{re}("])
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        (lambda group: torch.ones(3), r"shape \(3,\), not"),
+        (lambda group: None, "shape None"),
+        (lambda group: torch.full((len(group[0].idxs),), -1.0), "negative or not finite"),
+        (lambda group: torch.full((len(group[0].idxs),), float("nan")), "negative or not finite"),
+    ],
+)
+def test_a_criterion_that_scores_nonsense_is_named(unet, score, words) -> None:
+    with pytest.raises(CheckFailed, match=words):
+        dp.make_plan(unet, score)
+
+
+def test_the_plan_survives_json_and_alteration_is_noticed(unet, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    plan.write(path)
+    assert PruningPlan.read(path) == plan
+    content = json.loads(path.read_text())
+    next(group for group in content["groups"] if group["removed"])["removed"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="altered since it was written"):
+        PruningPlan.read(path)
+    path.write_text('{"format": 1}')
+    with pytest.raises(BadInput, match="not a pruning plan"):
+        PruningPlan.read(path)
+    with pytest.raises(BadInput, match="no such file"):
+        PruningPlan.read(tmp_path / "nothing.json")
+
+
+def test_a_meta_copy_has_the_structure_and_no_data(unet) -> None:
+    copied = meta_copy(unet)
+    assert {p.device.type for p in copied.parameters()} == {"meta"}
+    assert {p.device.type for p in unet.parameters()} == {"cpu"}
+    assert [p.shape for p in copied.parameters()] == [p.shape for p in unet.parameters()]
+
+
+def test_example_inputs_are_seeded_and_of_the_asked_size(unet) -> None:
+    first, again = (UNET_2D.example_inputs(unet, batch=3, size=(8, 4)) for _ in range(2))
+    assert first["sample"].shape == (3, 1, 8, 4)
+    assert torch.equal(first["sample"], again["sample"])
+    assert first["timestep"].tolist() == [1, 2, 3]
