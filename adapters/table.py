@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput
 
 
@@ -231,7 +232,9 @@ class UNetAdapter:
         }
 
     def check(self, unet: nn.Module) -> None:
-        """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA."""
+        """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA; and
+        for a model that is masked or hooked."""
+        check_stock(unet)
         for row in self.known:
             value = config_value(unet, row.key)
             for item in value if isinstance(value, (list, tuple)) else (value,):

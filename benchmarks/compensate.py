@@ -22,9 +22,9 @@ from train_demo import digits, noise_loss, to_sample
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.planning.report import pyplot_or_missing
 from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.utils.files import new_file
+from diffprune_plugin.utils.optional import pyplot_or_missing
 
 Row = dict[str, Any]
 CRITERIA = ("random", "magnitude", "diff_taylor")

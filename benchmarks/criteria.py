@@ -38,9 +38,9 @@ from embedded import (
 )
 
 import diffprune_plugin as dp
-from diffprune_plugin.planning.report import pyplot_or_missing
 from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
 from diffprune_plugin.utils.files import new_file
+from diffprune_plugin.utils.optional import pyplot_or_missing
 
 RATIOS = (HALF, 0.5)
 LOOPS = ("reference", "fresh")  # samplings of the authors

@@ -24,7 +24,8 @@ import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.criteria.sweep import Sweep
-from diffprune_plugin.data.loading import Samples, load_samples
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
 from diffprune_plugin.evaluation.sampling import sample_images

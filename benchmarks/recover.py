@@ -37,8 +37,8 @@ from embedded import (
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
+from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
-from diffprune_plugin.planning.report import image_grid, save_image
 from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
 from diffprune_plugin.workflow import prune
 

@@ -27,7 +27,7 @@ from architectures import NAMES, build
 from diffusers import DDPMScheduler
 
 import diffprune_plugin as dp
-from diffprune_plugin.data.loading import Samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.export.memory import high_water
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 if not (Path(__file__).parent / "adapters").exists():
     # In a checkout the folders adapters/ and export/ lie beside the package, not in it.
     __path__.append(str(Path(__file__).parent.parent))
+__path__.append(str(Path(__file__).parent / "renamed"))  # modules by their names of before
 
 if TYPE_CHECKING:
     from diffprune_plugin.calibration.calibration import Calibration
     from diffprune_plugin.calibration.run import calibrate
-    from diffprune_plugin.config.pruning import FinetuneConfig, PruningConfig
+    from diffprune_plugin.config.finetuning import FinetuneConfig
+    from diffprune_plugin.config.pruning import PruningConfig
     from diffprune_plugin.criteria.sweep import Sweep
     from diffprune_plugin.data.encoding import encode
     from diffprune_plugin.hookspecs import hookimpl
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
 _HOME = {
     "Calibration": "calibration.calibration",
-    "FinetuneConfig": "config.pruning",
+    "FinetuneConfig": "config.finetuning",
     "MaskSchedule": "pruning.mask_schedule",
     "Pruner": "integrations.torch_pruning",
     "PruningConfig": "config.pruning",

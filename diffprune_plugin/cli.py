@@ -60,7 +60,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 @app.command(
     epilog="Example: diffprune prune config.yaml --set importance.threshold=0.02 --output small, or on several GPUs: "
-    "accelerate launch -m diffprune_plugin.prune config.yaml"
+    "accelerate launch -m diffprune_plugin prune config.yaml"
 )
 def prune(
     context: typer.Context,
@@ -76,7 +76,7 @@ def prune(
 ) -> None:
     """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
     from diffprune_plugin.config.dialects import read, settle
-    from diffprune_plugin.utils.distributed import agreed, place
+    from diffprune_plugin.utils.distributed import Processes
     from diffprune_plugin.workflow import prune_shared
 
     def given() -> tuple[Listing, PruningConfig]:
@@ -84,8 +84,9 @@ def prune(
         return listing, settle(listing, settings or [], model=model, data=data, output=output)
 
     accelerator = context.obj  # of accelerate launch
-    listing, settled = agreed(given, accelerator and accelerator.device)
-    if listing.dialect != "native" and place()[0] == 0:
+    processes = Processes(accelerator and accelerator.device)
+    listing, settled = processes.on_all(given)
+    if listing.dialect != "native" and processes.is_first:
         Console(stderr=True).print(f"{listing.summary()}; diffprune config lists them", markup=False, soft_wrap=True)
     try:
         result = prune_shared(settled, accelerator, overwrite=overwrite, dry_run=dry_run)
@@ -95,7 +96,7 @@ def prune(
         return
     show_plan(result.plan, json)
     if accelerator and not json:
-        say(f"processes: {place()[1]} ({accelerator.device.type})")
+        say(f"processes: {processes.count} ({accelerator.device.type})")
     if not json and not dry_run:
         console.print(compensation_line(result.compensation))
         say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
@@ -104,7 +105,7 @@ def prune(
 
 @app.command(
     epilog="Example: diffprune finetune config.yaml, or on several GPUs: "
-    "accelerate launch -m diffprune_plugin.finetune config.yaml"
+    "accelerate launch -m diffprune_plugin finetune config.yaml"
 )
 def finetune(
     config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
@@ -115,16 +116,18 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Train a pruned model further, on one device or, under accelerate launch, on several."""
-    from diffprune_plugin.config.pruning import FinetuneConfig, read_as
+    from diffprune_plugin.config.base import read_as
+    from diffprune_plugin.config.finetuning import FinetuneConfig
     from diffprune_plugin.recovery.finetune import finetune as run
-    from diffprune_plugin.utils.distributed import agreed, own_device, place
+    from diffprune_plugin.utils.distributed import Processes
 
     def given() -> FinetuneConfig:
         return read_as(FinetuneConfig, config, settings or [], model=model, output=output)
 
-    settled = agreed(given, own_device())
+    processes = Processes.of_accelerate()
+    settled = processes.on_all(given)
     report = run(settled, overwrite=overwrite)
-    if place()[0]:  # the first process speaks for all
+    if not processes.is_first:  # the first process speaks for all
         return
     if json:
         console.print_json(data=report.as_dict())
@@ -195,11 +198,11 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images; the same seed gives every model the same noise."""
+    from diffprune_plugin.evaluation.images import image_grid, save_image
     from diffprune_plugin.evaluation.prompts import read_prompts
     from diffprune_plugin.evaluation.sampling import sample_images
-    from diffprune_plugin.planning.report import image_grid, save_image
     from diffprune_plugin.pruning.checkpoint import load_pipeline
-    from diffprune_plugin.workflow import check_device
+    from diffprune_plugin.utils.device import check_device
 
     check_device(device)
     if output.exists() and not overwrite:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 
@@ -44,20 +43,6 @@ class HardwareUnproved(DiffPruneError):
     """The execution provider asked for cannot be proved to have run (exit code 3)."""
 
     exit_code = 3
-
-
-# As torch, its devices, ONNX Runtime and C++ say it.
-MEMORY = re.compile(
-    r"allocate memory|failed to allocate|not enough memory|out of memory|bad.?alloc"
-    r"|CUDNN_STATUS_NOT_SUPPORTED|DEVMEM Allocation failed",
-    re.IGNORECASE,
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether another library's error says that memory ran out, on whatever device; nothing is imported for it."""
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or bool(MEMORY.search(str(error)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

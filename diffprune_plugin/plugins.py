@@ -13,11 +13,10 @@ import numpy as np
 import pluggy
 
 import diffprune_plugin.adapters as built_in_adapters
+from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.config.pruning import PruningConfig
-from diffprune_plugin.criteria import sweep as built_in_timesteps
-from diffprune_plugin.criteria import taylor as built_in_criteria
+from diffprune_plugin.criteria import timestep_weights as built_in_weights
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
@@ -64,7 +63,7 @@ def plugin_manager(entry_points: bool = True) -> Plugins:
     plugins = Plugins(manager)
     version = importlib.metadata.version("diffprune-plugin")
     plugins.register(built_in_criteria, "criteria", "diffprune-plugin", version)
-    plugins.register(built_in_timesteps, "timesteps", "diffprune-plugin", version)
+    plugins.register(built_in_weights, "timesteps", "diffprune-plugin", version)
     plugins.register(built_in_adapters, "adapters", "diffprune-plugin", version)
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if entry_points else ():
         package = point.dist.name if point.dist else point.value
@@ -133,7 +132,7 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
     if name not in known:
         hint = nearest(str(name), known)
         raise BadInput(f"importance: timestep_weights {name!r}{hint}; known: {', '.join(sorted(known))}")
-    alphas = built_in_timesteps.alphas_of(scheduler)
+    alphas = built_in_weights.alphas_of(scheduler)
     weights = np.asarray(known[name].value(alphas, scheduler.config.get("prediction_type", "epsilon")))
     if weights.shape != alphas.shape or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise BadInput(
@@ -173,16 +172,6 @@ def check_options(name: str, factory: CriterionFactory, options: Mapping[str, An
             raise BadInput(
                 f"importance: unknown option {key!r} ({value!r}){nearest(str(key), parameters)}; {name} has {have}"
             )
-
-
-def criterion_of(config: PruningConfig) -> Criterion:
-    """The criterion that a config names; raises BadInput if it cannot be made."""
-    name, options = config.criterion()
-    for key in {"plugins", "calibration"} & set(options):
-        raise BadInput(f"importance: unknown option {key!r}; 'calibration' is a key of its own")
-    if name == "random":
-        options.setdefault("seed", config.seed)
-    return importance(name, **options)
 
 
 def with_calibration(criterion: Any, calibration: Any) -> Criterion:

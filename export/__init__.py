@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from diffprune_plugin.export.convert import to_onnx
     from diffprune_plugin.export.integrity import check_files, read_provenance
     from diffprune_plugin.export.ort_unet import ORTUNet
-    from diffprune_plugin.export.placement import best_provider, prove
+    from diffprune_plugin.export.proofs import best_provider, prove
     from diffprune_plugin.export.verify import verify_onnx
 
 # Imported on first use: --help waits for neither torch nor ONNX Runtime, and the proofs need no torch at all.
 _HOME = {
     "ORTUNet": "ort_unet",
-    "best_provider": "placement",
+    "best_provider": "proofs",
     "check_files": "integrity",
     "measure": "benchmark",
-    "prove": "placement",
+    "prove": "proofs",
     "read_provenance": "integrity",
     "to_onnx": "convert",
     "verify_onnx": "verify",

@@ -20,11 +20,12 @@ from torch import nn
 
 from diffprune_plugin.adapters.table import Port, UNetAdapter
 from diffprune_plugin.errors import BadInput, first_line, nearest
-from diffprune_plugin.export.integrity import PREFIX, Files, check_output, need, new_model, read_manifest
-from diffprune_plugin.graph.groups import total_macs
+from diffprune_plugin.export.integrity import PREFIX, Files, check_output, new_model, read_manifest
+from diffprune_plugin.graph.costs import total_macs
 from diffprune_plugin.planning.plan import architecture_hash
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.checkpoint import load
+from diffprune_plugin.utils.optional import need
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 OPSETS = range(18, 25)  # what torch's exporter writes; past 20 GroupNormalization has no kernel and is slower

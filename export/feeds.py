@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.export.integrity import need, parse, read_provenance
+from diffprune_plugin.export.integrity import parse, read_provenance
+from diffprune_plugin.utils.optional import need
 
 TIMESTEP = "timestep"
 Feeds = dict[str, npt.NDArray[Any]]

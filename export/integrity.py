@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import math
 import shutil
@@ -13,23 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from diffprune_plugin.errors import BadInput, MissingExtra
+from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.files import check_place, disk_errors, sync, write_text
+from diffprune_plugin.utils.optional import need
 
 PREFIX = "diffprune."
 MANIFEST = ".manifest.json"
 REJECTED = ".rejected"
 Files = dict[str, dict[str, Any]]
-
-
-def need(module: str, extra: str = "cpu") -> Any:
-    """An optional dependency; raises MissingExtra if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != module.split(".")[0]:
-            raise
-        raise MissingExtra(module, extra) from None
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

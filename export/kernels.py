@@ -12,7 +12,8 @@ from typing import Any
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.feeds import fixed_dims
-from diffprune_plugin.export.integrity import check_files, need, parse
+from diffprune_plugin.export.integrity import check_files, parse
+from diffprune_plugin.utils.optional import need
 
 TABLES = {"cuda": "cuda_kernels.json"}
 DATA_INPUT = {"Where": 1, "OneHot": 0}  # the input whose type the kernel is chosen by; otherwise the first

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from diffprune_plugin.export.feeds import example_feeds
-from diffprune_plugin.export.integrity import need
-from diffprune_plugin.export.placement import PROVIDERS, Bound, gpu, open_session
+from diffprune_plugin.export.proofs import Bound
+from diffprune_plugin.export.providers import PROVIDERS, gpu, open_session
+from diffprune_plugin.utils.optional import need
 
 Inputs = dict[str, tuple[list[int], str]]
 

@@ -13,11 +13,12 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from diffprune_plugin.errors import BadInput, CheckFailed, first_line, out_of_memory
+from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.export.convert import DTYPES
 from diffprune_plugin.export.feeds import TIMESTEP, input_types
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.export.placement import PROVIDERS, open_session
+from diffprune_plugin.export.providers import PROVIDERS, open_session
+from diffprune_plugin.utils.memory import out_of_memory
 
 
 class RunFailed(CheckFailed):

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from diffprune_plugin.export.benchmark import AGAIN, DENSE, EAGER, Latency, Ratio, Row
-from diffprune_plugin.export.integrity import need
 from diffprune_plugin.utils.files import new_file
+from diffprune_plugin.utils.optional import need
 
 ROWS = ("runs on", "model", "batch", "p50 ms", "p90 ms", "p99 ms", "runs", "peak MB")
 DENSE_COLOR, PRUNED_COLOR = "#b0b7c3", "#2f6fde"
@@ -95,7 +95,7 @@ def plot(result: Latency, path: str | Path) -> None:
 
     Raises MissingExtra without matplotlib.
     """
-    need("matplotlib", "eval")
+    need("matplotlib")
     from matplotlib.figure import Figure
 
     rows = [row for row in result.rows if row.model != AGAIN]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.diffusion.loss import PREDICTION_TYPES
+from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import denoise, unet_in, words_of
 from diffprune_plugin.export.feeds import TIMESTEP, input_shapes

@@ -10,23 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, out_of_memory
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, to_onnx, unet_in
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
-from diffprune_plugin.export.integrity import check_output, need
+from diffprune_plugin.export.integrity import check_output
 from diffprune_plugin.export.kernels import TABLES, without_kernel
-from diffprune_plugin.export.placement import (
-    PROVIDERS,
-    best_provider,
-    check_distribution,
-    check_dtype,
-    device_proof,
-    known_provider,
-    prove,
-)
+from diffprune_plugin.export.proofs import best_provider, device_proof, prove
+from diffprune_plugin.export.providers import PROVIDERS, check_distribution, check_dtype, known_provider
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
 from diffprune_plugin.utils.files import check_place, write_text
+from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.optional import need
 
 VERDICT = ".verdict.json"
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
@@ -309,4 +304,4 @@ def check_results(json: Path | None, markdown: Path | None, plot: Path | None, o
         if path:
             check_place(path)
     if plot:
-        need("matplotlib", "eval")
+        need("matplotlib")

@@ -24,21 +24,21 @@ from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin import __main__ as launched
-from diffprune_plugin import prune as program
-from diffprune_plugin import workflow
 from diffprune_plugin.calibration import run as calibrating
+from diffprune_plugin.calibration import stored as stored_calibrations
 from diffprune_plugin.calibration.calibration import Calibration
+from diffprune_plugin.calibration.gradients import GradientSums
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, DiffPruneError
+from diffprune_plugin.utils import distributed
 from diffprune_plugin.utils.distributed import check_parallel
-from diffprune_plugin.utils.memory import GradientSums
-from diffprune_plugin.workflow import on_device_of, prune, prune_shared
+from diffprune_plugin.workflow import config_on, prune, prune_shared
 
 ON_CPU = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
 # With --cpu and no mpirun, Accelerate starts one process, whatever --num_processes says.
 ONE, TWO = ["--cpu", "--num_processes", "1"], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-MODULE = ["--dynamo_backend", "no", "-m", "diffprune_plugin.prune"]
+MODULE = ["--dynamo_backend", "no", "-m", "diffprune_plugin", "prune"]
 LIMIT = 240  # seconds; whoever waits for ever fails
 
 
@@ -114,6 +114,7 @@ def test_two_processes_under_accelerate_launch_prune_as_one_does(config, alone, 
     result = call(*LAUNCH, *TWO, *MODULE, config, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("processes: 2 (cpu)") == result.stdout.count("wrote pruned") == 1
+    assert "is now spelled" not in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "stored"]
     check_same_result(alone, tmp_path)
 
@@ -134,6 +135,14 @@ def test_a_bad_config_ends_both_processes_with_2_and_is_told_once(config, tmp_pa
     assert result.stderr.count("error: ") == result.stderr.count("timesteps: 2000 is outside 1..100") == 1
     assert result.stderr.count("Traceback") == 1, "the launcher's"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_takes_the_old_spelling_too_and_says_the_new_one_once(config, tmp_path) -> None:
+    results = two_processes("-m", "diffprune_plugin.prune", config, cwd=(tmp_path, tmp_path))
+    assert [code for code, _, _ in results] == [0, 0], results
+    new = "diffprune_plugin.prune is now spelled: accelerate launch -m diffprune_plugin prune\n"
+    assert [err.count(new) for _, _, err in results] == [1, 0]
+    assert (tmp_path / "pruned").exists()
 
 
 @pytest.mark.parametrize(
@@ -217,7 +226,7 @@ def nothing(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def stored(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the run before has left is used, not made again; that it is there the second process need not see."""
-    patch.setattr(workflow, "calibrate", None)
+    patch.setattr(stored_calibrations, "calibrate", None)
     return {"calibration": "nowhere" if rank else "whole/stored"}
 
 
@@ -239,7 +248,7 @@ TROUBLE: dict[Callable[..., dict[str, Any]], tuple[int, str, str]] = {
 ALL = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_prune import go_through
+from test_distributed import go_through
 go_through(sys.argv[2])
 """
 
@@ -294,20 +303,20 @@ def accelerator(device: str, precision: str = "no") -> Any:
 def test_each_process_takes_the_device_that_accelerate_gives_it_and_another_in_the_config_is_refused() -> None:
     """cuda is torch's current device of the kind, which Accelerate sets in each process."""
     plain, config = PruningConfig(model="m"), PruningConfig(model="m", device="cuda:1")
-    assert on_device_of(None, config) is config
-    assert on_device_of(accelerator("cpu"), plain).device == "cpu"
-    assert on_device_of(accelerator("cuda:1"), plain).device == "cuda"
-    assert on_device_of(accelerator("cuda:1"), PruningConfig(model="m", device="cuda")).device == "cuda"
+    assert config_on(None, config) is config
+    assert config_on(accelerator("cpu"), plain).device == "cpu"
+    assert config_on(accelerator("cuda:1"), plain).device == "cuda"
+    assert config_on(accelerator("cuda:1"), PruningConfig(model="m", device="cuda")).device == "cuda"
     for device, asked in (("cpu", "cuda"), ("cuda:0", "cpu"), ("cuda:1", "cuda:1")):
         with pytest.raises(BadInput, match=f"device: {asked}, but Accelerate gives each process its own"):
-            on_device_of(accelerator(device), PruningConfig(model="m", device=asked))
+            config_on(accelerator(device), PruningConfig(model="m", device=asked))
 
 
 @pytest.mark.parametrize(("precision", "autocast"), [("bf16", False), ("fp16", True)])
 def test_a_precision_that_only_the_launcher_asks_for_is_refused(precision, autocast) -> None:
     with pytest.raises(BadInput, match=f"accelerate launch says {precision}"):
-        on_device_of(accelerator("cpu", precision), PruningConfig(model="m", autocast=autocast))
-    assert on_device_of(accelerator("cpu", "bf16"), PruningConfig(model="m", autocast=True)).autocast
+        config_on(accelerator("cpu", precision), PruningConfig(model="m", autocast=autocast))
+    assert config_on(accelerator("cpu", "bf16"), PruningConfig(model="m", autocast=True)).autocast
 
 
 def test_launchers_that_split_the_model_are_refused() -> None:
@@ -316,7 +325,7 @@ def test_launchers_that_split_the_model_are_refused() -> None:
 
 
 def test_pruning_alone_among_several_processes_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(workflow, "place", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "place", lambda: (0, 2))
     with pytest.raises(BadInput, match="2 processes would all write out; call prune_shared in each"):
         prune(PruningConfig(model="m", output="out"))
 
@@ -324,13 +333,13 @@ def test_pruning_alone_among_several_processes_is_refused(monkeypatch) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_them(rank, monkeypatch, capsys) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(program, "make_accelerator", lambda: accelerator("cpu"))
-    monkeypatch.setattr(launched, "place", lambda: (rank, 2))
+    monkeypatch.setitem(launched.STARTS, "prune", lambda: accelerator("cpu"))
+    monkeypatch.setattr(distributed, "place", lambda: (rank, 2))
     monkeypatch.setattr(launched.time, "sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit, match="2"):
-            program.main(["nowhere.yaml"])
+            launched.shared("prune", ["prune", "nowhere.yaml"])
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)

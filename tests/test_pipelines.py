@@ -15,8 +15,8 @@ from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
-from diffprune_plugin.pruning.checkpoint import load_pipeline
-from diffprune_plugin.workflow import prune, unet_of
+from diffprune_plugin.pruning.checkpoint import load_pipeline, unet_of
+from diffprune_plugin.workflow import prune
 
 FAST = {"timesteps": 4, "batch_size": 8}
 SWEEP = {"name": "diff_taylor", "samples": 8, "curve_samples": 2}

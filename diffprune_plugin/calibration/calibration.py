@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from diffprune_plugin.criteria.sweep import Sweep, above_threshold
+from diffprune_plugin.calibration.timesteps import above_threshold
+from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import new_directory
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors

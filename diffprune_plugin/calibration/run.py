@@ -21,16 +21,20 @@ from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration.calibration import Calibration
-from diffprune_plugin.criteria.sweep import POWERS, Sweep, above_threshold, share, strata
-from diffprune_plugin.data.loading import Samples, load_samples
+from diffprune_plugin.calibration.gradients import GradientSums, gradients_of
+from diffprune_plugin.calibration.timesteps import above_threshold, share, strata
+from diffprune_plugin.criteria.sweep import POWERS, Sweep
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import CURVE, GRADIENTS, Draw, batch_of, draw, settled_dropout
-from diffprune_plugin.diffusion.loss import fitting, noise_prediction_loss, trained_for, training_scheduler
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.loss import noise_prediction_loss
+from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.graph.groups import differentiable
 from diffprune_plugin.plugins import find_adapter, weights_of_timesteps
-from diffprune_plugin.utils.distributed import agreed, check_same, decided, joined, part_of, place, same, summed
+from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import new_file
-from diffprune_plugin.utils.memory import GradientSums, Passes, checkpointing
+from diffprune_plugin.utils.memory import Passes, checkpointing
 from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors, weights_hash
 
@@ -77,10 +81,10 @@ def calibrate(
         given = unet, scheduler, load_samples(images), sweep or Sweep()
         return begin(*given, batch_size, timesteps, seed, adapter or find_adapter(unet), autocast)
 
-    device = next(unet.parameters()).device
-    run = agreed(begun, device)
+    processes = Processes(next(unet.parameters()).device)
+    run = processes.on_all(begun)
     sweep = run.sweep
-    if not same(int(run.fingerprint()[:15], 16), device):
+    if not processes.same(int(run.fingerprint()[:15], 16)):
         raise BadInput("calibration: the model, the data or the settings are not the same for all processes")
     if checkpoint is not None:
         run.resume(Path(checkpoint), checkpoint_seconds)
@@ -88,7 +92,7 @@ def calibrate(
         gradients_of(unet),
         run.sums.collecting(),
         checkpointing(unet, gradient_checkpointing),
-        progress_bar(progress and place()[0] == 0) as bar,
+        progress_bar(progress and processes.is_first) as bar,
     ):
         if sweep.sampling == "stratified":
             run.measure_curve(bar)
@@ -149,6 +153,7 @@ class Run:
         self.batch_size, self.points, self.seed, self.adapter = batch_size, points, seed, adapter
         self.autocast, self.passes, self.sums = autocast, Passes(batch_size), GradientSums(unet)
         self.parameter = next(unet.parameters())
+        self.processes = Processes(self.parameter.device)
         self.timestep_weights = torch.from_numpy(weights_of_timesteps(sweep.timestep_weights, scheduler)).float()
         self.weights = weights_hash(unet)
         stratified = sweep.sampling == "stratified"
@@ -169,7 +174,7 @@ class Run:
             part = pairs[self.done : self.done + self.batch_size]
             draws = [self.draw(CURVE, self.done + i, self.points[point]) for i, (point, _) in enumerate(part)]
             with torch.no_grad():
-                loss = self.alike(self.passes.over, part_of(draws), self.loss)
+                loss = self.alike(self.passes.over, self.processes.part_of(draws), self.loss)
             self.losses[tuple(zip(*part, strict=True))] = self.together(loss, draws)
             self.done += len(part)
             self.checkpoint()
@@ -186,7 +191,7 @@ class Run:
             bar.update(task, completed=self.done)
             part = order[self.done : self.done + self.batch_size]
             draws = [self.draw(GRADIENTS, int(i), share(counting, int(i), count)) for i in part]
-            losses = self.alike(self.add_gradients, part_of(draws), len(counting) / count)
+            losses = self.alike(self.add_gradients, self.processes.part_of(draws), len(counting) / count)
             self.together(losses, draws)
             self.done += len(part)
             self.checkpoint()
@@ -207,7 +212,7 @@ class Run:
             timestep = np.random.default_rng([self.seed, GRADIENTS, self.done, 3]).choice(part, 1)
             draws = [self.draw(GRADIENTS, self.done + i, timestep) for i in range(size)]
             with self.one_gradient(int(timestep[0]), len(counting) * size / count):
-                self.together(self.alike(self.add_gradients, part_of(draws), 1 / size), draws)
+                self.together(self.alike(self.add_gradients, self.processes.part_of(draws), 1 / size), draws)
             self.done += size
             self.checkpoint()
         bar.update(task, completed=count)
@@ -220,7 +225,7 @@ class Run:
             timestep = self.points[self.done][:1]
             fresh = self.done * self.batch_size if self.sweep.sampling == "fresh" else 0
             draws = [self.draw(GRADIENTS, fresh + i, timestep) for i in range(self.batch_size)]
-            own = part_of(draws)
+            own = self.processes.part_of(draws)
             graph = self.alike(self.passes.over, own, functools.partial(self.kept_loss, len(own)))
             self.losses[self.done] = self.together(graph, draws)
             means = self.losses[: self.done + 1].mean(axis=1)
@@ -237,7 +242,7 @@ class Run:
         """What this process's part of the work returns; work that fails on one process, for want of memory say, fails
         on all.
         """
-        return agreed(functools.partial(work, *arguments), self.parameter.device)
+        return self.processes.on_all(functools.partial(work, *arguments))
 
     def kept_loss(self, whole: int, draws: Sequence[Draw]) -> Tensor:
         """The loss with its graph if all ``whole`` samples fit in one pass, else without."""
@@ -273,7 +278,7 @@ class Run:
         yield
         factor = scale * float(self.timestep_weights[timestep])
         gradients = self.gradients()  # every process takes part in the sum
-        for name, gradient in gradients.items() if place()[0] == 0 else ():
+        for name, gradient in gradients.items() if self.processes.is_first else ():
             grown = factor * gradient.abs() ** POWERS[self.sweep.accumulate]
             totals[name] = totals[name] + grown if name in totals else grown
         self.sums.totals = totals
@@ -308,7 +313,7 @@ class Run:
         Raises CheckFailed, on every process, if one is not finite.
         """
         own = torch.cat([part.detach() for part in losses]) if losses else self.parameter.new_zeros(0)
-        values = joined(own.float(), len(draws)).cpu()
+        values = self.processes.gather(own.float(), len(draws)).cpu()
         finite = torch.isfinite(values)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -373,18 +378,22 @@ class Run:
             self.losses = tensors.pop("losses").numpy()
             stage, done = tensors.pop("position").tolist()
             self.stage, self.done = list(STAGES)[stage], done
-            if place()[0] == 0:  # what is stored is the sum over processes
+            if self.processes.is_first:  # what is stored is the sum over processes
                 device = self.parameter.device
                 self.sums.totals = {name.removeprefix("grad."): tensor.to(device) for name, tensor in tensors.items()}
-        check_same(self.done, self.file, self.parameter.device)
+        self.processes.check_same(self.done, self.file)
 
     def gradients(self) -> dict[str, Tensor]:
         """The sums so far over all processes, by parameter name; of those that have one on some process."""
         totals = self.sums.totals
         named = dict(self.unet.named_parameters())
-        has = summed(torch.tensor([name in totals for name in named], device=self.parameter.device).int())
+        has = self.processes.reduce(
+            torch.tensor([name in totals for name in named], device=self.parameter.device).int()
+        )
         return {
-            name: summed(totals[name] if name in totals else torch.zeros_like(parameter, dtype=torch.float32))
+            name: self.processes.reduce(
+                totals[name] if name in totals else torch.zeros_like(parameter, dtype=torch.float32)
+            )
             for (name, parameter), some in zip(named.items(), has.tolist(), strict=True)
             if some
         }
@@ -393,7 +402,7 @@ class Run:
         """Store the progress, if the last time is long enough ago, or ``now``; the first process writes."""
         if self.file is None:
             return
-        if not decided(time.monotonic() - self.saved_at >= self.every or now, self.parameter.device):
+        if not self.processes.broadcast(time.monotonic() - self.saved_at >= self.every or now):
             return
         tensors = {f"grad.{name}": total.cpu() for name, total in self.gradients().items()}
         tensors["losses"] = torch.from_numpy(self.losses)
@@ -403,24 +412,10 @@ class Run:
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Store the progress, by the first process."""
-        if self.file is not None and place()[0] == 0:
+        if self.file is not None and self.processes.is_first:
             with new_file(self.file) as temporary:
                 save_tensors(tensors, temporary)
 
     def forget_progress(self) -> None:
         if self.file is not None:
             self.file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def gradients_of(unet: nn.Module) -> Iterator[None]:
-    """Every parameter collects gradients, from none on, in eval mode; afterwards all is as it was."""
-    before = [(parameter, parameter.grad) for parameter in unet.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        with differentiable(unet):
-            yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.hookspecs import TimestepWeights, hookimpl
 
-Weights = npt.NDArray[np.float64]
 Sampling = Literal["stratified", "reference", "fresh"]
-CONDITION_DROPOUT = 0.1  # what text-conditional models are trained with for classifier-free guidance
 SAMPLINGS: tuple[Sampling, ...] = ("stratified", "reference", "fresh")
 Accumulation = Literal["sum", "absolute", "square"]
 POWERS: dict[Accumulation, int] = {"sum": 1, "absolute": 1, "square": 2}  # of the gradient, before it is added up
-SNR_LIMIT = 5.0  # gamma of min-SNR, as in its paper
-LOG_RANGE = (0.8, 1.2)  # weights at the cleanest and the noisiest timestep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,62 +98,3 @@ def check_option(key: str, value: Any, expected: type) -> None:
     fits = isinstance(value, (int, float) if expected is float else expected)
     if not fits or (isinstance(value, bool) and expected is not bool):
         raise BadInput(f"importance: {key} {value!r} is no {expected.__name__}")
-
-
-def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
-    """Which points of a loss curve count: L_t / L_max > threshold (Eq. 9-10 of arXiv 2305.10924).
-
-    All of them at threshold 0; the largest always.
-    """
-    counts: npt.NDArray[np.bool_] = (loss / loss.max() > threshold) | (threshold == 0) | (loss == loss.max())
-    return counts
-
-
-def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:
-    """The timesteps 0 .. num_train_timesteps - 1 in ``count`` runs of nearly equal length."""
-    return [part.astype(np.int64) for part in np.array_split(np.arange(num_train_timesteps), count)]
-
-
-def share(timesteps: npt.NDArray[np.int64], index: int, count: int) -> npt.NDArray[np.int64]:
-    """The timesteps that sample ``index`` of ``count`` stands for, when the samples are spread evenly over them."""
-    first = len(timesteps) * index // count
-    return timesteps[first : max(len(timesteps) * (index + 1) // count, first + 1)]
-
-
-def alphas_of(scheduler: Any) -> Weights:
-    """alphas_cumprod, shape (timesteps,); add_noise of diffusers leaves the tensor on the device of its samples."""
-    alphas = scheduler.alphas_cumprod
-    return np.asarray(alphas.cpu() if hasattr(alphas, "cpu") else alphas, dtype=np.float64)
-
-
-def uniform(alphas_cumprod: Weights, prediction_type: str) -> Weights:
-    """Every timestep that counts weighs the same: alpha_t of arXiv 2305.10924 is 1 or 0."""
-    return np.ones(len(alphas_cumprod))
-
-
-def log_decrease(alphas_cumprod: Weights, prediction_type: str) -> Weights:
-    """0.8 + 0.4 log(1 + t) / log(T): falls as sampling goes on, from the noisiest timestep to the cleanest.
-
-    The idea of OBS-Diff (arXiv 2510.06751), where errors of early sampling steps accumulate.
-    """
-    low, high = LOG_RANGE
-    position: Weights = np.log1p(np.arange(len(alphas_cumprod))) / max(np.log(len(alphas_cumprod)), 1.0)
-    return low + (high - low) * position
-
-
-def min_snr(alphas_cumprod: Weights, prediction_type: str, gamma: float = SNR_LIMIT) -> Weights:
-    """min(SNR, gamma) as the weight of the predicted sample's loss, in terms of what is predicted (arXiv 2303.09556).
-
-    SNR = alpha / (1 - alpha). The loss of the predicted noise is SNR times, that of the velocity SNR + 1 times the
-    sample's, hence min(SNR, gamma) / SNR (1 at SNR = 0, where the quotient has no value) and / (SNR + 1).
-    """
-    snr = alphas_cumprod / np.maximum(1 - alphas_cumprod, 1e-12)
-    if prediction_type == "epsilon":
-        return np.minimum(1.0, gamma / np.maximum(snr, 1e-12))
-    return np.minimum(snr, gamma) / (snr + 1 if prediction_type == "v_prediction" else 1)
-
-
-@hookimpl
-def diffprune_register_timestep_weights(register: Callable[[str, TimestepWeights], None]) -> None:
-    for name, rule in {"uniform": uniform, "log_decrease": log_decrease, "min_snr": min_snr}.items():
-        register(name, rule)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffprune_plugin.adapters.table import UNetAdapter, sample_size
-from diffprune_plugin.data.loading import FRAME, Samples, load_samples
+from diffprune_plugin.data.loading import FRAME, load_samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.plugins import find_adapter
 

@@ -3,11 +3,9 @@ the datasets library gives, and precomputed latents and embeddings from a .safet
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffprune_plugin.data.samples import LIMIT, Samples
 from diffprune_plugin.errors import BadInput, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -28,71 +27,10 @@ CAPTIONS = "metadata.jsonl"  # beside the images, a line each: {"file_name": ...
 FRAME = "frame"  # of resized images, a row each: height and width before, top and left of the crop (SDXL's time_ids)
 LATENTS = ("latents", "sample")
 NULL = "null_"  # before an input's name: the row that stands for no condition
-LIMIT = 4096  # images held in memory; of more, every n-th is taken
 BYTES = 2**31  # of pixels, likewise
 
 Pixels = npt.NDArray[np.uint8]
 Frame = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Training samples in memory: uint8 images (count, height, width, channels), or float (count, channels, height,
-    width) as the UNet takes them (latents, or pixels in [-1, 1]).
-
-    extra: further inputs by name, a row each. null: by the same names, the one row (1, ...) that stands for no
-    condition. captions: texts that are not encoded yet. classes: of how many class folders the labels were made.
-    """
-
-    values: Tensor
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    null: dict[str, Tensor] = field(default_factory=dict)
-    captions: tuple[str, ...] = ()
-    classes: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def sample(self, rows: Tensor) -> Tensor:
-        """Float samples (len(rows), channels, height, width); images scaled to [-1, 1]."""
-        values = self.values[rows]
-        if values.dtype is torch.uint8:
-            return values.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return values
-
-    def inputs(self, rows: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
-        """Further inputs of these rows; those of rows that ``dropped`` (len(rows),) marks are the null condition."""
-        found = {}
-        for name, values in self.extra.items():
-            found[name] = part = values[rows]
-            if dropped is not None and name in self.null:
-                part[dropped] = self.null[name].to(part)
-        return found
-
-    def thinned(self) -> Samples:
-        """Every n-th of them, so that there are no more than LIMIT."""
-        part = slice(None, None, -(-len(self) // LIMIT))
-        extra = {name: values[part] for name, values in self.extra.items()}
-        return replace(self, values=self.values[part], extra=extra, captions=self.captions[part])
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one sample."""
-        channels, height, width = self.sample(torch.tensor([0])).shape[1:]
-        return channels, height, width
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        further = (part[key] for part in (self.extra, self.null) for key in sorted(part))
-        for tensor in (self.values, *further):
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
-        return digest.hexdigest()
-
-
-def moved(inputs: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """Inputs on the device of ``like``; numbers in its dtype, indices as they are."""
-    return {k: v.to(like) if v.is_floating_point() else v.to(like.device) for k, v in inputs.items()}
 
 
 def load_samples(source: Any, resolution: int | None = None, whole: bool = False) -> Samples:

@@ -11,13 +11,15 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from diffprune_plugin.calibration.plot import plot_curve
 from diffprune_plugin.config.pruning import read_config
+from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
-from diffprune_plugin.export.integrity import need
-from diffprune_plugin.export.placement import check_distribution
-from diffprune_plugin.planning.report import image_grid, plan_markdown, plot_curve, save_image, size_change
+from diffprune_plugin.export.providers import check_distribution
+from diffprune_plugin.planning.report import plan_markdown, size_change
 from diffprune_plugin.pruning.checkpoint import load_pipeline
 from diffprune_plugin.utils.files import new_directory, write_text
+from diffprune_plugin.utils.optional import need
 from diffprune_plugin.workflow import Pruned, prune
 
 HERE = Path(__file__).parent
@@ -25,7 +27,7 @@ MODEL = HERE / "model"
 CALIBRATION_IMAGES = HERE / "calibration.npz"
 HELD_OUT_IMAGES = HERE / "held_out.npz"
 IMAGES = 8
-EXTRAS = {"matplotlib": "eval", "onnxscript": "cpu", "onnxruntime": "cpu"}  # of pictures and export, by module
+NEEDED = ("matplotlib", "onnxscript", "onnxruntime")  # for pictures and export
 
 
 def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -34,8 +36,8 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Consol
     Raises MissingExtra without the extras eval and cpu, BadInput if the folder exists, CheckFailed if the exported
     model does not compute what PyTorch does.
     """
-    for module, extra in EXTRAS.items():  # before the minutes of work
-        need(module, extra)
+    for module in NEEDED:  # before the minutes of work
+        need(module)
     check_distribution()
     console = console or Console()
     with new_directory(output, overwrite) as work:

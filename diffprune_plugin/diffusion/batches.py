@@ -12,8 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffprune_plugin.criteria.sweep import CONDITION_DROPOUT
-from diffprune_plugin.data.loading import Samples, moved
+from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples, moved
 from diffprune_plugin.errors import BadInput
 
 CURVE, GRADIENTS, FINETUNE = 0, 1, 3  # stages: each has a stream of its own

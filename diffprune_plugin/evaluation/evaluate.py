@@ -15,25 +15,28 @@ from PIL import Image
 from torch import Tensor
 
 from diffprune_plugin.calibration.run import Run
-from diffprune_plugin.criteria.sweep import Sweep, strata
+from diffprune_plugin.calibration.timesteps import strata
+from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.encoding import encode
-from diffprune_plugin.data.loading import Samples, load_samples
-from diffprune_plugin.diffusion.loss import fitting, prediction_type, same_noise, training_scheduler
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.schedulers import prediction_type, same_noise, training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
+from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import read_prompts
 from diffprune_plugin.evaluation.report import Evaluation, not_measured
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing
-from diffprune_plugin.export.integrity import need
-from diffprune_plugin.graph.groups import total_macs
-from diffprune_plugin.planning.report import pil_images
+from diffprune_plugin.graph.costs import total_macs
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import load_pipeline
-from diffprune_plugin.utils.files import check_absent
+from diffprune_plugin.pruning.checkpoint import load_pipeline, unet_of
+from diffprune_plugin.utils.device import check_device
+from diffprune_plugin.utils.files import check_absent, check_apart
+from diffprune_plugin.utils.optional import need
 from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
-from diffprune_plugin.workflow import check_apart, check_device, unet_of
 
 Curves = npt.NDArray[np.float64]
 POINTS = 20  # of the loss curve
@@ -151,7 +154,7 @@ def evaluate(
 
 def check(pipelines: dict[str, Any], samples: Samples | None, features: Features | None, drawing: Drawing) -> None:
     """Raises BadInput for what could not be measured, before anything is drawn."""
-    need("torchmetrics", "eval")
+    need("torchmetrics")
     drawing.check(pipelines.get("against", pipelines["model"]), pipelines["model"])
     shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
@@ -251,7 +254,7 @@ def compare(model: Measured, dense: Measured) -> dict[str, Any]:
     """SSIM (mean over images) and PSNR (of all pixels together) of images from the same noise; paired losses."""
     found: dict[str, Any] = {}
     if model.pictures:
-        metrics = need("torchmetrics.functional.image", "eval")
+        metrics = need("torchmetrics.functional.image")
         pair = model.images.float() / 255, dense.images.float() / 255
         ssim = metrics.structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").flatten().double()
         found["SSIM"] = float(ssim.mean())

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
-from diffprune_plugin.export.integrity import need
+from diffprune_plugin.utils.optional import need
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance: arXiv 1801.01401
 KERNEL_LEAST = 50  # images in a set for the kernel distance: see `kernel_distance`
@@ -128,7 +128,7 @@ def inception(path: Path) -> nn.Module:
 
     Raises MissingExtra without torch-fidelity, BadInput for weights of another network.
     """
-    module = need("torch_fidelity.feature_extractor_inceptionv3", "fid")
+    module = need("torch_fidelity.feature_extractor_inceptionv3")
     try:
         state = load_file(path)
         # Its constructor would download the weights, or unpickle them.
@@ -163,7 +163,7 @@ class Given(nn.Identity):
 def frechet_distance(real: Tensor, drawn: Tensor) -> float:
     """|mean difference|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)) of features (count, size); arXiv 1706.08500, by
     torchmetrics. Wants more images than features, else a covariance is singular."""
-    metric = need("torchmetrics.image.fid", "eval").FrechetInceptionDistance(Given(real.shape[1]))
+    metric = need("torchmetrics.image.fid").FrechetInceptionDistance(Given(real.shape[1]))
     return float(compared(metric, real, drawn))
 
 
@@ -186,7 +186,7 @@ def kernel_distance(real: Tensor, drawn: Tensor, seed: int) -> tuple[float, floa
     size = min(SUBSET_SIZE, fewest // 2)
     with warnings.catch_warnings():  # that it keeps all features in memory
         warnings.simplefilter("ignore", UserWarning)
-        kind = need("torchmetrics.image.kid", "eval").KernelInceptionDistance
+        kind = need("torchmetrics.image.kid").KernelInceptionDistance
         metric = kind(Given(real.shape[1]), subsets=SUBSETS, subset_size=size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

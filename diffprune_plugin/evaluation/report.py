@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffprune_plugin.planning.report import image_grid, quantity, save_image
+from diffprune_plugin.evaluation.images import image_grid, save_image
+from diffprune_plugin.planning.report import quantity
 from diffprune_plugin.utils.files import new_directory
 
 # Measures, and the options that each of them takes.

@@ -14,10 +14,10 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from diffprune_plugin.diffusion.loss import config_of
+from diffprune_plugin.diffusion.schedulers import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
+from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import Size, call_arguments, check_drawable, check_fitting, scales_noise
-from diffprune_plugin.planning.report import pil_images
 from diffprune_plugin.utils.progress import progress_bar
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolverMultistepScheduler"}

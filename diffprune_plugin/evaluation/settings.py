@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffprune_plugin.data.loading import Samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.prompts import (
     Size,

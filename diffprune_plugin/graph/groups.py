@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch_pruning as tp
 from torch import nn
 from torch_pruning import ops
@@ -19,7 +17,7 @@ from torch_pruning.dependency import index_mapping
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.pruning.masked_layers import check_stock
+from diffprune_plugin.utils.modes import differentiable
 
 Channels = npt.NDArray[np.int64]
 Side = Literal["out", "in"]
@@ -92,7 +90,6 @@ def trace_groups(unet: nn.Module, adapter: UNetAdapter) -> list[CoupledGroup]:
 
     Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked UNet.
     """
-    check_stock(unet)
     adapter.check(unet)
     example = adapter.trace_inputs(unet)
     with differentiable(unet):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
@@ -134,21 +131,6 @@ def settled(graph: Any) -> Iterator[None]:
         graph.module2node = nodes
 
 
-@contextlib.contextmanager
-def differentiable(unet: nn.Module) -> Iterator[None]:
-    """Autograd reaches every parameter, in eval mode; afterwards the UNet is as it was."""
-    training = unet.training
-    before = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    unet.eval().requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        unet.train(training)
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-
 def members_of(group: Any, graph: Any, names: dict[nn.Module, str]) -> Iterable[Member]:
     """The layers of a torch-pruning group with their channels; operations without weights are left out."""
     for item in group.items:
@@ -180,78 +162,3 @@ def removed_channels(groups: Iterable[CoupledGroup], units: dict[str, list[int]]
             gone = member.channels[np.isin(member.roots, roots)]
             removed.setdefault((member.layer, member.side), []).append(gone)
     return {key: np.unique(np.concatenate(parts)) for key, parts in removed.items()}
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """Channels and size of one layer, applied at so many positions.
-
-    Of its ``params`` elements the ``weights`` have an input and an output side, the others (biases, norm affine) an
-    output side only.
-    """
-
-    channels_in: int
-    channels_out: int
-    params: int
-    weights: int
-    positions: int
-
-    def after(self, removed_in: int, removed_out: int) -> tuple[int, int]:
-        """(params, MACs) of the layer when these many channels are gone."""
-        left_in = 1 - removed_in / max(self.channels_in, 1)
-        left_out = 1 - removed_out / max(self.channels_out, 1)
-        params = round(self.weights * left_in * left_out) + round((self.params - self.weights) * left_out)
-        return params, params * self.positions
-
-
-def layer_costs(unet: nn.Module, adapter: UNetAdapter) -> dict[str, LayerCost]:
-    """The cost of every layer with parameters, for one sample of the config's size; nothing is computed (meta device).
-
-    MACs count every parameter of a convolution, linear or norm layer once per position, as torch-pruning and with it
-    the paper do; what has no parameters (the attention product, activations) is left out.
-    """
-    model = meta_copy(unet)
-    positions: dict[str, int] = {}
-
-    def count(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            positions[name] = positions.get(name, 0) + output.numel() // layer_cost(modules[name], 0).channels_out
-
-        return hook
-
-    modules = {name: module for name, module in model.named_modules() if own_parameters(module)}
-    for name, module in modules.items():
-        if not isinstance(module, nn.Embedding):
-            module.register_forward_hook(count(name))
-    with torch.no_grad():
-        model(**adapter.example_inputs(model))
-    return {name: layer_cost(module, positions.get(name, 0)) for name, module in modules.items()}
-
-
-def total_macs(unet: nn.Module, adapter: UNetAdapter) -> int:
-    """MACs of one sample of the config's size, counted as `layer_costs` does."""
-    return sum(cost.after(0, 0)[1] for cost in layer_costs(unet, adapter).values())
-
-
-def layer_cost(module: nn.Module, positions: int) -> LayerCost:
-    """The cost of one layer applied at so many positions."""
-    params = own_parameters(module)
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        out, into = module.weight.shape[:2]
-        return LayerCost(into, out, params, module.weight.numel(), positions)
-    if isinstance(module, nn.Embedding):
-        return LayerCost(0, module.embedding_dim, params, 0, 0)
-    channels = next(module.parameters(recurse=False)).shape[0]
-    return LayerCost(0, channels, params, 0, positions)
-
-
-def own_parameters(module: nn.Module) -> int:
-    """Elements of the parameters that the module itself holds."""
-    return sum(p.numel() for p in module.parameters(recurse=False))
-
-
-def meta_copy(unet: nn.Module) -> nn.Module:
-    """A copy of the structure without data: parameters and buffers of the same shapes on the meta device."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in unet.parameters()}
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
-    return copy.deepcopy(unet, memo).eval()

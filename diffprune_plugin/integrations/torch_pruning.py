@@ -16,7 +16,8 @@ from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.run import calibrate
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.graph.groups import CoupledGroup, differentiable, groups_of, layer_costs
+from diffprune_plugin.graph.costs import layer_costs
+from diffprune_plugin.graph.groups import CoupledGroup, groups_of
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.integrations.torch_pruning_history import History
@@ -28,10 +29,11 @@ from diffprune_plugin.planning.planner import (
     check_ratio,
     library_versions,
     requested_ratio,
-    sizes,
 )
+from diffprune_plugin.planning.target import sizes
 from diffprune_plugin.plugins import find_adapter, importance, with_calibration
 from diffprune_plugin.pruning.checkpoint import PrunedModelMixin, as_pruned_
+from diffprune_plugin.utils.modes import differentiable
 from diffprune_plugin.utils.tensors import weights_hash
 
 SIGNATURE = inspect.signature(tp.pruner.BasePruner)

@@ -9,15 +9,8 @@ import numpy as np
 from torch import nn
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.graph.groups import (
-    Channels,
-    CoupledGroup,
-    LayerCost,
-    Member,
-    Side,
-    layer_cost,
-    removed_channels,
-)
+from diffprune_plugin.graph.costs import LayerCost, layer_cost
+from diffprune_plugin.graph.groups import Channels, CoupledGroup, Member, Side, removed_channels
 
 
 class History:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,6 @@ from diffprune_plugin.planning.plan import GroupPlan
 
 Scores = npt.NDArray[np.float64]
 Halves = Literal["together", "apart"]
-Size = Callable[[Sequence[GroupPlan]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,44 +181,6 @@ def why_fewer(missing: int, group: CoupledGroup, round_to: int, step: int, limit
     limits = limits + ([f"{group.parts} norm groups or heads lose equally many"] if group.parts > 1 else [])
     limits += [f"round_to {round_to}"] if round_to > 1 else []
     return f"{' and '.join(limits) or 'one channel has to stay'}: {step} at a time"
-
-
-def nearest_to(
-    wanted: float, groups: Sequence[AskedGroup], head_ratio: float | None, rules: Rules, size: Size, steps: int = 24
-) -> tuple[float, list[GroupPlan]]:
-    """The common ratio, and the plans, whose ``size``, which falls with the ratio, is nearest to ``wanted``.
-
-    Groups of one width jump together where a whole channel of each norm group goes, too coarse a step for a target:
-    bisection finds that jump, and then the groups take it one by one, those first whose share of the group's score is
-    lowest, each only if that comes nearer; and again, back or forth, until nothing does.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(steps):
-        middle = (low + high) / 2
-        above = size(select(groups, middle, head_ratio, rules)) > wanted
-        low, high = (middle, high) if above else (low, middle)
-    before, after = (select(groups, ratio, head_ratio, rules) for ratio in (low, high))
-    order, best = by_harm(groups, before, after), list(before)
-    last: list[GroupPlan] = []
-    while best != last:
-        last = best
-        for place in order:
-            other = before[place] if best[place] == after[place] else after[place]
-            tried = [*best[:place], other, *best[place + 1 :]]
-            if abs(size(tried) - wanted) < abs(size(best) - wanted):
-                best = tried
-    return high, best
-
-
-def by_harm(groups: Sequence[AskedGroup], before: Sequence[GroupPlan], after: Sequence[GroupPlan]) -> list[int]:
-    """Places of the groups that differ between two plans, those first that lose the lower share of their score."""
-
-    def harm(place: int) -> float:
-        more = sorted(set(after[place].removed) - set(before[place].removed))
-        scores = groups[place].scores
-        return float(scores[more].sum() / max(scores.sum(), 1e-300))
-
-    return sorted((place for place in range(len(groups)) if before[place] != after[place]), key=harm)
 
 
 def head_groups(groups: Sequence[CoupledGroup], owners: Mapping[str, str]) -> dict[str, str]:

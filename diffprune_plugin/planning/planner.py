@@ -12,11 +12,13 @@ from torch import nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.graph.groups import CoupledGroup, LayerCost, layer_costs, removed_channels, trace_groups
+from diffprune_plugin.graph.costs import layer_costs
+from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.planning.channels import AskedGroup, Halves, Rules, Scores, head_groups, nearest_to, select
-from diffprune_plugin.planning.plan import GroupPlan, LayerSize, PruningPlan, architecture_hash
+from diffprune_plugin.planning.channels import AskedGroup, Halves, Rules, Scores, head_groups, select
+from diffprune_plugin.planning.plan import GroupPlan, PruningPlan, architecture_hash
+from diffprune_plugin.planning.target import searched, sizes
 from diffprune_plugin.plugins import find_adapter, importance
 
 DEFAULT_RATIO = 0.3
@@ -209,31 +211,6 @@ def unit_scores(group: CoupledGroup, criterion: Criterion) -> Scores:
     return folded
 
 
-def searched(
-    items: Sequence[AskedGroup],
-    costs: Mapping[str, LayerCost],
-    target: Mapping[str, float],
-    head_ratio: float | None,
-    rules: Rules,
-) -> tuple[float, list[GroupPlan]]:
-    """The common ratio, and the plans, that come nearest to the target.
-
-    Raises BadInput if the target is less than what is left when every group loses all it can.
-    """
-    ((key, share),) = target.items()
-    groups = [item.group for item in items]
-
-    def size(plans: Sequence[GroupPlan]) -> int:
-        _, params, macs = sizes(groups, plans, costs)
-        return (macs if key == "macs_target" else params)[1]
-
-    dense = sum(cost.after(0, 0)[key == "macs_target"] for cost in costs.values())
-    least = size(select(items, 1.0, head_ratio, rules))
-    if least > share * dense:
-        raise BadInput(f"{key}: {share} is below {least / dense:.3f}, all that these settings can reach; raise it")
-    return nearest_to(share * dense, items, head_ratio, rules, size)
-
-
 def heads_left(
     heads: Mapping[str, str], planned: Sequence[GroupPlan], groups: Sequence[CoupledGroup]
 ) -> dict[str, tuple[int, int]]:
@@ -243,19 +220,3 @@ def heads_left(
         if group.root in heads and plan.removed:
             counts[heads[group.root]] = (group.parts, group.parts - len(plan.removed) // plan.step)
     return counts
-
-
-def sizes(
-    groups: Sequence[CoupledGroup], planned: Iterable[GroupPlan], costs: Mapping[str, LayerCost]
-) -> tuple[dict[str, LayerSize], tuple[int, int], tuple[int, int]]:
-    """Layers that change, and params and MACs before and after."""
-    gone = removed_channels(groups, {group.root: list(group.removed) for group in planned})
-    layers, before, after = {}, np.zeros(2, np.int64), np.zeros(2, np.int64)
-    for name, cost in costs.items():
-        less = (len(gone.get((name, "in"), ())), len(gone.get((name, "out"), ())))
-        before += cost.after(0, 0)
-        after += cost.after(*less)
-        if any(less):
-            width = (cost.channels_in, cost.channels_out)
-            layers[name] = LayerSize(before=width, after=(width[0] - less[0], width[1] - less[1]))
-    return layers, (int(before[0]), int(after[0])), (int(before[1]), int(after[1]))

@@ -18,11 +18,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from diffprune_plugin.errors import BadInput, MissingExtra, first_line
+from diffprune_plugin.adapters.state import check_stock
+from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
-from diffprune_plugin.pruning.masked_layers import check_stock
+from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.files import new_directory
+from diffprune_plugin.utils.optional import check_installed
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
 PREFIX = "Pruned"
@@ -260,8 +262,8 @@ def load_pipeline(directory: Path, torch_dtype: torch.dtype | None = None) -> An
     if not (directory / "model_index.json").exists():
         raise BadInput(f"{directory}: no model_index.json; give a pipeline directory")
     libraries = [part[0] for part in read_json(directory / "model_index.json").values() if isinstance(part, list)]
-    if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
-        raise MissingExtra("transformers", "text")
+    if "transformers" in libraries:
+        check_installed("transformers")
     given: dict[str, Any] = {"unet": load(directory, torch_dtype)} if (directory / "unet").is_dir() else {}
     if torch_dtype not in (None, torch.float32):
         given["torch_dtype"] = torch_dtype
@@ -305,3 +307,43 @@ def save(
 
 def files_below(directory: Path) -> Iterator[Path]:
     return (path for path in directory.rglob("*") if path.is_file())
+
+
+CONFIG_FILE = "diffprune.yaml"
+
+
+COMPENSATION_FILE = "compensation.json"
+
+
+def progress_directory(output: str | Path) -> Path:
+    """Where an interrupted run keeps what it needs to go on: beside the output."""
+    return Path(output).parent / f".{Path(output).name}.progress"
+
+
+def load_model(directory: str | Path, device: str, dtype: str) -> tuple[Any, nn.Module]:
+    """The pipeline or UNet of a directory, its weights in ``dtype`` (float32 ...), and its UNet, that one on a device.
+
+    Raises HardwareUnproved if the device is not there.
+    """
+    check_device(device)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if (Path(directory) / "model_index.json").exists():
+        pipeline = load_pipeline(Path(directory), torch_dtype)
+        return pipeline, unet_of(pipeline).to(device)
+    unet = load(Path(directory), torch_dtype).to(device)
+    return unet, unet
+
+
+def unet_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """Raises BadInput for a pipeline without one."""
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(unet, nn.Module):
+        kind = type(pipeline).__name__
+        raise BadInput(f"{pipeline.name_or_path}: {kind} has no UNet (it has {', '.join(pipeline.components)})")
+    for name in ("controlnet", "adapter"):
+        if getattr(pipeline, name, None) is not None:
+            raise BadInput(
+                f"{pipeline.name_or_path}: {type(pipeline).__name__} adds the outputs of its {name} to the UNet's skip "
+                "connections, whose widths change; prune the pipeline without it"
+            )
+    return unet

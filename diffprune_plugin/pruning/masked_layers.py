@@ -14,8 +14,6 @@ from torch.nn import functional
 
 from diffprune_plugin.errors import BadInput
 
-HOOKS = "__nncf_hooks"  # where NNCF keeps its hooks; a child module of the model
-
 
 class KeptGroupNorm(nn.GroupNorm):
     """A GroupNorm over the kept channels alone: the groups are those that will be there after removal."""
@@ -106,20 +104,3 @@ def stock_(unet: nn.Module) -> None:
 def scale_(layer: nn.Module, factor: float) -> None:
     for parameter in layer.parameters():
         parameter.mul_(factor)
-
-
-def check_stock(unet: nn.Module) -> None:
-    """Raises BadInput for a UNet that is masked, or that was and still has `keep_`'s layers."""
-    check_hooks(unet)
-    if any(type(layer) in STOCK for layer in unet.modules()):
-        raise BadInput("the UNet was masked and then folded; call remove_(unet, plan) first")
-
-
-def check_hooks(unet: nn.Module) -> None:
-    """Raises BadInput for a UNet that carries NNCF's hooks."""
-    storage = unet._modules.get(HOOKS)
-    if storage is not None and any(True for kind in storage.children() for _ in kind.children()):
-        raise BadInput(
-            "the UNet carries NNCF's hooks: if they are masks, call fold_(unet) first; if they are quantizers, start "
-            "from the model before nncf.quantize"
-        )

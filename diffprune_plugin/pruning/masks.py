@@ -21,6 +21,7 @@ What NNCF's users should know:
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,19 +33,28 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin import plugins
+from diffprune_plugin.adapters.state import HOOKS
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration.calibration import Calibration
-from diffprune_plugin.errors import BadInput, MissingExtra, first_line
+from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.graph.groups import ChannelsToGo
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.planning.planner import make_plan
-from diffprune_plugin.pruning.masked_layers import HOOKS, keep_
+from diffprune_plugin.pruning.masked_layers import keep_
 from diffprune_plugin.pruning.removal import channels_to_go
 from diffprune_plugin.utils.files import new_directory
+from diffprune_plugin.utils.optional import need
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors, tensors_hash
 
 WEIGHTS = "masked.safetensors"
+# Modules of nncf.torch.function_hook that are used here.
+NNCF_PARTS = (
+    "hook_storage",
+    "nncf_graph.nncf_graph_builder",
+    "pruning.magnitude.modules",
+    "pruning.prune_model",
+)
 
 
 @dataclass(frozen=True)
@@ -278,17 +288,9 @@ def need_nncf() -> Any:
 
     Raises MissingExtra if it is not installed, BadInput for a version outside that range.
     """
-    try:
-        import nncf
-    except ModuleNotFoundError as error:
-        if error.name != "nncf":
-            raise
-        raise MissingExtra("nncf", "nncf") from None
+    nncf = need("nncf")
     if not (3, 2) <= tuple(int(part) for part in nncf.__version__.split(".")[:2]) < (4, 0):
         raise BadInput(f"nncf {nncf.__version__} is installed, but masks need nncf>=3.2,<4; install that")
-    import nncf.torch.function_hook.hook_storage
-    import nncf.torch.function_hook.nncf_graph.nncf_graph_builder
-    import nncf.torch.function_hook.pruning.magnitude.modules
-    import nncf.torch.function_hook.pruning.prune_model
-
+    for part in NNCF_PARTS:
+        importlib.import_module(f"nncf.torch.function_hook.{part}")
     return nncf

@@ -9,13 +9,14 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.pruner.function import PrunerBox
 
+from diffprune_plugin.adapters.state import check_hooks
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import ChannelsToGo, CoupledGroup, removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.checkpoint import as_pruned_, check_architecture
-from diffprune_plugin.pruning.masked_layers import check_hooks, stock_
+from diffprune_plugin.pruning.masked_layers import stock_
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import UNetAdapter
 from diffprune_plugin.calibration.calibration import Calibration
-from diffprune_plugin.criteria.sweep import CONDITION_DROPOUT, share
-from diffprune_plugin.data.loading import Samples, load_samples, moved
-from diffprune_plugin.diffusion.loss import fitting, training_scheduler
+from diffprune_plugin.calibration.timesteps import share
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples, moved
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
@@ -34,6 +36,7 @@ from diffprune_plugin.recovery.residual import residual_sum, trace, unpacked
 from diffprune_plugin.recovery.ridge import Part, Repair, System, refusal
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.memory import free_memory
+from diffprune_plugin.utils.modes import evaluating
 from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors, weights_hash
 
@@ -147,19 +150,6 @@ def check_models(unet: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:
     if unet.pruning_plan.sha256 != plan.sha256:
         given, stated = plan.sha256[:12], unet.pruning_plan.sha256[:12]
         raise BadInput(f"compensate: the UNet was pruned by plan {stated}, not by {given}; give unet.pruning_plan")
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """The models in eval mode; afterwards as they were."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""From a pruned directory to a trained one: what `diffprune finetune` does.
-
-accelerate launch -m diffprune_plugin.finetune CONFIG     # several processes, GPUs or machines
-"""
+"""From a pruned directory to a trained one: what `diffprune finetune` does."""
 
 from __future__ import annotations
 
@@ -22,23 +19,34 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import nn
 
-from diffprune_plugin.config.pruning import FinetuneConfig
+from diffprune_plugin.config.finetuning import FinetuneConfig
 from diffprune_plugin.data.encoding import encode
-from diffprune_plugin.data.loading import Samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import settled_dropout
-from diffprune_plugin.diffusion.loss import fitting, training_scheduler
-from diffprune_plugin.errors import BadInput, MissingExtra, first_line
-from diffprune_plugin.planning.report import loss_plot
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.schedulers import training_scheduler
+from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import PrunedModelMixin, check_architecture, load, load_pipeline, save
+from diffprune_plugin.pruning.checkpoint import (
+    COMPENSATION_FILE,
+    CONFIG_FILE,
+    PrunedModelMixin,
+    check_architecture,
+    load,
+    load_pipeline,
+    progress_directory,
+    save,
+    unet_of,
+)
 from diffprune_plugin.recovery.distillation import kept_features
+from diffprune_plugin.recovery.plot import loss_plot
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
-from diffprune_plugin.utils.distributed import agreed, check_parallel, check_same, own_device
-from diffprune_plugin.utils.files import check_absent, disk_errors
+from diffprune_plugin.utils.distributed import Processes, check_parallel
+from diffprune_plugin.utils.files import check_absent, check_apart, disk_errors
 from diffprune_plugin.utils.memory import checkpointing
+from diffprune_plugin.utils.optional import check_installed, has
 from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
-from diffprune_plugin.workflow import COMPENSATION_FILE, CONFIG_FILE, check_apart, progress_directory, unet_of
 
 FINETUNE_FILE = "finetune.yaml"
 FORMAT = 2  # of the checkpoints
@@ -85,14 +93,14 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
     Raises BadInput for anything in the config that cannot be used, before anything is written; CheckFailed for a loss
     that is not finite.
     """
-    accelerator = agreed(lambda: make_accelerator(config), own_device())
-    device = accelerator.device
-    begin, pipeline = agreed(lambda: prepare(config, accelerator, overwrite), device)
+    accelerator = Processes.of_accelerate().on_all(lambda: make_accelerator(config))
+    processes = Processes(accelerator.device)
+    begin, pipeline = processes.on_all(lambda: prepare(config, accelerator, overwrite))
     training = begin()
-    agreed(training.resume, device)
+    processes.on_all(training.resume)
     resumed = training.step
-    check_same(resumed, training.file, device)
-    agreed(lambda: start_tracker(config, accelerator, training.file.stem), device)
+    processes.check_same(resumed, training.file)
+    processes.on_all(lambda: start_tracker(config, accelerator, training.file.stem))
     try:
         shown = progress and accelerator.is_local_main_process
         with checkpointing(training.unet, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
@@ -102,14 +110,14 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
             tracker.finish()
     training.finish_()
     report = report_of(training, resumed)
-    agreed(lambda: finish(config, pipeline, report, overwrite) if accelerator.is_main_process else None, device)
+    processes.on_first(lambda: finish(config, pipeline, report, overwrite))
     return report
 
 
 def finish(config: FinetuneConfig, pipeline: Any, report: FinetuneReport, overwrite: bool) -> None:
     """Write the output; the checkpoints are needed no more."""
     save(pipeline, Path(config.output), overwrite=overwrite, extra=provenance(config, report))
-    shutil.rmtree(progress_directory(config), ignore_errors=True)
+    shutil.rmtree(progress_directory(config.output), ignore_errors=True)
 
 
 def start_tracker(config: FinetuneConfig, accelerator: Accelerator, name: str) -> None:
@@ -124,8 +132,8 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
 
     Raises MissingExtra without the tracker's package, BadInput for what this machine or process cannot do.
     """
-    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtra("tensorboard", "train")
+    if config.tracker == "tensorboard":
+        check_installed("tensorboard")
     place = Path(config.output)
     try:
         accelerator = Accelerator(
@@ -171,7 +179,7 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     scheduler = training_scheduler(pipeline.scheduler)
     teacher = teacher_of(config, unet, accelerator) if config.teacher else None
     name = fingerprint(config, unet, teacher, scheduler, samples, accelerator)
-    file = progress_directory(config) / f"finetune-{name}.safetensors"
+    file = progress_directory(config.output) / f"finetune-{name}.safetensors"
     return partial(Training, unet, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
 
 
@@ -229,15 +237,6 @@ def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str 
     }
     files[FINETUNE_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     files[REPORT_FILE] = json.dumps(report.as_dict(), indent=1) + "\n"
-    if importlib.util.find_spec("matplotlib") is not None:
+    if has("matplotlib"):
         files[PLOT_FILE] = loss_plot({name: v for name, v in report.curve.items() if name != GRADIENT_NORM})
     return files
-
-
-if __name__ == "__main__":
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    from diffprune_plugin import __main__ as launched
-
-    launched.main("finetune", partial(PartialState, parse_flag_from_env("ACCELERATE_USE_CPU")))

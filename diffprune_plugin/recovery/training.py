@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffprune_plugin.adapters.table import UNetAdapter
-from diffprune_plugin.config.pruning import FinetuneConfig
-from diffprune_plugin.criteria.sweep import share
-from diffprune_plugin.data.loading import Samples
+from diffprune_plugin.calibration.timesteps import share
+from diffprune_plugin.config.finetuning import FinetuneConfig
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import FINETUNE, Batch, batch_of, draw, settled_dropout
 from diffprune_plugin.diffusion.loss import min_snr_weights, predicted, squared_error
 from diffprune_plugin.errors import CheckFailed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, distributed
 
-from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, first_line, out_of_memory
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, first_line
+from diffprune_plugin.utils.memory import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,73 +37,97 @@ def place() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def own_device() -> torch.device | None:
-    """Where Accelerate puts the tensors of this process, of several; None for the only one."""
-    return PartialState().device if place()[1] > 1 else None
+@dataclass(frozen=True)
+class Processes:
+    """All processes, seen from this one. ``device``: where tensors lie that are sent; of small ones the CPU if None.
 
-
-def part_of(items: Sequence[Item]) -> Sequence[Item]:
-    """The part of the items that this process of n works on: every n-th."""
-    rank, processes = place()
-    return items[rank::processes]
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """The sum over processes, on each of them; every process has to ask for it."""
-    if place()[1] == 1:
-        return tensor
-    total = tensor.detach().clone()
-    distributed.all_reduce(total)
-    return total
-
-
-def joined(mine: Tensor, count: int) -> Tensor:
-    """``count`` values of which process r of n has the r-th, r+n-th ...: all of them, shape (count,), on each."""
-    rank, processes = place()
-    whole = torch.zeros(count, dtype=mine.dtype, device=mine.device)
-    whole[rank::processes] = mine.detach()
-    return summed(whole)
-
-
-def same(number: int, device: torch.device | None) -> bool:
-    """Whether all processes have the same number."""
-    everyone = joined(torch.tensor([number], device=device), place()[1])
-    return not bool((everyone != number).any())
-
-
-def check_same(number: int, file: Path, device: torch.device) -> None:
-    """Raises BadInput, on every process, unless all of them read the same number from a file of progress."""
-    if not same(number, device):
-        raise BadInput(f"{file}: not the same for all processes; put the output on a disk that all machines share")
-
-
-def decided(value: bool, device: torch.device | None) -> bool:
-    """What the first process decided."""
-    mine = value and place()[0] == 0
-    return bool(summed(torch.tensor(int(mine), device=device)))
-
-
-def agreed(step: Callable[[], Result], device: torch.device | None) -> Result:
-    """What ``step``, which itself sends nothing, returns here; where it fails on one process, it fails on all.
-
-    So none waits for ever for one that has given up. ``device``: of what is sent. Raises what the first process that
-    failed raised; on the others a DiffPruneError of the same exit code with the number of that process.
+    Each method but the properties and `part_of` has to be called by every process.
     """
-    if place()[1] == 1:
-        return step()
-    error: Exception | None = None
-    try:
-        result = step()
-    except Exception as caught:
-        error = caught
-    codes = joined(torch.tensor([exit_code(error)], device=device), place()[1]).tolist()
-    if not any(codes):
-        return result
-    failed = next(process for process, code in enumerate(codes) if code)
-    message = told(described(error), failed, device)
-    if place()[0] == failed and error is not None:
-        raise error
-    raise KINDS[codes[failed]](f"process {failed}: {message}") from error
+
+    device: torch.device | None = None
+
+    @classmethod
+    def of_accelerate(cls) -> Processes:
+        """With the device on which Accelerate puts the tensors of this process, where there are several."""
+        return cls(PartialState().device if place()[1] > 1 else None)
+
+    @property
+    def rank(self) -> int:
+        return place()[0]
+
+    @property
+    def count(self) -> int:
+        return place()[1]
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def part_of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The part of the items that this process of n works on: every n-th."""
+        return items[self.rank :: self.count]
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on each of them."""
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().clone()
+        distributed.all_reduce(total)
+        return total
+
+    def gather(self, mine: Tensor, count: int) -> Tensor:
+        """``count`` values of which process r of n has the r-th, r+n-th ...: all of them, shape (count,), on each."""
+        whole = torch.zeros(count, dtype=mine.dtype, device=mine.device)
+        whole[self.rank :: self.count] = mine.detach()
+        return self.reduce(whole)
+
+    def broadcast(self, value: bool) -> bool:
+        """What the first process decided."""
+        mine = value and self.is_first
+        return bool(self.reduce(torch.tensor(int(mine), device=self.device)))
+
+    def same(self, number: int) -> bool:
+        """Whether all processes have the same number."""
+        everyone = self.gather(torch.tensor([number], device=self.device), self.count)
+        return not bool((everyone != number).any())
+
+    def check_same(self, number: int, file: Path) -> None:
+        """Raises BadInput, on every process, unless all of them read the same number from a file of progress."""
+        if not self.same(number):
+            raise BadInput(f"{file}: not the same for all processes; put the output on a disk that all machines share")
+
+    def on_first(self, step: Callable[[], Result]) -> Result | None:
+        """What ``step`` returns on the first process, None on the others; where it fails there, it fails on all."""
+        return self.on_all(lambda: step() if self.is_first else None)
+
+    def on_all(self, step: Callable[[], Result]) -> Result:
+        """What ``step``, which itself sends nothing, returns here; where it fails on one process, it fails on all.
+
+        So none waits for ever for one that has given up. Raises what the first process that failed raised; on the
+        others a DiffPruneError of the same exit code with the number of that process.
+        """
+        if self.count == 1:
+            return step()
+        error: Exception | None = None
+        try:
+            result = step()
+        except Exception as caught:
+            error = caught
+        codes = self.gather(torch.tensor([exit_code(error)], device=self.device), self.count).tolist()
+        if not any(codes):
+            return result
+        failed = next(process for process, code in enumerate(codes) if code)
+        message = self.told(described(error), failed)
+        if self.rank == failed and error is not None:
+            raise error
+        raise KINDS[codes[failed]](f"process {failed}: {message}") from error
+
+    def told(self, text: str, by: int) -> str:
+        """The text that process ``by`` has, on each, cut to TOLD bytes."""
+        cut = text.encode()[:TOLD] if self.rank == by else b""
+        sent = torch.tensor([*cut, *bytes(TOLD - len(cut))], dtype=torch.uint8, device=self.device)
+        distributed.broadcast(sent, by)
+        return bytes(sent.tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
 def exit_code(error: Exception | None) -> int:
@@ -116,11 +142,3 @@ def described(error: Exception | None) -> str:
     if error is None or isinstance(error, DiffPruneError):
         return str(error or "")
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def told(text: str, by: int, device: torch.device | None) -> str:
-    """The text that process ``by`` has, on each, cut to TOLD bytes."""
-    cut = text.encode()[:TOLD] if place()[0] == by else b""
-    sent = torch.tensor([*cut, *bytes(TOLD - len(cut))], dtype=torch.uint8, device=device)
-    distributed.broadcast(sent, by)
-    return bytes(sent.tolist()).rstrip(b"\0").decode(errors="ignore")

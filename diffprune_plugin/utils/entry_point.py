@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from diffprune_plugin.errors import DiffPruneError, Interrupted, out_of_memory
+from diffprune_plugin.errors import DiffPruneError, Interrupted
 
 
 def run_app(
@@ -32,6 +32,8 @@ def run_app(
             raise
         finish(error, f"{error.filename}: {error.strerror}; choose another path", 2, debug, speaks())
     except Exception as error:
+        from diffprune_plugin.utils.memory import out_of_memory
+
         if not out_of_memory(error):
             raise
         finish(error, "out of memory; use a smaller batch_size", 2, debug, True)  # the first process may have enough

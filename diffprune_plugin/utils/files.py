@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from diffprune_plugin.errors import BadInput
@@ -124,3 +124,12 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_apart(output: Path, sources: Mapping[str, str | None]) -> None:
+    """Raises BadInput if writing the output would replace one of the sources, by config key, that it is made from."""
+    place = output.resolve()
+    for key, value in sources.items():
+        source = Path(value).resolve() if value else None
+        if source and (source == place or place in source.parents or source in place.parents):
+            raise BadInput(f"output: {output} and {key}: {value} lie inside each other; choose another output")

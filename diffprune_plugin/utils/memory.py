@@ -1,8 +1,9 @@
-"""Sums of gradients over passes that fit the memory."""
+"""How much memory there is, and work in passes that fit it."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,13 +11,24 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
-from diffprune_plugin.errors import BadInput, out_of_memory
+from diffprune_plugin.errors import BadInput
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
+# As torch, its devices, ONNX Runtime and C++ say it.
+MEMORY = re.compile(
+    r"allocate memory|failed to allocate|not enough memory|out of memory|bad.?alloc"
+    r"|CUDNN_STATUS_NOT_SUPPORTED|DEVMEM Allocation failed",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether another library's error says that memory ran out, on whatever device; nothing is imported for it."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or bool(MEMORY.search(str(error)))
 
 
 class Passes:
@@ -89,55 +101,6 @@ def of_container(place: Path) -> int | None:
         return max(int(limit) - int(used), 0)
     except (OSError, ValueError):  # no such file, or "max"
         return None
-
-
-class GradientSums:
-    """The gradients of all backward passes summed in float32, ``totals``, by parameter name.
-
-    Each parameter's gradient is added and freed as soon as a pass has it: the memory is one set of gradients, whatever
-    the dtype of the weights. A pass that ran out of memory half-way is repeated without counting anything twice.
-    """
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.added: set[str] = set()  # by the pass under way
-        self.counted: frozenset[str] = frozenset()  # by failed passes over the same samples
-        self.unet = unet
-
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Gradients of the UNet's parameters go into the sums, and their ``.grad`` is empty."""
-        with contextlib.ExitStack() as hooks:
-            for name, parameter in self.unet.named_parameters():
-                register: Any = parameter.register_post_accumulate_grad_hook
-                hooks.callback(register(self.adder(name)).remove)
-            yield
-
-    def adder(self, name: str) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None or name in self.counted:
-                return
-            if name in self.totals:
-                self.totals[name] += gradient
-            else:
-                self.totals[name] = gradient.float()
-            self.added.add(name)
-
-        return add
-
-    def begin(self) -> None:
-        """A pass begins: none of its gradients are added yet, also where it fails before there are any."""
-        self.added.clear()
-
-    @contextlib.contextmanager
-    def repeating(self) -> Iterator[None]:
-        """What the failed pass has added already is not added again."""
-        before, self.counted = self.counted, self.counted | self.added
-        try:
-            yield
-        finally:
-            self.counted = before
 
 
 @contextlib.contextmanager

@@ -27,8 +27,11 @@ from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration.calibration import Calibration
-from diffprune_plugin.criteria.sweep import Sweep, above_threshold, alphas_of, share, strata
-from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_loss, trained_for, training_scheduler
+from diffprune_plugin.calibration.timesteps import above_threshold, share, strata
+from diffprune_plugin.criteria.sweep import Sweep
+from diffprune_plugin.criteria.timestep_weights import alphas_of
+from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_loss
+from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.plugins import weights_of_timesteps
 

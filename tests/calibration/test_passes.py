@@ -14,10 +14,11 @@ from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration.calibration import Calibration
+from diffprune_plugin.calibration.gradients import GradientSums
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
-from diffprune_plugin.errors import BadInput, out_of_memory
-from diffprune_plugin.utils.memory import GradientSums, Passes, checkpointing, free_memory, of_container
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.utils.memory import Passes, checkpointing, free_memory, of_container, out_of_memory
 
 SWEEPS = {
     "stratified": Sweep(samples=12, curve_samples=2, threshold=0.0),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
-from diffprune_plugin.criteria.sweep import Sweep, above_threshold
+from diffprune_plugin.calibration.timesteps import above_threshold
+from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.errors import BadInput, MissingGradients

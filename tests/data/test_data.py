@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffprune_plugin.data.loading import Samples, load_samples
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 
 

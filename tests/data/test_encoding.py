@@ -18,8 +18,9 @@ from tiny_pipelines import CAPTIONS, PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin.criteria.sweep import Sweep
-from diffprune_plugin.data.loading import Samples, load_samples
-from diffprune_plugin.diffusion.loss import fitting
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import find_adapter
 

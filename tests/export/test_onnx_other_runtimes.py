@@ -37,7 +37,7 @@ import json, sys
 import numpy as np, onnx, onnxruntime as ort
 from onnx import TensorProto, helper
 from diffprune_plugin.errors import DiffPruneError
-from diffprune_plugin.export import placement
+from diffprune_plugin.export import proofs as placement
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 
 def caught(function, *arguments, **options):

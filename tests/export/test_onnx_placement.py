@@ -4,22 +4,19 @@ import onnxruntime
 import pytest
 
 from diffprune_plugin.errors import BadInput, HardwareUnproved
-from diffprune_plugin.export import placement
+from diffprune_plugin.export import proofs as placement
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
-from diffprune_plugin.export.placement import (
+from diffprune_plugin.export.proofs import (
     Placement,
     Proof,
     assignment_proof,
     best_provider,
     binding_proof,
-    check_distribution,
-    check_dtype,
     device_proof,
-    known_provider,
-    open_session,
     profile_proof,
     prove,
 )
+from diffprune_plugin.export.providers import check_distribution, check_dtype, known_provider, open_session
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 

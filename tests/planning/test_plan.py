@@ -12,7 +12,8 @@ from tiny import make_unet, output_of
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.graph.groups import CoupledGroup, Member, meta_copy
+from diffprune_plugin.graph.costs import meta_copy
+from diffprune_plugin.graph.groups import CoupledGroup, Member
 from diffprune_plugin.planning.channels import AskedGroup, Rules, plan_group
 from diffprune_plugin.planning.plan import PruningPlan
 

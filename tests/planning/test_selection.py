@@ -15,8 +15,9 @@ from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.planning.channels import AskedGroup, Rules, nearest_to, select
+from diffprune_plugin.planning.channels import AskedGroup, Rules, select
 from diffprune_plugin.planning.planner import check_asked
+from diffprune_plugin.planning.target import nearest_to
 from diffprune_plugin.plugins import find_adapter
 
 

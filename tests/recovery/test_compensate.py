@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
-from diffprune_plugin.data.loading import Samples, load_samples
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.recovery import compensate, ridge

@@ -24,9 +24,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from test_calibrate import FAST, SMALL
-from test_prune import LAUNCH, call
-from test_prune import TWO as PAIR
-from test_prune import two_processes as processes_of
+from test_distributed import LAUNCH, call
+from test_distributed import TWO as PAIR
+from test_distributed import two_processes as processes_of
 from tiny import make_unet
 
 import diffprune_plugin as dp
@@ -412,7 +412,7 @@ def test_with_fp16_steps_are_skipped_until_the_scale_is_below_1_and_resumed_with
 
 
 def test_under_accelerate_launch_one_process_speaks(tuning, tmp_path) -> None:
-    command = [*LAUNCH, *PAIR, "--dynamo_backend", "no", "-m", "diffprune_plugin.recovery.finetune", tuning]
+    command = [*LAUNCH, *PAIR, "--dynamo_backend", "no", "-m", "diffprune_plugin", "finetune", tuning]
     good = call(*command, cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     assert good.stdout.count("on 2 processes (cpu)") == good.stdout.count("wrote ") == 1
@@ -420,7 +420,7 @@ def test_under_accelerate_launch_one_process_speaks(tuning, tmp_path) -> None:
 
 def test_what_one_process_alone_lacks_ends_both_and_is_told_once(tuning, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    words = ["-m", "diffprune_plugin.recovery.finetune", tuning.name]
+    words = ["-m", "diffprune_plugin", "finetune", tuning.name]
     (code, _, told), second = processes_of(*words, cwd=(tuning.parent, tmp_path / "empty"))
     assert (code, told.count("error: process 1: tune.json")) == (2, 1), told
     assert second == (2, "", "")
@@ -503,6 +503,6 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
 def test_a_small_number_is_a_number_in_yaml_too(values, tmp_path) -> None:
     path = tmp_path / "tune.yaml"
     path.write_text("model: a\ndata: b\nsteps: 3\nlearning_rate: 1e-4\n")
-    from diffprune_plugin.config.pruning import read_as
+    from diffprune_plugin.config.base import read_as
 
     assert read_as(dp.FinetuneConfig, path).learning_rate == 1e-4

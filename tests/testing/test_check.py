@@ -14,7 +14,8 @@ from tiny import make_unet
 from diffprune_plugin.adapters.table import Heads, Mirror, Pairs, Port
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.testing.check import check_adapter, check_criterion
+from diffprune_plugin.testing.adapters import check_adapter
+from diffprune_plugin.testing.criteria import check_criterion
 
 
 def norms(group: Any) -> torch.Tensor:
@@ -104,7 +105,7 @@ TABLES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "words"), TABLES.values(), ids=TABLES)
 def test_each_fault_of_a_table_is_named(changes, words, monkeypatch) -> None:
     table = dataclasses.replace(GATED_UNET, **changes)
-    monkeypatch.setattr("diffprune_plugin.testing.check.check_reload", lambda adapter, unet: None)
+    monkeypatch.setattr("diffprune_plugin.testing.adapters.check_reload", lambda adapter, unet: None)
     with pytest.raises(CheckFailed, match=f"GatedUNet: .*{words}"):
         check_adapter(table, gated(), export=False)
 

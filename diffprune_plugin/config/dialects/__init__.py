@@ -9,11 +9,13 @@ from typing import Any
 import diffprune_plugin.config.dialects.flags as flags
 import diffprune_plugin.config.dialects.nncf_json as nncf_json
 import diffprune_plugin.config.dialects.pruner_kwargs as pruner_kwargs
+from diffprune_plugin.config.base import apply_
+from diffprune_plugin.config.criterion import criterion_of
 from diffprune_plugin.config.dialects.table import NATIVE, Fact, Listing, to
 from diffprune_plugin.config.documents import parse_mapping, read_text
-from diffprune_plugin.config.pruning import PruningConfig, apply_
+from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.plugins import criteria, criterion_of, plugin_manager
+from diffprune_plugin.plugins import criteria, plugin_manager
 
 FROM_FLAGS = "--from-flags"
 KEYS = {key: Fact(NATIVE, "honoured", "a native key", to(key)) for key in PruningConfig.model_fields}

@@ -8,7 +8,8 @@ from diffprune_example.fisher import Fisher
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import MissingGradients
-from diffprune_plugin.testing.check import check_adapter, check_criterion
+from diffprune_plugin.testing.adapters import check_adapter
+from diffprune_plugin.testing.criteria import check_criterion
 
 
 def test_the_criterion_keeps_its_promises():

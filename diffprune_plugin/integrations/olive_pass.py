@@ -84,7 +84,12 @@ def package_config() -> dict[str, Any]:
     return content
 
 
-if __name__ == "__main__":
-    from diffprune_plugin.integrations import olive as olive_pass
+def main() -> None:
+    """Print the package config, with the pass under its importable name."""
+    from diffprune_plugin.integrations import olive_pass
 
     json.dump(olive_pass.package_config(), sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The state that a model is in: as its class made it, or masked, or hooked by NNCF."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffprune_plugin.errors import BadInput
+
+HOOKS = "__nncf_hooks"  # where NNCF keeps its hooks; a child module of the model
+KEPT = "kept"  # the buffer that layers of a masked model carry: their kept channels
+
+
+def check_stock(model: nn.Module) -> None:
+    """Raises BadInput for a model that is masked, or that was and still has masked layers."""
+    check_hooks(model)
+    if any(KEPT in layer._buffers for layer in model.modules()):
+        raise BadInput("the UNet was masked and then folded; call remove_(unet, plan) first")
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Raises BadInput for a model that carries NNCF's hooks."""
+    storage = model._modules.get(HOOKS)
+    if storage is not None and any(True for kind in storage.children() for _ in kind.children()):
+        raise BadInput(
+            "the UNet carries NNCF's hooks: if they are masks, call fold_(unet) first; if they are quantizers, start "
+            "from the model before nncf.quantize"
+        )

@@ -1,0 +1,74 @@
+"""Gradients summed in float32, by parameter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffprune_plugin.utils.modes import differentiable
+
+
+class GradientSums:
+    """The gradients of all backward passes summed in float32, ``totals``, by parameter name.
+
+    Each parameter's gradient is added and freed as soon as a pass has it: the memory is one set of gradients, whatever
+    the dtype of the weights. A pass that ran out of memory half-way is repeated without counting anything twice.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.added: set[str] = set()  # by the pass under way
+        self.counted: frozenset[str] = frozenset()  # by failed passes over the same samples
+        self.unet = unet
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Gradients of the UNet's parameters go into the sums, and their ``.grad`` is empty."""
+        with contextlib.ExitStack() as hooks:
+            for name, parameter in self.unet.named_parameters():
+                register: Any = parameter.register_post_accumulate_grad_hook
+                hooks.callback(register(self.adder(name)).remove)
+            yield
+
+    def adder(self, name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None or name in self.counted:
+                return
+            if name in self.totals:
+                self.totals[name] += gradient
+            else:
+                self.totals[name] = gradient.float()
+            self.added.add(name)
+
+        return add
+
+    def begin(self) -> None:
+        """A pass begins: none of its gradients are added yet, also where it fails before there are any."""
+        self.added.clear()
+
+    @contextlib.contextmanager
+    def repeating(self) -> Iterator[None]:
+        """What the failed pass has added already is not added again."""
+        before, self.counted = self.counted, self.counted | self.added
+        try:
+            yield
+        finally:
+            self.counted = before
+
+
+@contextlib.contextmanager
+def gradients_of(unet: nn.Module) -> Iterator[None]:
+    """Every parameter collects gradients, from none on, in eval mode; afterwards all is as it was."""
+    before = [(parameter, parameter.grad) for parameter in unet.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        with differentiable(unet):
+            yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient

@@ -1,0 +1,26 @@
+"""Which timesteps count, and which of them a sample stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
+    """Which points of a loss curve count: L_t / L_max > threshold (Eq. 9-10 of arXiv 2305.10924).
+
+    All of them at threshold 0; the largest always.
+    """
+    counts: npt.NDArray[np.bool_] = (loss / loss.max() > threshold) | (threshold == 0) | (loss == loss.max())
+    return counts
+
+
+def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:
+    """The timesteps 0 .. num_train_timesteps - 1 in ``count`` runs of nearly equal length."""
+    return [part.astype(np.int64) for part in np.array_split(np.arange(num_train_timesteps), count)]
+
+
+def share(timesteps: npt.NDArray[np.int64], index: int, count: int) -> npt.NDArray[np.int64]:
+    """The timesteps that sample ``index`` of ``count`` stands for, when the samples are spread evenly over them."""
+    first = len(timesteps) * index // count
+    return timesteps[first : max(len(timesteps) * (index + 1) // count, first + 1)]

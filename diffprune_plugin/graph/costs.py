@@ -1,0 +1,87 @@
+"""What every layer costs: parameters and MACs, before and after channels are gone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffprune_plugin.adapters.table import UNetAdapter
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Channels and size of one layer, applied at so many positions.
+
+    Of its ``params`` elements the ``weights`` have an input and an output side, the others (biases, norm affine) an
+    output side only.
+    """
+
+    channels_in: int
+    channels_out: int
+    params: int
+    weights: int
+    positions: int
+
+    def after(self, removed_in: int, removed_out: int) -> tuple[int, int]:
+        """(params, MACs) of the layer when these many channels are gone."""
+        left_in = 1 - removed_in / max(self.channels_in, 1)
+        left_out = 1 - removed_out / max(self.channels_out, 1)
+        params = round(self.weights * left_in * left_out) + round((self.params - self.weights) * left_out)
+        return params, params * self.positions
+
+
+def layer_costs(unet: nn.Module, adapter: UNetAdapter) -> dict[str, LayerCost]:
+    """The cost of every layer with parameters, for one sample of the config's size; nothing is computed (meta device).
+
+    MACs count every parameter of a convolution, linear or norm layer once per position, as torch-pruning and with it
+    the paper do; what has no parameters (the attention product, activations) is left out.
+    """
+    model = meta_copy(unet)
+    positions: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            positions[name] = positions.get(name, 0) + output.numel() // layer_cost(modules[name], 0).channels_out
+
+        return hook
+
+    modules = {name: module for name, module in model.named_modules() if own_parameters(module)}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Embedding):
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model(**adapter.example_inputs(model))
+    return {name: layer_cost(module, positions.get(name, 0)) for name, module in modules.items()}
+
+
+def total_macs(unet: nn.Module, adapter: UNetAdapter) -> int:
+    """MACs of one sample of the config's size, counted as `layer_costs` does."""
+    return sum(cost.after(0, 0)[1] for cost in layer_costs(unet, adapter).values())
+
+
+def layer_cost(module: nn.Module, positions: int) -> LayerCost:
+    """The cost of one layer applied at so many positions."""
+    params = own_parameters(module)
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        out, into = module.weight.shape[:2]
+        return LayerCost(into, out, params, module.weight.numel(), positions)
+    if isinstance(module, nn.Embedding):
+        return LayerCost(0, module.embedding_dim, params, 0, 0)
+    channels = next(module.parameters(recurse=False)).shape[0]
+    return LayerCost(0, channels, params, 0, positions)
+
+
+def own_parameters(module: nn.Module) -> int:
+    """Elements of the parameters that the module itself holds."""
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def meta_copy(unet: nn.Module) -> nn.Module:
+    """A copy of the structure without data: parameters and buffers of the same shapes on the meta device."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in unet.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
+    return copy.deepcopy(unet, memo).eval()

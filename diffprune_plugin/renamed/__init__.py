@@ -1,0 +1,1 @@
+"""Modules by their names of before: this folder is on the package's path (`diffprune_plugin.prune` and others)."""

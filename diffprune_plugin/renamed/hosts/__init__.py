@@ -1,0 +1,1 @@
+"""Was the home of what is now in diffprune_plugin.integrations."""

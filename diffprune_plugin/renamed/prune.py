@@ -1,0 +1,6 @@
+"""Was: `accelerate launch -m diffprune_plugin.prune CONFIG`."""
+
+from diffprune_plugin.__main__ import renamed
+
+if __name__ == "__main__":
+    renamed("prune")

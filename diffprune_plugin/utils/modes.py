@@ -1,0 +1,37 @@
+"""A model in another mode for a while: with gradients everywhere, or evaluating."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def differentiable(unet: nn.Module) -> Iterator[None]:
+    """Autograd reaches every parameter, in eval mode; afterwards the UNet is as it was."""
+    training = unet.training
+    before = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    unet.eval().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        unet.train(training)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in eval mode; afterwards as they were."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
