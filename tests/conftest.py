@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +90,37 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def call() -> Any:
+    """A program that has to end with 0; returns its standard output."""
+
+    def run(*words: object, cwd: Path, **env: object) -> str:
+        given = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        given |= {name: str(value) for name, value in env.items()}
+        result = subprocess.run([str(word) for word in words], cwd=cwd, env=given, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def site(call: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the checkout, installed: the folders adapters/ and export/ are in the package there."""
+    place = tmp_path_factory.mktemp("wheel")
+    copy_checkout(place / "source")
+    pip = (sys.executable, "-m", "pip")
+    call(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", place, place / "source", cwd=place)
+    call(*pip, "install", "-q", "--no-deps", "--target", place / "site", *place.glob("*.whl"), cwd=place)
+    return place / "site"
+
+
+def copy_checkout(target: Path) -> None:
+    """What goes into the wheel, copied, so that no build leftovers land in the checkout."""
+    root = Path(__file__).parent.parent
+    for name in ("diffprune_plugin", "adapters", "export"):
+        shutil.copytree(root / name, target / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, target / name)

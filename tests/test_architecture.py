@@ -1,119 +1,57 @@
-"""Imports point one way: a file imports only what stands before it in this list."""
+"""Where things live: imports point down, few modules at the top, files that fit one idea, no pickle."""
 
 from __future__ import annotations
 
-import ast
+import shutil
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = [
-    "errors",
-    "program",
-    "files",
-    "progress",
-    "documents",
-    "tensors",
-    "patterns",
-    "schedules",
-    "hookspecs",
-    "config",
-    "timesteps",
-    "criteria",
-    "adapters.table",
-    "adapters.*",
-    "adapters",
-    "plugins",
-    "dialects.table",
-    "dialects.*",
-    "dialects",
-    "data",
-    "encoding",
-    "passes",
-    "draws",
-    "processes",
-    "kept",
-    "groups",
-    "permute",
-    "plan",
-    "selection",
-    "planning",
-    "calibration",
-    "objective",
-    "calibrating",
-    "checkpoint",
-    "removal",
-    "history",
-    "pruner",
-    "masking",
-    "mask_schedule",
-    "ridge",
-    "residual",
-    "compensate",
-    "report",
-    "prompts",
-    "sample",
-    "drawing",
-    "workflow",
-    "distillation",
-    "training",
-    "finetune",
-    "export.*",
-    "export",
-    "features",
-    "evaluation",
-    "evaluate",
-    "check",
-    "hosts",
-    "hosts.*",
-    "demo",
-    "cli",
-    "launched",
-    "prune",
-]
+FOLDERS = ("diffprune_plugin", "adapters", "export", "benchmarks")
+LONGEST = 350  # lines of a file
 
 
-def rank(module: str) -> int:
-    if module in ORDER:
-        return ORDER.index(module)
-    return ORDER.index(f"{module.split('.')[0]}.*")
+def sources() -> list[Path]:
+    return [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 
 
-def imports_of(path: Path) -> list[str]:
-    """What a file imports from the project at its top level (not inside functions or for type checking)."""
-    found = []
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("diffprune_plugin"):
-            module = node.module.removeprefix("diffprune_plugin").lstrip(".")
-            found += [module] if module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [a.name for a in node.names if a.name.startswith("diffprune_plugin.")]
-            found += [name.removeprefix("diffprune_plugin.") for name in names]
-    return found
+def test_imports_point_down(site: Path, call: Any, tmp_path: Path) -> None:
+    """In the wheel: the folders adapters/ and export/ are rooms only there."""
+    assert "Contracts: 1 kept, 0 broken." in call("lint-imports", *config(), cwd=tmp_path, PYTHONPATH=site)
 
 
-def modules() -> dict[str, Path]:
-    files = {}
-    for folder, prefix in (("diffprune_plugin", ""), ("adapters", "adapters."), ("export", "export.")):
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            name = (prefix + ".".join(parts)).removesuffix("__init__").rstrip(".")
-            if name:
-                files[name] = path
-    return files
+@pytest.mark.parametrize("late", [False, True])
+def test_an_import_that_points_up_is_found(late: bool, site: Path, call: Any, tmp_path: Path) -> None:
+    shutil.copytree(site, tmp_path / "site")
+    file = tmp_path / "site" / "diffprune_plugin" / "graph" / "costs.py"
+    planted = "def late():\n    import diffprune_plugin.workflow\n" if late else "import diffprune_plugin.workflow\n"
+    file.write_text(file.read_text() + planted)
+    with pytest.raises(AssertionError, match=r"diffprune_plugin.graph.costs -> diffprune_plugin.workflow"):
+        call("lint-imports", *config(), cwd=tmp_path, PYTHONPATH=tmp_path / "site")
 
 
-def test_imports_point_one_way() -> None:
-    upward = []
-    for name, path in modules().items():
-        for imported in imports_of(path):
-            same_family = rank(imported) == rank(name) and "." in name
-            if rank(imported) >= rank(name) and not same_family:
-                upward.append(f"{name} imports {imported}")
-    assert not upward
+def config() -> tuple[str, ...]:
+    return "--no-cache", "--config", str(ROOT / "pyproject.toml")
+
+
+def test_few_modules_lie_at_the_top_and_none_bears_the_name_of_a_public_function() -> None:
+    import diffprune_plugin
+
+    top = {path.stem for path in (ROOT / "diffprune_plugin").iterdir() if path.suffix == ".py"}
+    rooms = {path.name for path in (ROOT / "diffprune_plugin").iterdir() if path.is_dir()}
+    assert len(top) <= 8
+    assert not (top | rooms) & set(diffprune_plugin.__all__)
+
+
+def test_no_file_is_too_long_for_one_idea() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}
 
 
 def test_nothing_writes_or_reads_a_pickle() -> None:
-    for path in [*modules().values(), *(ROOT / "benchmarks").glob("*.py")]:
+    for path in sources():
         text = path.read_text()
         for word in ("import pickle", "torch.save(", "torch.load(", "weights_only=False", "allow_pickle=True"):
             assert word not in text, f"{path}: {word}"

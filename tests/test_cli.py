@@ -98,7 +98,9 @@ def test_a_stored_calibration_is_used_again_and_refused_for_other_weights(
 ) -> None:
     stored = ["--set", f"calibration={tmp_path / 'stored'}"]
     assert run("prune", config_file, *stored)[0] == 0
-    monkeypatch.setattr(workflow, "calibrate", lambda *a, **k: pytest.fail("calibrated again"))
+    monkeypatch.setattr(
+        "diffprune_plugin.calibration.stored.calibrate", lambda *a, **k: pytest.fail("calibrated again")
+    )
     assert run("prune", config_file, *stored, "--output", tmp_path / "b", "--set", "pruning_ratio=0.5")[0] == 0
     code, _, err = run("prune", config_file, *stored, "--dry-run", "--set", "importance.samples=9")
     assert code == 2

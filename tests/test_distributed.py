@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from processes import LAUNCH, ONE, TWO, call, two_processes
 from test_pipelines import FAST, SWEEP
 from tiny_pipelines import PIPELINES, captioned_folder
 
@@ -34,35 +32,7 @@ from diffprune_plugin.utils import distributed
 from diffprune_plugin.utils.distributed import check_parallel
 from diffprune_plugin.workflow import config_on, prune, prune_shared
 
-ON_CPU = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-# With --cpu and no mpirun, Accelerate starts one process, whatever --num_processes says.
-ONE, TWO = ["--cpu", "--num_processes", "1"], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 MODULE = ["--dynamo_backend", "no", "-m", "diffprune_plugin", "prune"]
-LIMIT = 240  # seconds; whoever waits for ever fails
-
-
-def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(word) for word in words]
-    return subprocess.run(command, env=ON_CPU, capture_output=True, text=True, timeout=LIMIT, cwd=cwd)
-
-
-def two_processes(*words: object, cwd: tuple[Path, Path]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of two processes that no launcher stops, each in a directory of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, *(str(word) for word in words)]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen(command, env={**ON_CPU, **group, "RANK": rank, "LOCAL_RANK": rank}, cwd=place, **options)
-        for rank, place in zip("01", cwd, strict=True)
-    ]
-    try:
-        return [(process.returncode, *said) for process in started for said in [process.communicate(timeout=LIMIT)]]
-    finally:
-        for process in started:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +216,8 @@ TROUBLE: dict[Callable[..., dict[str, Any]], tuple[int, str, str]] = {
     stored: (0, "done", "not the first"),
 }
 ALL = """
-import sys
-sys.path.insert(0, sys.argv[1])
+import os, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_distributed import go_through
 go_through(sys.argv[2])
 """
@@ -334,7 +304,7 @@ def test_pruning_alone_among_several_processes_is_refused(monkeypatch) -> None:
 def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_them(rank, monkeypatch, capsys) -> None:
     waited: list[float] = []
     monkeypatch.setitem(launched.STARTS, "prune", lambda: accelerator("cpu"))
-    monkeypatch.setattr(distributed, "place", lambda: (rank, 2))
+    monkeypatch.setattr(launched.Processes, "is_first", property(lambda _: rank == 0))
     monkeypatch.setattr(launched.time, "sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.criteria.sweep import Sweep
 
 TINY = {
     "sample_size": 16,
@@ -20,6 +21,9 @@ TINY = {
     "attention_head_dim": 8,
     "norm_num_groups": 8,
 }
+# A calibration that takes a second.
+SMALL = Sweep(samples=12, curve_samples=2)
+FAST: dict[str, Any] = {"batch_size": 4, "timesteps": 5, "progress": False}
 
 
 def make_unet(seed: int = 0, **changes: Any) -> UNet2DModel:

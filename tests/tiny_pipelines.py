@@ -19,8 +19,8 @@ from diffusers import (
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from PIL import Image
-from test_unet_2d_condition import SD, SDXL, make_unet
 from tiny import make_unet as make_unconditional
+from tiny_conditional import SD, SDXL, make_unet
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffprune_plugin.data.samples import LIMIT, Samples
+from diffprune_plugin.data import samples as held
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -157,9 +158,9 @@ def load_folder(path: Path, resolution: int | None = None, whole: bool = False) 
 
 def every(count: int, first: Pixels) -> int:
     """The n of "every n-th" that keeps so many images like the first within what is held in memory."""
-    step = max(-(-count // LIMIT), -(-count * first.nbytes // BYTES))
+    step = max(-(-count // held.LIMIT), -(-count * first.nbytes // BYTES))
     if step > 1:
-        taken, most = -(-count // step), f"{LIMIT} images or {BYTES >> 30} GiB of pixels"
+        taken, most = -(-count // step), f"{held.LIMIT} images or {BYTES >> 30} GiB of pixels"
         Console(stderr=True).print(f"data: {taken} of {count} images, evenly spaced: at most {most}", soft_wrap=True)
     return step
 

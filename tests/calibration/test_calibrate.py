@@ -23,7 +23,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from tiny import make_unet
+from tiny import FAST, SMALL, make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration.calibration import Calibration
@@ -34,9 +34,6 @@ from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_lo
 from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.plugins import weights_of_timesteps
-
-SMALL = Sweep(samples=12, curve_samples=2)
-FAST = {"batch_size": 4, "timesteps": 5, "progress": False}
 
 
 def same_bits(first: Calibration, second: Calibration) -> bool:
@@ -73,10 +70,12 @@ def test_the_unet_is_left_as_it_was(unet, scheduler, images) -> None:
     assert "conv_in.weight" in calibration.gradients
 
 
+# Where a process of its own finds this file and what it imports.
+PLACES = os.pathsep.join(map(str, Path(__file__).parents[:2]))
 VICTIM = """
-import sys, time, torch
+import os, sys, time, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_calibrate import calibrate_slowly
 calibrate_slowly(sys.argv[2], Path("progress"), 0.5)
 """
@@ -98,7 +97,7 @@ def test_killed_at_any_point_it_resumes_to_the_same_bits(sampling, tmp_path, ima
     monkeypatch.chdir(tmp_path)
     np.savez("images.npz", images=images)
     unbroken = calibrate_slowly(sampling, None, 0)
-    command = [sys.executable, "-c", VICTIM, str(Path(__file__).parents[1]), sampling]
+    command = [sys.executable, "-c", VICTIM, PLACES, sampling]
     victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     stored = tmp_path / "progress"
     while not holds_gradients(stored) and victim.poll() is None:

@@ -49,7 +49,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 def test_of_very_many_images_every_nth_is_taken_and_said_or_all_for_training(
     monkeypatch, images, tmp_path, capsys
 ) -> None:
-    monkeypatch.setattr("diffprune_plugin.data.loading.LIMIT", 5)
+    monkeypatch.setattr("diffprune_plugin.data.samples.LIMIT", 5)
     for number, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{number}.png")
     for source in (list(images), tmp_path):

@@ -11,9 +11,9 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
-from test_unet_2d_condition import CLASSES, REFINER, SDXL
-from test_unet_2d_condition import make_unet as make_conditional
 from tiny import make_unet
+from tiny_conditional import CLASSES, REFINER, SDXL
+from tiny_conditional import make_unet as make_conditional
 from tiny_pipelines import CAPTIONS, PIPELINES, captioned_folder
 
 import diffprune_plugin as dp

@@ -108,7 +108,7 @@ def test_losses_of_models_that_were_trained_otherwise_are_not_compared(
 def test_of_very_many_reference_images_all_have_features_and_every_nth_a_loss(
     images: np.ndarray, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
-    monkeypatch.setattr("diffprune_plugin.data.loading.LIMIT", 5)
+    monkeypatch.setattr("diffprune_plugin.data.samples.LIMIT", 5)
     (tmp_path / "real").mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image[..., 0]).resize((20, 24)).save(tmp_path / "real" / f"{number:02}.png")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from test_plan import group_of
-from test_unet_2d_condition import SD
-from test_unet_2d_condition import make_unet as make_conditional
 from tiny import make_unet, output_of
+from tiny_conditional import SD
+from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, CheckFailed

@@ -191,12 +191,12 @@ def test_a_class_that_diffusers_does_not_have_is_named(tmp_path) -> None:
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from tiny import make_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from pathlib import Path
 import diffprune_plugin as dp
-from diffprune_plugin import checkpoint, files
+from diffprune_plugin.utils import files
 place, real = sys.argv[2], {name: getattr(files, name) for name in ("exchange", "current_umask")}
 def die(*a):
     if place == "after" : real["exchange"](*a)
@@ -229,8 +229,8 @@ def test_where_directories_cannot_be_swapped_in_one_step_they_are_moved(tmp_path
 
 
 FULL = """
-import resource, signal, sys
-sys.path.insert(0, sys.argv[1])
+import os, resource, signal, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from tiny import make_unet
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput

@@ -13,9 +13,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from test_unet_2d_condition import FAMILIES, RELATIVES
-from test_unet_2d_condition import make_unet as make_conditional
 from tiny import make_unet
+from tiny_conditional import FAMILIES, RELATIVES
+from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin as dp
 from diffprune_plugin.diffusion.loss import noise_prediction_loss

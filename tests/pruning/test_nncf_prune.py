@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from test_unet_2d_condition import FAMILIES
-from test_unet_2d_condition import make_unet as make_conditional
 from tiny import make_unet
+from tiny_conditional import FAMILIES
+from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D

@@ -23,11 +23,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
-from test_calibrate import FAST, SMALL
-from test_distributed import LAUNCH, call
-from test_distributed import TWO as PAIR
-from test_distributed import two_processes as processes_of
-from tiny import make_unet
+from processes import LAUNCH, call
+from processes import TWO as PAIR
+from processes import two_processes as processes_of
+from tiny import FAST, SMALL, make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
@@ -219,9 +218,11 @@ def test_the_teacher_moves_the_student_towards_its_features(values, tmp_path) ->
     np.testing.assert_allclose(report.curve["loss"], total, rtol=1e-5)
 
 
+# Where a process of its own finds this file and what it imports.
+PLACES = os.pathsep.join(map(str, Path(__file__).parents[:2]))
 VICTIM = """
-import sys
-sys.path.insert(0, sys.argv[1])
+import os, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_finetune import hang_at
 hang_at(sys.argv[2], sys.argv[3], int(sys.argv[4]))
 """
@@ -253,7 +254,7 @@ def test_killed_at_several_points_it_resumes_to_the_same_bits(values, tuning, tm
     tuning.write_text(json.dumps(values))
     progress = tmp_path / ".tuned.progress"
     for place, count in (("batch_of", 8), ("save_tensors", 1)):  # in the fourth step; at the checkpoint after it
-        command = [sys.executable, "-c", VICTIM, str(Path(__file__).parents[1]), str(tuning), place, str(count)]
+        command = [sys.executable, "-c", VICTIM, PLACES, str(tuning), place, str(count)]
         victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         while not (tmp_path / "here").exists() and victim.poll() is None:
             time.sleep(0.02)
@@ -307,8 +308,8 @@ def test_a_loss_that_is_not_finite_stops_it_at_the_last_good_checkpoint(values, 
 
 
 TWO = """
-import sys
-sys.path.insert(0, sys.argv[1])
+import os, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_finetune import two_processes
 two_processes(sys.argv[2])
 """
@@ -355,7 +356,7 @@ def test_two_processes_train_and_calibrate_as_one_does(values, tuning, tmp_path,
     script.write_text(TWO)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    words = [str(script), str(Path(__file__).parents[1]), str(tuning)]
+    words = [str(script), PLACES, str(tuning)]
     result = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
