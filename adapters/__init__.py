@@ -1,14 +1,16 @@
-"""What is known about each UNet class, as tables."""
+"""What is known about each model class, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.ports import Port
+from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.hookspecs import hookimpl
 
+__all__ = ["BUILT_IN", "REFUSED", "Heads", "Known", "Mirror", "ModelAdapter", "Pairs", "Port"]
 BUILT_IN = (UNET_2D, UNET_2D_CONDITION)
 
 # Models that people try and that cannot be pruned on their own, and why.
@@ -19,6 +21,6 @@ REFUSED = {
 
 
 @hookimpl
-def diffprune_register_adapters(register: Callable[[UNetAdapter], None]) -> None:
+def diffprune_register_adapters(register: Callable[[ModelAdapter], None]) -> None:
     for adapter in BUILT_IN:
         register(adapter)

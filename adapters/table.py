@@ -1,37 +1,19 @@
-"""The form of an adapter: the facts about one UNet class that pruning, reloading and export need."""
+"""The form of an adapter: the facts about one model class that pruning, reloading and export need."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffprune_plugin.adapters.ports import Config, Port, config_of, configured_size, sized, two_pixels_at_the_bottom
 from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput
-
-
-@dataclass(frozen=True)
-class Port:
-    """One tensor that goes into or comes out of the UNet.
-
-    ``axes`` is its shape: a number, ``{key}`` the UNet config's value, ``{key-6*other}`` computed from two of them, any
-    other word a dynamic axis. ``when`` holds conditions on the config, ``key`` (it is set) or ``key=value``; the port
-    exists if one of them holds. ``integers_below`` (config keys) makes it an integer index. ``inside``: the forward
-    takes it as an item of this dict argument; ONNX names are flat.
-    """
-
-    name: str
-    axes: str
-    dtype: torch.dtype = torch.float32
-    when: tuple[str, ...] = ()
-    integers_below: tuple[str, ...] = ()
-    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +72,14 @@ REMEDIES = (
 
 
 @dataclass(frozen=True)
-class UNetAdapter:
-    """One UNet class as a table; everything else is derived from it. ``module``: where the class is imported from."""
+class ModelAdapter:
+    """One model class as a table; everything else is derived from it.
+
+    component: the attribute of a pipeline that holds the model. sample, timestep: names of the inputs that hold the
+        noisy sample (batch, channels, ...) and its timesteps (batch,).
+    size, smallest: of a config, the (height, width) of a sample, and the smallest that passes through every layer.
+    objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`. module: where the class is imported from.
+    """
 
     model_class: str
     inputs: tuple[Port, ...]
@@ -104,25 +92,41 @@ class UNetAdapter:
     words: tuple[tuple[str, int], ...] = ()  # sizes of dynamic axes other than batch, height and width, in examples
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
     module: str = "diffusers"
+    component: str = "unet"
+    sample: str = "sample"
+    timestep: str = "timestep"
+    size: Callable[[Config], tuple[int, int]] = configured_size
+    smallest: Callable[[Config], tuple[int, int]] = two_pixels_at_the_bottom
+    objective: str = "noise_prediction"
 
-    def ports(self, unet: nn.Module) -> tuple[Port, ...]:
-        """The inputs that this UNet's config asks for."""
-        return tuple(p for p in self.inputs if not p.when or any(holds(unet, condition) for condition in p.when))
+    def ports(self, model: nn.Module) -> tuple[Port, ...]:
+        """The inputs that this model's config asks for."""
+        return tuple(port for port in self.inputs if port.exists(config_of(model)))
+
+    def further_ports(self, model: nn.Module) -> tuple[Port, ...]:
+        """The inputs other than the sample and its timesteps."""
+        return tuple(port for port in self.ports(model) if port.name not in (self.sample, self.timestep))
+
+    def sample_shape(self, model: nn.Module) -> tuple[int, ...]:
+        """(channels, height, width) of one sample of the config's size."""
+        height, width = self.size(config_of(model))
+        sizes = {"height": height, "width": width, **dict(self.words)}
+        return tuple(sized(self.shapes(model)[self.sample][1:], sizes))
 
     def example_inputs(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         batch: int = 1,
         size: tuple[int, int] | None = None,
         seed: int = 0,
         words: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
-        """The arguments of a forward: `flat_inputs`, with those that the UNet takes inside a dict put there."""
-        return self.nested(self.flat_inputs(unet, batch, size, seed, words))
+        """The arguments of a forward: `flat_inputs`, with those that the model takes inside a dict put there."""
+        return self.nested(self.flat_inputs(model, batch, size, seed, words))
 
     def flat_inputs(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         batch: int = 1,
         size: tuple[int, int] | None = None,
         seed: int = 0,
@@ -132,15 +136,15 @@ class UNetAdapter:
 
         ``words``: sizes of other dynamic axes, by default the table's.
         """
-        generator = torch.Generator().manual_seed(seed)
-        height, width = size or sample_size(unet)
-        parameter = next(unet.parameters())
+        generator, config = torch.Generator().manual_seed(seed), config_of(model)
+        height, width = size or self.size(config)
+        parameter = next(model.parameters())
         sizes = {"batch": batch, "height": height, "width": width, **dict(self.words), **(words or {})}
         inputs = {}
-        for port in self.ports(unet):
-            shape = [axis_size(unet, axis, sizes) for axis in port.axes.split()]
+        for port in self.ports(model):
+            shape = sized(port.shape(config), sizes)
             if port.integers_below:
-                tensor = torch.randint(0, self.classes(unet, port), shape, generator=generator, dtype=port.dtype)
+                tensor = torch.randint(0, port.classes(config), shape, generator=generator, dtype=port.dtype)
             elif port.dtype is torch.int64:
                 tensor = torch.arange(1, batch + 1)
             else:
@@ -148,19 +152,9 @@ class UNetAdapter:
             inputs[port.name] = tensor.to(parameter.device)
         return inputs
 
-    def classes(self, unet: nn.Module, port: Port) -> int:
-        """How many values an integer index has."""
-        return next(int(value) for key in port.integers_below if (value := config_value(unet, key)))
-
-    def shapes(self, unet: nn.Module) -> dict[str, tuple[int | str, ...]]:
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int | str, ...]]:
         """The shape of each input by name: numbers, and words for dynamic axes."""
-        return {
-            port.name: tuple(
-                axis_size(unet, axis, {}) if axis.isdigit() or axis.startswith("{") else axis
-                for axis in port.axes.split()
-            )
-            for port in self.ports(unet)
-        }
+        return {port.name: port.shape(config_of(model)) for port in self.ports(model)}
 
     def nested(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs by port name as the forward takes them: some inside a dict argument."""
@@ -171,21 +165,31 @@ class UNetAdapter:
                 arguments[holder] = arguments.get(holder, {}) | {name: inputs[name]}
         return arguments
 
-    def trace_inputs(self, unet: nn.Module) -> dict[str, Any]:
+    def denoise(self, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The model's output, shape of ``outputs``, for inputs by port name."""
+        output: torch.Tensor = model(**self.nested(inputs), return_dict=False)[0]
+        return output
+
+    def predict(
+        self, model: nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, extra: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """The model's output for noisy samples (batch, channels, ...), timesteps (batch,) and further inputs."""
+        return self.denoise(model, {self.sample: sample, self.timestep: timesteps, **extra})
+
+    def trace_inputs(self, model: nn.Module) -> dict[str, Any]:
         """The smallest inputs that pass through every layer."""
-        return self.example_inputs(unet, size=self.trace_size(unet), words={word: 2 for word, _ in self.words})
+        return self.example_inputs(model, size=self.trace_size(model), words={word: 2 for word, _ in self.words})
 
-    def trace_size(self, unet: nn.Module) -> tuple[int, int]:
-        """The smallest (height, width) whose bottom level still has two pixels a side: cheap to trace through."""
-        side = 2 ** len(config_value(unet, "block_out_channels"))
-        return side, side
+    def trace_size(self, model: nn.Module) -> tuple[int, int]:
+        """The smallest (height, width) of a sample that passes through every layer."""
+        return self.smallest(config_of(model))
 
-    def kept_layers(self, unet: nn.Module) -> set[str]:
+    def kept_layers(self, model: nn.Module) -> set[str]:
         """Names of the layers whose output channels must stay.
 
         Raises BadInput if a pattern of the table matches no layer.
         """
-        names = [name for name, _ in unet.named_modules()]
+        names = [name for name, _ in model.named_modules()]
         kept = set()
         for pattern in self.keep:
             found = fnmatch.filter(names, pattern)
@@ -194,58 +198,58 @@ class UNetAdapter:
             kept.update(found)
         return kept
 
-    def equal_parts(self, unet: nn.Module) -> dict[str, int]:
+    def equal_parts(self, model: nn.Module) -> dict[str, int]:
         """For each layer, into how many parts its channels fall that must lose equally many: norm groups, heads."""
-        parts = {name: m.num_groups for name, m in unet.named_modules() if isinstance(m, nn.GroupNorm)}
-        return parts | self.head_counts(unet)
+        parts = {name: m.num_groups for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+        return parts | self.head_counts(model)
 
-    def head_counts(self, unet: nn.Module) -> dict[str, int]:
+    def head_counts(self, model: nn.Module) -> dict[str, int]:
         """For each layer whose outputs an attention splits into heads, how many heads."""
         return {
             f"{name}.{layer}": int(getattr(owner, row.count))
             for row in self.heads
-            for name, owner in modules_of(unet, row.owner)
+            for name, owner in modules_of(model, row.owner)
             for layer in row.layers
         }
 
-    def torch_pruning_kwargs(self, unet: nn.Module) -> dict[str, Any]:
+    def torch_pruning_kwargs(self, model: nn.Module) -> dict[str, Any]:
         """What torch_pruning.pruner.BasePruner has to be told about this UNet, in dicts of its own for each call.
 
-        ``BasePruner(unet, example_inputs, importance, **adapter.torch_pruning_kwargs(unet))``, and `mend_` after
+        ``BasePruner(model, example_inputs, importance, **adapter.torch_pruning_kwargs(model))``, and `mend_` after
         each step. What no argument mends: ``round_to`` beside norm groups, the softmax scale, reloading; for those
         there is `diffprune_plugin.Pruner`.
         """
         return {
-            "ignored_layers": [unet.get_submodule(name) for name in sorted(self.kept_layers(unet))],
-            "num_heads": {unet.get_submodule(name): count for name, count in self.head_counts(unet).items()},
+            "ignored_layers": [model.get_submodule(name) for name in sorted(self.kept_layers(model))],
+            "num_heads": {model.get_submodule(name): count for name, count in self.head_counts(model).items()},
             "in_channel_groups": {},
-            "out_channel_groups": {unet.get_submodule(name): parts for name, parts in self.paired(unet).items()},
+            "out_channel_groups": {model.get_submodule(name): parts for name, parts in self.paired(model).items()},
         }
 
-    def paired(self, unet: nn.Module) -> dict[str, int]:
+    def paired(self, model: nn.Module) -> dict[str, int]:
         """For each layer whose output is cut into parts that live and die together, how many parts."""
         return {
             f"{name}.{row.layer}": row.parts
             for row in self.pairs
-            for name, owner in modules_of(unet, row.owner)
+            for name, owner in modules_of(model, row.owner)
             if row.when is None or getattr(owner, row.when[0]) == row.when[1]
         }
 
-    def check(self, unet: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA; and
         for a model that is masked or hooked."""
-        check_stock(unet)
+        check_stock(model)
         for row in self.known:
-            value = config_value(unet, row.key)
+            value = config_of(model).get(row.key)
             for item in value if isinstance(value, (list, tuple)) else (value,):
                 if item not in row.values:
                     raise BadInput(
                         f"{row.key}: {item!r} is not covered by the adapter for {self.model_class}, "
                         f"which knows {', '.join(map(str, row.values))}; see README, 'A new UNet'"
                     )
-        for name, module in unet.named_modules():
+        for name, module in model.named_modules():
             if hasattr(module, "base_layer"):
-                adapters = ", ".join(getattr(unet, "peft_config", {})) or type(module).__name__
+                adapters = ", ".join(getattr(model, "peft_config", {})) or type(module).__name__
                 raise BadInput(
                     f"{name} carries a loaded LoRA or other adapter ({adapters}); "
                     "call pipeline.unload_lora_weights() first, and before that pipeline.fuse_lora() to keep its effect"
@@ -260,53 +264,53 @@ class UNetAdapter:
                     f"{remedy}"
                 )
 
-    def head_sizes(self, unet: nn.Module) -> dict[str, int]:
+    def head_sizes(self, model: nn.Module) -> dict[str, int]:
         """Dimensions per head of each attention, by module name."""
         return {
             name: owner.get_submodule(row.query).out_features // int(getattr(owner, row.count))
             for row in self.heads
-            for name, owner in modules_of(unet, row.owner)
+            for name, owner in modules_of(model, row.owner)
         }
 
-    def head_layers(self, unet: nn.Module) -> dict[str, str]:
+    def head_layers(self, model: nn.Module) -> dict[str, str]:
         """For each layer whose outputs are split into heads the attention that it belongs to."""
         return {
             f"{name}.{layer}": name
             for row in self.heads
-            for name, _ in modules_of(unet, row.owner)
+            for name, _ in modules_of(model, row.owner)
             for layer in row.layers
         }
 
-    def set_heads_(self, unet: nn.Module, heads: Mapping[str, tuple[int, int]]) -> None:
+    def set_heads_(self, model: nn.Module, heads: Mapping[str, tuple[int, int]]) -> None:
         """Tell each attention that lost whole heads how many (before, after) it has now."""
         for row in self.heads:
-            for name, owner in modules_of(unet, row.owner):
+            for name, owner in modules_of(model, row.owner):
                 if name in heads:
                     setattr(owner, row.count, heads[name][1])
 
-    def queries(self, unet: nn.Module) -> dict[str, str]:
+    def queries(self, model: nn.Module) -> dict[str, str]:
         """For each query projection the attention that it belongs to."""
-        return {f"{name}.{row.query}": name for row in self.heads for name, _ in modules_of(unet, row.owner)}
+        return {f"{name}.{row.query}": name for row in self.heads for name, _ in modules_of(model, row.owner)}
 
-    def mend_(self, unet: nn.Module) -> None:
+    def mend_(self, model: nn.Module) -> None:
         """Set every attribute that repeats a size from the layer it repeats."""
         for mirror in self.mirrors:
-            for _, owner in modules_of(unet, mirror.owner):
+            for _, owner in modules_of(model, mirror.owner):
                 size = attribute_at(owner, mirror.source)
                 *path, last = mirror.attribute.split(".")
                 target = attribute_at(owner, ".".join(path)) if path else owner
                 if size is not None and target is not None:
                     setattr(target, last, size)
         for row in self.heads:
-            for _, owner in modules_of(unet, row.owner):
+            for _, owner in modules_of(model, row.owner):
                 size = owner.get_submodule(row.query).out_features // int(getattr(owner, row.count))
                 setattr(owner, row.scale, size**-0.5)
 
-    def keep_softmax_scale_(self, unet: nn.Module, dense_head_sizes: dict[str, int]) -> None:
+    def keep_softmax_scale_(self, model: nn.Module, dense_head_sizes: dict[str, int]) -> None:
         """Multiply each query projection by sqrt(new / dense head size), so that the logits keep the dense scale."""
-        sizes = self.head_sizes(unet)
+        sizes = self.head_sizes(model)
         for row in self.heads:
-            for name, owner in modules_of(unet, row.owner):
+            for name, owner in modules_of(model, row.owner):
                 query = owner.get_submodule(row.query)
                 factor = math.sqrt(sizes[name] / dense_head_sizes[name])
                 if factor != 1:
@@ -315,9 +319,9 @@ class UNetAdapter:
                             parameter.mul_(factor)
 
 
-def modules_of(unet: nn.Module, class_name: str) -> Iterator[tuple[str, Any]]:
+def modules_of(model: nn.Module, class_name: str) -> Iterator[tuple[str, Any]]:
     """Name and module of everything in the UNet whose class has this name."""
-    return ((name, module) for name, module in unet.named_modules() if type(module).__name__ == class_name)
+    return ((name, module) for name, module in model.named_modules() if type(module).__name__ == class_name)
 
 
 def attribute_at(owner: Any, path: str) -> Any:
@@ -327,43 +331,4 @@ def attribute_at(owner: Any, path: str) -> Any:
     return owner
 
 
-def config_value(unet: nn.Module, key: str) -> Any:
-    """The value of a key of the UNet's diffusers config, or None."""
-    config: Any = unet.config
-    return config.get(key)
-
-
-def sample_size(unet: nn.Module) -> tuple[int, int]:
-    """(height, width) of the config's sample_size; 32 where it has none."""
-    size = config_value(unet, "sample_size") or 32
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def holds(unet: nn.Module, condition: str) -> bool:
-    """Whether all parts of a port's condition hold."""
-    return all(part_holds(unet, part) for part in condition.split(" & "))
-
-
-def part_holds(unet: nn.Module, part: str) -> bool:
-    found = re.fullmatch(r"(.+?)(!?=)(.+)", part)
-    if not found:
-        return bool(config_value(unet, part))
-    left, sign, right = found.groups()
-    value = axis_size(unet, left, {}) if left.startswith("{") else config_value(unet, left)
-    other = axis_size(unet, right, {}) if right.startswith("{") else right
-    return (str(value) == str(other)) is (sign == "=")
-
-
-def axis_size(unet: nn.Module, axis: str, words: Mapping[str, int]) -> int:
-    """The size of one axis of a port: a number, a word with its size, or config keys in braces."""
-    found = re.fullmatch(r"\{(\w+)(?:-(\d+)\*(\w+))?\}", axis)
-    if not found:
-        return int(axis) if axis.isdigit() else words[axis]
-    key, times, other = found.groups()
-    return config_size(unet, key) - (int(times) * config_size(unet, other) if times else 0)
-
-
-def config_size(unet: nn.Module, key: str) -> int:
-    """A width in the config; of one per block, which share their input, the first."""
-    value = config_value(unet, key)
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
+UNetAdapter = ModelAdapter  # its name of before

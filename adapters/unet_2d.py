@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from diffprune_plugin.adapters.table import Heads, Known, Mirror, Pairs, Port, UNetAdapter
+from diffprune_plugin.adapters.ports import Port, is_set
+from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
 
-UNET_2D = UNetAdapter(
+UNET_2D = ModelAdapter(
     model_class="UNet2DModel",
     inputs=(
         Port("sample", "batch {in_channels} height width"),
@@ -15,7 +16,7 @@ UNET_2D = UNetAdapter(
             "class_labels",
             "batch",
             torch.int64,
-            when=("num_class_embeds",),
+            when=is_set("num_class_embeds"),
             integers_below=("num_class_embeds",),
         ),
     ),

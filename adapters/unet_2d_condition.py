@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import torch
 
-from diffprune_plugin.adapters.table import Heads, Known, Mirror, Pairs, Port, UNetAdapter
+from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
+from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
 
 # SDXL adds the pooled text embedding and a row of numbers: original size, crop and target size, two each. Its refiner
 # has an aesthetic score for the target size, five numbers, and one text encoder, whose width the pooled embedding has.
-POOLED = "addition_embed_type=text_time & {projection_class_embeddings_input_dim-5*addition_time_embed_dim}"
-BASE, REFINER = POOLED + "!={cross_attention_dim}", POOLED + "={cross_attention_dim}"
 
-UNET_2D_CONDITION = UNetAdapter(
+
+def pooled_beside(config: Config, numbers: int) -> int:
+    """The width of the pooled embedding where so many numbers are embedded beside it."""
+    return width(config, "projection_class_embeddings_input_dim") - numbers * width(config, "addition_time_embed_dim")
+
+
+def refiner(config: Config) -> bool:
+    return adds_text_and_time(config) and pooled_beside(config, 5) == width(config, "cross_attention_dim")
+
+
+def base(config: Config) -> bool:
+    return adds_text_and_time(config) and not refiner(config)
+
+
+def adds_text_and_time(config: Config) -> bool:
+    return config.get("addition_embed_type") == "text_time"
+
+
+def pooled_of_base(config: Config) -> int:
+    return pooled_beside(config, 6)
+
+
+UNET_2D_CONDITION = ModelAdapter(
     model_class="UNet2DConditionModel",
     inputs=(
         Port("sample", "batch {in_channels} height width"),
@@ -21,24 +42,24 @@ UNET_2D_CONDITION = UNetAdapter(
             "class_labels",
             "batch",
             torch.int64,
-            when=("num_class_embeds",),
+            when=is_set("num_class_embeds"),
             integers_below=("num_class_embeds",),
         ),
-        Port("class_labels", "batch", torch.int64, when=("class_embed_type=timestep",)),
+        Port("class_labels", "batch", torch.int64, when=is_one_of("class_embed_type", "timestep")),
         Port(
             "class_labels",
             "batch {projection_class_embeddings_input_dim}",
-            when=("class_embed_type=projection", "class_embed_type=simple_projection"),
+            when=is_one_of("class_embed_type", "projection", "simple_projection"),
         ),
         Port(
             "text_embeds",
-            "batch {projection_class_embeddings_input_dim-6*addition_time_embed_dim}",
-            when=(BASE,),
+            ("batch", pooled_of_base),
+            when=base,
             inside="added_cond_kwargs",
         ),
-        Port("time_ids", "batch 6", when=(BASE,), inside="added_cond_kwargs"),
-        Port("text_embeds", "batch {cross_attention_dim}", when=(REFINER,), inside="added_cond_kwargs"),
-        Port("time_ids", "batch 5", when=(REFINER,), inside="added_cond_kwargs"),
+        Port("time_ids", "batch 6", when=base, inside="added_cond_kwargs"),
+        Port("text_embeds", "batch {cross_attention_dim}", when=refiner, inside="added_cond_kwargs"),
+        Port("time_ids", "batch 5", when=refiner, inside="added_cond_kwargs"),
     ),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=("conv_out",),

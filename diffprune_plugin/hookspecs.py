@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from diffprune_plugin.adapters.table import UNetAdapter
+    from diffprune_plugin.adapters.table import ModelAdapter
 
 ENTRY_POINT_GROUP = "diffprune"
 hookspec = pluggy.HookspecMarker("diffprune")
@@ -52,5 +52,5 @@ def diffprune_register_timestep_weights(register: Callable[[str, TimestepWeights
 
 
 @hookspec
-def diffprune_register_adapters(register: Callable[[UNetAdapter], None]) -> None:
+def diffprune_register_adapters(register: Callable[[ModelAdapter], None]) -> None:
     """Call ``register(adapter)`` once for each UNet class described."""

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pluggy
+from torch import nn
 
 import diffprune_plugin.adapters as built_in_adapters
 from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.criteria import timestep_weights as built_in_weights
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
@@ -187,21 +188,38 @@ def with_calibration(criterion: Any, calibration: Any) -> Criterion:
     return criterion  # type: ignore[no-any-return]
 
 
-def find_adapter(unet: Any, plugins: Plugins | None = None) -> UNetAdapter:
+def find_adapter(model: Any, plugins: Plugins | None = None) -> ModelAdapter:
     """The adapter for a UNet, by its class or the nearest of its base classes; raises BadInput if there is none."""
-    return adapter_for(type(unet), plugins)
+    return adapter_for(type(model), plugins)
 
 
-def adapter_for(unet_class: type, plugins: Plugins | None = None) -> UNetAdapter:
+def adapter_for(unet_class: type, plugins: Plugins | None = None) -> ModelAdapter:
     """The adapter for a UNet class; raises BadInput if there is none."""
     known = adapters(plugins or plugin_manager())
     for class_name in class_names(unet_class):
         if class_name in known:
-            adapter: UNetAdapter = known[class_name].value
+            adapter: ModelAdapter = known[class_name].value
             return adapter
         if class_name in built_in_adapters.REFUSED:
             raise BadInput(f"{class_name} cannot be pruned: {built_in_adapters.REFUSED[class_name]}")
     raise BadInput(f"no adapter for {unet_class.__name__}; have {', '.join(sorted(known))}; see README, 'A new UNet'")
+
+
+def components(plugins: Plugins | None = None) -> tuple[str, ...]:
+    """The attributes of pipelines that hold a model which some adapter describes."""
+    return tuple(sorted({entry.value.component for entry in adapters(plugins or plugin_manager()).values()}))
+
+
+def denoiser_of(pipeline: Any) -> tuple[str, Any]:
+    """The component of a pipeline that denoises, by its name; raises BadInput for a pipeline without one."""
+    names = components()
+    for name in names:
+        if isinstance(model := getattr(pipeline, name, None), nn.Module):
+            return name, model
+    kind, have = type(pipeline).__name__, ", ".join(getattr(pipeline, "components", ()))
+    where = getattr(pipeline, "name_or_path", "") or kind
+    called = " or ".join("UNet" if name == "unet" else name for name in names)
+    raise BadInput(f"{where}: {kind} has no {called} (it has {have})")
 
 
 def class_names(cls: type) -> Iterable[str]:

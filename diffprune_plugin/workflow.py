@@ -76,8 +76,8 @@ class Job:
 
     config: PruningConfig
     criterion: Criterion
-    model: Any
-    unet: nn.Module
+    loaded: Any
+    model: nn.Module
     compensating: bool
     samples: Callable[[], Samples]
 
@@ -112,8 +112,8 @@ def prune_shared(
     calibration = calibration_for(
         job.config,
         getattr(job.criterion, "sweep", None),
-        job.unet,
-        getattr(job.model, "scheduler", None),
+        job.model,
+        getattr(job.loaded, "scheduler", None),
         job.samples,
         processes,
         store=not dry_run,
@@ -124,7 +124,7 @@ def prune_shared(
     if plan is None:
         return None
     if dry_run:
-        return Pruned(job.model, plan, calibration, None)
+        return Pruned(job.loaded, plan, calibration, None)
     return finish(job, plan, calibration, overwrite, progress)
 
 
@@ -143,16 +143,16 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
         check_absent(output, overwrite)
         check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration")})
     criterion = criterion_of(config)
-    model, unet = load_model(config.model, config.device, config.dtype)
-    if isinstance(unet, PrunedModelMixin):
+    loaded, model = load_model(config.model, config.device, config.dtype)
+    if isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
-    find_adapter(unet)
+    find_adapter(model)
     check_asked(asked(config))
     check_patterns(
-        unet, **{key: getattr(config, key) for key in ("pruning_ratio_dict", "ignored_layers", "target_layers")}
+        model, **{key: getattr(config, key) for key in ("pruning_ratio_dict", "ignored_layers", "target_layers")}
     )
-    samples = functools.cache(lambda: encode(model, config.data, config.resolution))
-    return Job(config, criterion, model, unet, wants_compensation(config, model), samples)
+    samples = functools.cache(lambda: encode(loaded, config.data, config.resolution))
+    return Job(config, criterion, loaded, model, wants_compensation(config, loaded), samples)
 
 
 def asked(config: PruningConfig) -> dict[str, Any]:
@@ -163,39 +163,39 @@ def asked(config: PruningConfig) -> dict[str, Any]:
 def plan_of(job: Job, calibration: Calibration | None) -> PruningPlan:
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    return make_plan(job.unet, job.criterion, **asked(job.config), description=describe(job.criterion, job.config))
+    return make_plan(job.model, job.criterion, **asked(job.config), description=describe(job.criterion, job.config))
 
 
 def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwrite: bool, progress: bool) -> Pruned:
     """Remove, compensate, save."""
-    config, model, unet = job.config, job.model, job.unet
-    dense = copy.deepcopy(unet) if job.compensating else None
-    remove_(unet, plan)
+    config, loaded, model = job.config, job.loaded, job.model
+    dense = copy.deepcopy(model) if job.compensating else None
+    remove_(model, plan)
     compensation = (
-        None if dense is None else compensate(unet, dense, plan, model.scheduler, job.samples(), config, progress)
+        None if dense is None else compensate(model, dense, plan, loaded.scheduler, job.samples(), config, progress)
     )
     extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
-    save(model, Path(config.output), overwrite=overwrite, extra=extra)
+    save(loaded, Path(config.output), overwrite=overwrite, extra=extra)
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
-    model.to(config.device)
-    return Pruned(model, plan, calibration, compensation)
+    loaded.to(config.device)
+    return Pruned(loaded, plan, calibration, compensation)
 
 
-def wants_compensation(config: PruningConfig, model: Any) -> bool:
+def wants_compensation(config: PruningConfig, loaded: Any) -> bool:
     """Whether to compensate: as asked, or where there is what it takes.
 
     Raises BadInput if it is asked for and there are no images or there is no scheduler.
     """
-    possible = config.data is not None and isinstance(model, DiffusionPipeline)
+    possible = config.data is not None and isinstance(loaded, DiffusionPipeline)
     if config.compensate and not possible:
         raise BadInput("compensate: true needs 'data' and a pipeline directory as 'model'; add them or set it to false")
     return possible if config.compensate is None else config.compensate
 
 
 def compensate(
-    unet: nn.Module,
+    model: nn.Module,
     dense: nn.Module,
     plan: PruningPlan,
     scheduler: Any,
@@ -206,7 +206,7 @@ def compensate(
     """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
     try:
         return compensate_(
-            unet,
+            model,
             dense,
             plan,
             scheduler,

@@ -126,8 +126,8 @@ def measure(
         provider = best_provider(files[PRUNED], example_feeds(files[PRUNED], first), first, dtype).provider
     check_dtype(provider, dtype)
     memory_kind = known_provider(provider).memory
-    for name, unet in (eager or {}).items():
-        if (device := next(unet.parameters()).device.type) != memory_kind:
+    for name, model in (eager or {}).items():
+        if (device := next(model.parameters()).device.type) != memory_kind:
             raise BadInput(
                 f"eager {name} is on {device}, {provider} computes on {memory_kind}: not comparable; move it"
             )
@@ -136,8 +136,8 @@ def measure(
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
     for batch in batches:
         runs = sessions(result, files, batch, dims[batch])
-        for name, unet in (eager or {}).items():
-            runs[f"eager {name}"] = eager_run(unet, files[PRUNED], dims[batch][PRUNED], threads)
+        for name, model in (eager or {}).items():
+            runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
         most = rounds or result.rounds * PATIENCE
         times, warm_ups = interleaved(runs, result.rounds, most, budget, WARM_UP[memory_kind])
         peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
@@ -170,22 +170,21 @@ def sessions(
     return runs
 
 
-def eager_run(unet: Any, path: Path, dims: Mapping[str, int], threads: int) -> Run:
+def eager_run(model: Any, path: Path, dims: Mapping[str, int], threads: int) -> Run:
     """One PyTorch forward on the same inputs; sets PyTorch's threads for the process."""
     import torch
 
-    from diffprune_plugin.export.convert import denoise
     from diffprune_plugin.plugins import find_adapter
 
     torch.set_num_threads(threads)
-    adapter = find_adapter(unet)
-    parameter = next(unet.parameters())
+    adapter = find_adapter(model)
+    parameter = next(model.parameters())
     inputs = {name: torch.from_numpy(value).to(parameter.device) for name, value in example_feeds(path, dims).items()}
     inputs = {name: v.to(parameter.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
 
     def run() -> None:
         with torch.inference_mode():
-            denoise(unet, inputs, adapter)
+            adapter.denoise(model, inputs)
             if parameter.device.type == "cuda":
                 torch.cuda.synchronize()
 

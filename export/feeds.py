@@ -14,7 +14,7 @@ from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.export.integrity import parse, read_provenance
 from diffprune_plugin.utils.optional import need
 
-TIMESTEP = "timestep"
+INPUTS = {"sample": "sample", "timestep": "timestep"}  # of files that do not say what theirs are called
 Feeds = dict[str, npt.NDArray[Any]]
 
 
@@ -24,6 +24,12 @@ def input_shapes(path: Path) -> dict[str, list[str | int]]:
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in parse(path).graph.input
     }
+
+
+def input_names(facts: Mapping[str, str]) -> dict[str, str]:
+    """What the inputs ``sample`` and ``timestep`` are called in a file with this provenance."""
+    names: dict[str, str] = json.loads(facts["inputs"]) if "inputs" in facts else INPUTS
+    return names
 
 
 def input_types(path: Path) -> dict[str, np.dtype[Any]]:
@@ -51,7 +57,7 @@ def fixed_dims(path: str | Path, **asked: int) -> dict[str, int]:
 
 def example_feeds(path: str | Path, dims: Mapping[str, int]) -> Feeds:
     """Seeded inputs: normal noise, the middle timestep, index 0 of what is an index."""
-    generator = np.random.default_rng(0)
+    generator, timestep = np.random.default_rng(0), input_names(read_provenance(Path(path)))["timestep"]
     feeds: Feeds = {}
     types = input_types(Path(path))
     for name, axes in input_shapes(Path(path)).items():
@@ -59,5 +65,5 @@ def example_feeds(path: str | Path, dims: Mapping[str, int]) -> Feeds:
         if types[name].kind == "f":
             feeds[name] = generator.standard_normal(shape).astype(types[name])
         else:
-            feeds[name] = np.full(shape, 500 if name == TIMESTEP else 0, types[name])
+            feeds[name] = np.full(shape, 500 if name == timestep else 0, types[name])
     return feeds

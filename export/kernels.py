@@ -135,4 +135,4 @@ def layer_widths(graph: Any) -> Iterator[tuple[str, int]]:
             continue
         name = weight if "." in weight else bias.get(node.output[0], node.name)
         across = node.op_type == "MatMul"
-        yield name.removeprefix("unet.").rsplit(".", 1)[0], shapes[weight][1 if across else 0]
+        yield name.partition(".")[2].rsplit(".", 1)[0], shapes[weight][1 if across else 0]

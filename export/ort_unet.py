@@ -15,7 +15,7 @@ from torch import nn
 
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.export.convert import DTYPES
-from diffprune_plugin.export.feeds import TIMESTEP, input_types
+from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.providers import PROVIDERS, open_session
 from diffprune_plugin.utils.memory import out_of_memory
@@ -43,7 +43,7 @@ class OrtDenoiser:
 
 
 class ORTUNet(nn.Module):
-    """An ONNX file of ours as the ``unet`` of a diffusers pipeline: ``DDIMPipeline(unet=ORTUNet(path), ...)``.
+    """An ONNX file of ours as the ``model`` of a diffusers pipeline: ``DDIMPipeline(model=ORTUNet(path), ...)``.
 
     Raises BadInput for a damaged file, a device or dtype other than the session's, or an argument that the graph lacks.
     """
@@ -56,36 +56,31 @@ class ORTUNet(nn.Module):
         self.config = FrozenDict(json.loads(facts["config"]))
         self.dtype = DTYPES[facts["dtype"]]
         self.device = torch.device("cpu")
+        self.names = input_names(facts)
         self.denoiser = OrtDenoiser(self.path, provider, threads)
         # Stable Diffusion XL reads this width from the module instead of the config.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.__dict__["add_embedding"] = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        *further: Any,
-        return_dict: bool = True,
-        **named: Any,
-    ) -> UNet2DOutput | tuple[torch.Tensor]:
+    def forward(self, *values: Any, return_dict: bool = True, **named: Any) -> UNet2DOutput | tuple[torch.Tensor]:
         """The prediction, of the sample's shape, dtype and device; inputs in the graph's order or by name."""
         names = list(self.denoiser.types)
-        given = dict(zip(names[2:], further, strict=False)) | flattened(named)
+        given = dict(zip(names, values, strict=False)) | flattened(named)
         given = {name: value for name, value in given.items() if value is not None}
-        unknown, missing = sorted(set(given) - set(names[2:])), sorted(set(names[2:]) - set(given))
-        if unknown or missing or len(further) > len(names) - 2:
+        unknown, missing = sorted(set(given) - set(names)), sorted(set(names) - set(given))
+        if unknown or missing or len(values) > len(names):
             raise BadInput(
                 f"{self.path}: the graph takes {', '.join(names)}; "
                 + "; ".join([*(f"it has no {name}" for name in unknown), *(f"{name} is missing" for name in missing)])
             )
+        sample, timestep = given[self.names["sample"]], given[self.names["timestep"]]
         rows = torch.as_tensor(timestep).reshape(-1).expand(sample.shape[0])
         if rows.is_floating_point() and bool((rows != rows.round()).any()):
             raise BadInput(
                 f"{self.path}: timestep {rows.tolist()[0]} is no whole number, and the graph takes those; use a "
                 "scheduler that steps at them (DDIM, or timestep_spacing='leading')"
             )
-        output = self.denoiser({names[0]: sample, TIMESTEP: rows, **given}).to(sample)
+        output = self.denoiser({**given, self.names["timestep"]: rows}).to(sample)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
     def to(self, *args: Any, **kwargs: Any) -> ORTUNet:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.ports import config_of
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.export.convert import denoise, unet_in, words_of
-from diffprune_plugin.export.feeds import TIMESTEP, input_shapes
+from diffprune_plugin.export.convert import model_in
+from diffprune_plugin.export.feeds import input_shapes
 from diffprune_plugin.export.integrity import check_files, reject
 from diffprune_plugin.export.ort_unet import OrtDenoiser, RunFailed
 from diffprune_plugin.plugins import find_adapter
@@ -94,7 +95,7 @@ def verify_onnx(
     threads: int = 1,
     tolerance: Tolerance | None = None,
     size: tuple[int, int] | None = None,
-    adapter: UNetAdapter | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> Verification:
     """Compare an ONNX file with its PyTorch model; a file that misses is renamed ``*.rejected`` with all of its files.
 
@@ -107,8 +108,8 @@ def verify_onnx(
     path = Path(path)
     facts = check_files(path)
     dtype = facts["dtype"]
-    unet = unet_in(model)
-    subject = Subject(unet, adapter or find_adapter(unet), size)
+    live = model_in(model)
+    subject = Subject(live, adapter or find_adapter(live), size)
     ddim = None if scheduler is None else ddim_of(scheduler, steps)
     result = Verification(provider, dtype, tolerance or TOLERANCES[dtype])
     missing = sorted(set(subject.example()) ^ set(input_shapes(path)))
@@ -135,39 +136,40 @@ def verify_onnx(
 class Subject:
     """The PyTorch model, and inputs for it of one sample size."""
 
-    unet: nn.Module
-    adapter: UNetAdapter
+    model: nn.Module
+    adapter: ModelAdapter
     size: tuple[int, int] | None
 
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
-        return self.adapter.flat_inputs(self.unet, batch=batch, size=self.size, seed=seed)
+        return self.adapter.flat_inputs(self.model, batch=batch, size=self.size, seed=seed)
 
     def denoise(self, inputs: Inputs) -> torch.Tensor:
-        return denoise(self.unet, inputs, self.adapter)
+        return self.adapter.denoise(self.model, inputs)
 
     def axes(self) -> Iterator[tuple[str, int, str]]:
         """(input, position, word) of each axis that may be dynamic."""
-        return ((p.name, i, word) for p in self.adapter.ports(self.unet) for i, word in words_of(p).items())
+        config = config_of(self.model)
+        return ((p.name, i, word) for p in self.adapter.ports(self.model) for i, word in p.words(config).items())
 
 
 def all_cases(subject: Subject, path: Path, batches: Sequence[int]) -> Iterator[tuple[str, Inputs]]:
     """Every batch with every timestep, as many in one run as fit; then every other dynamic axis at two other sizes."""
     dynamic = {axis for shape in input_shapes(path).values() for axis in shape if isinstance(axis, str)}
-    top = max_timestep(subject.unet)
+    name, top = subject.adapter.timestep, max_timestep(subject.model)
     for batch in batches if "batch" in dynamic else (1,):
         for start in range(0, len(TIMESTEPS), batch):
             inputs = subject.example(batch, seed=start)
             rows = [min(TIMESTEPS[(start + row) % len(TIMESTEPS)], top) for row in range(batch)]
-            inputs[TIMESTEP] = torch.tensor(rows, device=inputs[TIMESTEP].device)
+            inputs[name] = torch.tensor(rows, device=inputs[name].device)
             yield f"batch {batch}, timestep {', '.join(map(str, rows))}", inputs
     for word in sorted(dynamic - {"batch"}):
         for size in other_sizes(subject, word):
             yield f"{word} {size}", resized(subject, word, size)
 
 
-def max_timestep(unet: nn.Module) -> int:
+def max_timestep(model: nn.Module) -> int:
     """The last timestep that the model takes: it may look them up in a table."""
-    tables = [m.num_embeddings for n, m in unet.named_modules() if n == "time_proj" and isinstance(m, nn.Embedding)]
+    tables = [m.num_embeddings for n, m in model.named_modules() if n == "time_proj" and isinstance(m, nn.Embedding)]
     return min([TIMESTEPS[-1], *(rows - 1 for rows in tables)])
 
 
@@ -175,7 +177,7 @@ def other_sizes(subject: Subject, word: str) -> list[int]:
     """Two other sizes for an axis, one larger, one smaller where there is room; images in steps of the whole depth."""
     example = subject.example()
     now = next(example[name].shape[i] for name, i, axis in subject.axes() if axis == word)
-    steps = dict(zip(("height", "width"), subject.adapter.trace_size(subject.unet), strict=True))
+    steps = dict(zip(("height", "width"), subject.adapter.trace_size(subject.model), strict=True))
     step = steps.get(word, 1)
     return [now + step, now // 2 // step * step or now + 2 * step]
 
@@ -217,7 +219,8 @@ def judged(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: To
 def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> Iterator[Case]:
     """Whether the file's output changes with each input that PyTorch's output changes with."""
     inputs, others = subject.example(), subject.example(seed=1)
-    others[TIMESTEP] = torch.full_like(inputs[TIMESTEP], max_timestep(subject.unet))
+    name = subject.adapter.timestep
+    others[name] = torch.full_like(inputs[name], max_timestep(subject.model))
     found, expected = session(inputs), subject.denoise(inputs)
     for name, tensor in others.items():
         if bool((tensor == inputs[name]).all()):
@@ -250,16 +253,16 @@ def sample(result: Verification, session: OrtDenoiser, subject: Subject, ddim: A
 
     Where the UNet takes more channels than it gives (inpainting), those behind stay what they are.
     """
-    inputs = subject.example()
-    ours = theirs = inputs["sample"]
+    names, inputs = subject.adapter, subject.example()
+    ours = theirs = inputs[subject.adapter.sample]
     for timestep in ddim.timesteps:
-        rows = timestep.expand(theirs.shape[0]).to(inputs[TIMESTEP])
-        expected = subject.denoise(inputs | {"sample": theirs, TIMESTEP: rows})
-        found = session(inputs | {"sample": theirs, TIMESTEP: rows})
+        rows = timestep.expand(theirs.shape[0]).to(inputs[names.timestep])
+        expected = subject.denoise(inputs | {names.sample: theirs, names.timestep: rows})
+        found = session(inputs | {names.sample: theirs, names.timestep: rows})
         result.cases.append(
             judged(f"sampling, timestep {int(timestep)}", found, expected.float().cpu(), result.tolerance)
         )
-        free = session(inputs | {"sample": ours, TIMESTEP: rows}).to(ours)
+        free = session(inputs | {names.sample: ours, names.timestep: rows}).to(ours)
         ours, theirs = stepped(ddim, free, timestep, ours), stepped(ddim, expected, timestep, theirs)
         result.sampling.append(float((ours - theirs).abs().max()))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
-from diffprune_plugin.export.convert import check_options, dense_twin, to_onnx, unet_in
+from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import check_output
 from diffprune_plugin.export.kernels import TABLES, without_kernel
@@ -247,7 +247,7 @@ def dense_file(model: Path, options: Options) -> Iterator[Path | None]:
     Without --baseline it is the architecture that the pruned model came from, with random weights: they make no
     difference to latency. None for a model that is not pruned.
     """
-    dense: Any = options.baseline or dense_twin(unet_in(model))
+    dense: Any = options.baseline or dense_twin(model_in(model))
     if dense is None:
         yield None
         return
@@ -266,10 +266,10 @@ def eager_models(model: Path, options: Options, provider: str) -> dict[str, Any]
         raise BadInput(
             "--torch: this PyTorch has no CUDA, and a CPU's figure does not belong beside a GPU's; leave it out"
         )
-    pruned = unet_in(model, options.dtype)
-    dense = unet_in(options.baseline, options.dtype) if options.baseline else dense_twin(pruned)
-    models = {"pruned": pruned} | ({"dense": unet_in(dense, options.dtype)} if dense is not None else {})
-    return {name: unet.to(device) for name, unet in models.items()}
+    pruned = model_in(model, options.dtype)
+    dense = model_in(options.baseline, options.dtype) if options.baseline else dense_twin(pruned)
+    models = {"pruned": pruned} | ({"dense": model_in(dense, options.dtype)} if dense is not None else {})
+    return {name: each.to(device) for name, each in models.items()}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
-from diffprune_plugin.pruning.checkpoint import load_pipeline, unet_of
+from diffprune_plugin.pruning.checkpoint import load_pipeline, model_of
 from diffprune_plugin.workflow import prune
 
 FAST = {"timesteps": 4, "batch_size": 8}
@@ -89,7 +89,7 @@ def test_a_pipeline_that_adds_to_the_skip_connections_is_refused(component, tmp_
     pipeline = PIPELINES["stable diffusion"][0](tmp_path)
     setattr(pipeline, component, torch.nn.Identity())
     with pytest.raises(BadInput, match=f"adds the outputs of its {component} to the UNet's skip connections"):
-        unet_of(pipeline)
+        model_of(pipeline)
 
 
 def test_a_stored_calibration_knows_the_dropout_and_the_precision_that_it_was_made_with(tmp_path) -> None:

@@ -18,17 +18,17 @@ class GradientSums:
     the dtype of the weights. A pass that ran out of memory half-way is repeated without counting anything twice.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.totals: dict[str, Tensor] = {}
         self.added: set[str] = set()  # by the pass under way
         self.counted: frozenset[str] = frozenset()  # by failed passes over the same samples
-        self.unet = unet
+        self.model = model
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
         """Gradients of the UNet's parameters go into the sums, and their ``.grad`` is empty."""
         with contextlib.ExitStack() as hooks:
-            for name, parameter in self.unet.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 register: Any = parameter.register_post_accumulate_grad_hook
                 hooks.callback(register(self.adder(name)).remove)
             yield
@@ -61,13 +61,13 @@ class GradientSums:
 
 
 @contextlib.contextmanager
-def gradients_of(unet: nn.Module) -> Iterator[None]:
+def gradients_of(model: nn.Module) -> Iterator[None]:
     """Every parameter collects gradients, from none on, in eval mode; afterwards all is as it was."""
-    before = [(parameter, parameter.grad) for parameter in unet.parameters()]
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.grad = None
     try:
-        with differentiable(unet):
+        with differentiable(model):
             yield
     finally:
         for parameter, gradient in before:

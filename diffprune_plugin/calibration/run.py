@@ -19,7 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.gradients import GradientSums, gradients_of
 from diffprune_plugin.calibration.timesteps import above_threshold, share, strata
@@ -43,7 +43,7 @@ STAGES = {"curve": CURVE, "gradients": GRADIENTS}
 
 
 def calibrate(
-    unet: nn.Module,
+    model: nn.Module,
     scheduler: Any,
     images: Any,
     sweep: Sweep | None = None,
@@ -57,7 +57,7 @@ def calibrate(
     checkpoint_seconds: float = 15.0,
     keep_progress: bool = False,
     progress: bool = True,
-    adapter: UNetAdapter | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> Calibration:
     """Measure the UNet's noise-prediction loss over timesteps and sum its gradients over those that count.
 
@@ -78,10 +78,10 @@ def calibrate(
     """
 
     def begun() -> Run:
-        given = unet, scheduler, load_samples(images), sweep or Sweep()
-        return begin(*given, batch_size, timesteps, seed, adapter or find_adapter(unet), autocast)
+        given = model, scheduler, load_samples(images), sweep or Sweep()
+        return begin(*given, batch_size, timesteps, seed, adapter or find_adapter(model), autocast)
 
-    processes = Processes(next(unet.parameters()).device)
+    processes = Processes(next(model.parameters()).device)
     run = processes.on_all(begun)
     sweep = run.sweep
     if not processes.same(int(run.fingerprint()[:15], 16)):
@@ -89,9 +89,9 @@ def calibrate(
     if checkpoint is not None:
         run.resume(Path(checkpoint), checkpoint_seconds)
     with (
-        gradients_of(unet),
+        gradients_of(model),
         run.sums.collecting(),
-        checkpointing(unet, gradient_checkpointing),
+        checkpointing(model, gradient_checkpointing),
         progress_bar(progress and processes.is_first) as bar,
     ):
         if sweep.sampling == "stratified":
@@ -107,18 +107,18 @@ def calibrate(
 
 
 def begin(
-    unet: nn.Module,
+    model: nn.Module,
     scheduler: Any,
     samples: Samples,
     sweep: Sweep,
     batch_size: int,
     timesteps: int | None,
     seed: int,
-    adapter: UNetAdapter,
+    adapter: ModelAdapter,
     autocast: bool,
 ) -> Run:
     """A calibration at its first batch; raises BadInput for what does not fit together."""
-    samples, scheduler = fitting(samples, unet, adapter), training_scheduler(scheduler)
+    samples, scheduler = fitting(samples, model, adapter), training_scheduler(scheduler)
     sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples, "importance"))
     total = int(scheduler.config.num_train_timesteps)
     points = timesteps if timesteps is not None else default_points(sweep, total)
@@ -126,7 +126,7 @@ def begin(
         raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
     if batch_size < 1:
         raise BadInput(f"batch_size: {batch_size} is below 1")
-    return Run(unet, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter, autocast)
+    return Run(model, scheduler, samples, sweep, batch_size, strata(total, points), seed, adapter, autocast)
 
 
 def default_points(sweep: Sweep, total: int) -> int:
@@ -139,23 +139,23 @@ class Run:
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         scheduler: Any,
         samples: Samples,
         sweep: Sweep,
         batch_size: int,
         points: list[npt.NDArray[np.int64]],
         seed: int,
-        adapter: UNetAdapter,
+        adapter: ModelAdapter,
         autocast: bool = False,
     ) -> None:
-        self.unet, self.scheduler, self.samples, self.sweep = unet, scheduler, samples, sweep
+        self.model, self.scheduler, self.samples, self.sweep = model, scheduler, samples, sweep
         self.batch_size, self.points, self.seed, self.adapter = batch_size, points, seed, adapter
-        self.autocast, self.passes, self.sums = autocast, Passes(batch_size), GradientSums(unet)
-        self.parameter = next(unet.parameters())
+        self.autocast, self.passes, self.sums = autocast, Passes(batch_size), GradientSums(model)
+        self.parameter = next(model.parameters())
         self.processes = Processes(self.parameter.device)
         self.timestep_weights = torch.from_numpy(weights_of_timesteps(sweep.timestep_weights, scheduler)).float()
-        self.weights = weights_hash(unet)
+        self.weights = weights_hash(model)
         stratified = sweep.sampling == "stratified"
         self.losses = np.full((len(points), sweep.curve_samples if stratified else batch_size), np.nan)
         self.stage, self.done = ("curve" if stratified else "gradients"), 0
@@ -304,8 +304,8 @@ class Run:
         """Loss of each sample, shape (len(draws),)."""
         batch = batch_of(self.samples, draws).to(self.parameter)
         with torch.autocast(self.parameter.device.type, torch.bfloat16, enabled=self.autocast):
-            extra = self.adapter.nested(batch.extra)
-            return noise_prediction_loss(self.unet, self.scheduler, batch.sample, batch.noise, batch.timesteps, extra)
+            given = self.scheduler, batch.sample, batch.noise, batch.timesteps, batch.extra, self.adapter
+            return noise_prediction_loss(self.model, *given)
 
     def together(self, losses: Sequence[Tensor], draws: Sequence[Draw]) -> npt.NDArray[np.float64]:
         """The losses of all draws, of which each process has those of its own passes, shape (len(draws),).
@@ -386,7 +386,7 @@ class Run:
     def gradients(self) -> dict[str, Tensor]:
         """The sums so far over all processes, by parameter name; of those that have one on some process."""
         totals = self.sums.totals
-        named = dict(self.unet.named_parameters())
+        named = dict(self.model.named_parameters())
         has = self.processes.reduce(
             torch.tensor([name in totals for name in named], device=self.parameter.device).int()
         )

@@ -24,7 +24,7 @@ from diffprune_plugin.utils.tensors import weights_hash
 def calibration_for(
     config: PruningConfig,
     sweep: Sweep | None,
-    unet: nn.Module,
+    model: nn.Module,
     scheduler: Any,
     samples: Callable[[], Samples],
     processes: Processes,
@@ -43,10 +43,10 @@ def calibration_for(
         return None
     stored = Path(config.calibration) if config.calibration else None
     if stored is not None and processes.broadcast(stored.exists()):
-        return processes.on_first(lambda: stored_calibration(stored, config, sweep, unet, scheduler, samples))
+        return processes.on_first(lambda: stored_calibration(stored, config, sweep, model, scheduler, samples))
     processes.on_all(lambda: check_given(config, scheduler))
     calibration = calibrate(
-        unet,
+        model,
         scheduler,
         processes.on_all(samples),
         sweep,
@@ -79,20 +79,20 @@ def stored_calibration(
     directory: Path,
     config: PruningConfig,
     sweep: Sweep,
-    unet: nn.Module,
+    model: nn.Module,
     scheduler: Any,
     samples: Callable[[], Samples],
 ) -> Calibration:
     """A calibration from disk; raises BadInput if it is not what the config asks for, or not of its images."""
     known = config.data is not None and scheduler is not None
-    images = fitting(samples(), unet, find_adapter(unet)).sha256 if known else None
+    images = fitting(samples(), model, find_adapter(model)).sha256 if known else None
     calibration = Calibration.load(directory)
     scheduler = training_scheduler(scheduler) if known else None
     points = config.timesteps
     if scheduler is not None:
         points = points or default_points(sweep, int(scheduler.config.num_train_timesteps))
     same = {
-        "weights": calibration.weights == weights_hash(unet),
+        "weights": calibration.weights == weights_hash(model),
         "data": images is None or calibration.images == images,
         "seed": calibration.seed == config.seed,
         "autocast": calibration.autocast == config.autocast,

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter, sample_size
 from diffprune_plugin.data.loading import FRAME, load_samples
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.plugins import denoiser_of, find_adapter
 
 PIXELS = 8 * 256 * 256  # that go through the autoencoder at once
 CAPTIONS = 8  # captions that go through a text encoder at once
@@ -31,28 +30,29 @@ def encode(pipeline: Any, source: Any, resolution: int | None = None, whole: boo
 
     Raises BadInput for images that the autoencoder does not take, or captions without a text encoder.
     """
-    samples, adapter = load_samples(source, resolution, whole), find_adapter(pipeline.unet)
-    needed = set(adapter.shapes(pipeline.unet)) - set(samples.extra)
+    samples, (_, model) = load_samples(source, resolution, whole), denoiser_of(pipeline)
+    shapes = find_adapter(model).shapes(model)
+    needed = set(shapes) - set(samples.extra)
     images = samples.values.dtype is torch.uint8
     if images and NUMBERS in needed:
-        samples = replace(samples, extra=samples.extra | {NUMBERS: time_ids(samples, pipeline, adapter)})
-    with beside_the_unet(pipeline):
+        samples = replace(samples, extra=samples.extra | {NUMBERS: time_ids(samples, shapes[NUMBERS])})
+    with beside(pipeline, model):
         if images:
-            samples = replace(samples, values=latents_of(pipeline, samples))
+            samples = replace(samples, values=latents_of(pipeline, model, samples))
         if samples.captions and STATES in needed:
-            embeddings, null = texts_encoded(pipeline, samples.captions)
+            embeddings, null = texts_encoded(pipeline, model, samples.captions)
             samples = replace(samples, extra=samples.extra | embeddings, null=samples.null | null)
     return samples
 
 
 @contextlib.contextmanager
-def beside_the_unet(pipeline: Any) -> Iterator[None]:
-    """The encoders on the UNet's device, afterwards where they were: they take no room there while it is calibrated."""
+def beside(pipeline: Any, model: Any) -> Iterator[None]:
+    """The encoders on the device of the model, afterwards where they were: no room for them while it is calibrated."""
     found = (getattr(pipeline, name, None) for name in ENCODERS)
     before = [(encoder, encoder.device) for encoder in found if encoder is not None]
-    away = [(encoder, device) for encoder, device in before if device != pipeline.unet.device]
+    away = [(encoder, device) for encoder, device in before if device != model.device]
     for encoder, _ in away:
-        encoder.to(pipeline.unet.device)
+        encoder.to(model.device)
     try:
         yield
     finally:
@@ -60,14 +60,14 @@ def beside_the_unet(pipeline: Any) -> Iterator[None]:
             encoder.to(device)
 
 
-def latents_of(pipeline: Any, samples: Samples) -> Tensor:
+def latents_of(pipeline: Any, model: nn.Module, samples: Samples) -> Tensor:
     """uint8 images through the pipeline's autoencoder if it has one: the mean of their latents, in its units."""
     encoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
     if encoder is None:
         return samples.values
     channels, height, width = samples.shape
     scale = 2 ** (len(encoder.config.block_out_channels) - 1)
-    expected = (encoder.config.in_channels, *(side * scale for side in sample_size(pipeline.unet)))
+    expected = (encoder.config.in_channels, *(side * scale for side in find_adapter(model).sample_shape(model)[1:]))
     if (channels, height, width) != expected:
         raise BadInput(
             f"data: images are {samples.shape} (channels, height, width), the pipeline takes {expected}: its UNet's "
@@ -95,15 +95,15 @@ def normalized(latents: Tensor, config: Any) -> Tensor:
     return scaled
 
 
-def time_ids(samples: Samples, pipeline: Any, adapter: UNetAdapter) -> Tensor:
+def time_ids(samples: Samples, shape: tuple[int | str, ...]) -> Tensor:
     """SDXL's numbers for each image: size before and crop, then its size, or an aesthetic score for the refiner."""
     _, height, width = samples.shape
     frames = samples.extra.get(FRAME, torch.tensor([[height, width, 0, 0]]).expand(len(samples), -1)).float()
-    last = [AESTHETIC_SCORE] if adapter.shapes(pipeline.unet)[NUMBERS] == ("batch", 5) else [height, width]
+    last = [AESTHETIC_SCORE] if shape == ("batch", 5) else [height, width]
     return torch.cat([frames, torch.tensor([last]).float().expand(len(samples), -1)], dim=1)
 
 
-def texts_encoded(pipeline: Any, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def texts_encoded(pipeline: Any, model: Any, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The UNet's inputs for captions, a row each, and the one row of each for no caption.
 
     Raises BadInput for a pipeline without a text encoder that is known here.
@@ -118,8 +118,8 @@ def texts_encoded(pipeline: Any, captions: Sequence[str]) -> tuple[dict[str, Ten
             "in a .safetensors"
         )
     try:
-        rows = [call(pipeline, part) for part in batches(captions)]
-        null = call(pipeline, None)
+        rows = [call(pipeline, model, part) for part in batches(captions)]
+        null = call(pipeline, model, None)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise BadInput(
             f"data: {type(pipeline).__name__} cannot encode the captions: {first_line(error)}; give embeddings in a "
@@ -132,12 +132,12 @@ def batches(captions: Sequence[str]) -> Iterator[list[str]]:
     return (list(captions[first : first + CAPTIONS]) for first in range(0, len(captions), CAPTIONS))
 
 
-def prompt_encoded(pipeline: Any, texts: list[str] | None) -> dict[str, Tensor]:
+def prompt_encoded(pipeline: Any, model: Any, texts: list[str] | None) -> dict[str, Tensor]:
     """By the pipeline's own encode_prompt; for None what it takes for no prompt (SDXL: zeros)."""
     # Stable Diffusion returns embeddings and negative ones, SDXL the pooled of both too.
     found = pipeline.encode_prompt(
         prompt=texts or [""],
-        device=pipeline.unet.device,
+        device=model.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=texts is None,
     )
@@ -145,7 +145,7 @@ def prompt_encoded(pipeline: Any, texts: list[str] | None) -> dict[str, Tensor]:
     return {name: tensor.float().cpu() for name, tensor in zip((STATES, POOLED), chosen, strict=False)}
 
 
-def bert_encoded(pipeline: Any, texts: list[str] | None) -> dict[str, Tensor]:
+def bert_encoded(pipeline: Any, model: Any, texts: list[str] | None) -> dict[str, Tensor]:
     """As LDMTextToImagePipeline does it inside its call."""
     tokens = pipeline.tokenizer(
         texts or [""], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt"

@@ -7,22 +7,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import Port, UNetAdapter
+from diffprune_plugin.adapters.ports import Port, config_of
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 
 
-def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:
+def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter) -> Samples:
     """The samples with just the further inputs that the UNet takes.
 
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs.
     """
-    expected = tuple(adapter.flat_inputs(unet)["sample"].shape[1:])
+    expected = adapter.sample_shape(model)
     if samples.shape != expected:
         raise BadInput(
             f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them"
         )
-    ports = [port for port in adapter.ports(unet) if port.name not in ("sample", "timestep")]
+    ports = adapter.further_ports(model)
     missing = [port.name for port in ports if port.name not in samples.extra]
     if missing:
         remedy = (
@@ -33,7 +34,7 @@ def fitting(samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> Samples:
             f"{remedy} {'them' if len(missing) > 1 else 'it'} by name in an .npz or .safetensors"
         )
     for port in ports:
-        check_input(port, samples, unet, adapter)
+        check_input(port, samples, model, adapter)
     extra, null = (
         {port.name: typed(part[port.name], port) for port in ports if port.name in part}
         for part in (samples.extra, samples.null)
@@ -46,9 +47,9 @@ def typed(values: Tensor, port: Port) -> Tensor:
     return values.to(port.dtype) if port.dtype is torch.int64 else values
 
 
-def check_input(port: Port, samples: Samples, unet: nn.Module, adapter: UNetAdapter) -> None:
+def check_input(port: Port, samples: Samples, model: nn.Module, adapter: ModelAdapter) -> None:
     """Raises BadInput unless a further input has the shape, and where it is an index the range, that the UNet takes."""
-    values, shape = samples.extra[port.name], adapter.shapes(unet)[port.name]
+    values, shape = samples.extra[port.name], adapter.shapes(model)[port.name]
     stated = " ".join(map(str, shape))
     fits = len(shape) == values.ndim and all(
         isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True)
@@ -59,7 +60,7 @@ def check_input(port: Port, samples: Samples, unet: nn.Module, adapter: UNetAdap
             "convert it"
         )
     if port.integers_below:
-        count = adapter.classes(unet, port)
+        count = port.classes(config_of(model))
         known = torch.cat([values, *([samples.null[port.name].to(values)] if port.name in samples.null else [])])
         low, high = int(known.min()), int(known.max())
         if low < 0 or high >= count:

@@ -1,36 +1,72 @@
-"""The training objective: the noise-prediction loss, its scheduler, and samples that fit the UNet."""
+"""The training objective: what is predicted from what, and the loss of the prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.criteria.timestep_weights import alphas_of, min_snr
 from diffprune_plugin.diffusion.schedulers import prediction_type
+from diffprune_plugin.errors import BadInput
+
+Objective = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def noise_prediction_loss(
-    unet: nn.Module, scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, extra: Mapping[str, Any]
+    model: nn.Module,
+    scheduler: Any,
+    sample: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    extra: Mapping[str, Any],
+    adapter: ModelAdapter | None = None,
 ) -> Tensor:
-    """Mean squared error of the UNet's prediction for each sample, shape (batch,), in float32.
+    """Mean squared error of the model's prediction for each sample, shape (batch,), in float32.
 
-    sample, noise: (batch, channels, height, width); timesteps: (batch,). What is predicted is the scheduler's
-    prediction_type: the noise, the velocity, or the sample. Learned variances (twice the channels) are left out.
+    sample, noise: (batch, channels, height, width); timesteps: (batch,); extra: further inputs by port name. What is
+    predicted is the scheduler's prediction_type: the noise, the velocity, or the sample. Learned variances (twice the
+    channels) are left out. Without an ``adapter`` the model takes noisy samples and timesteps by position.
     """
-    prediction, target = predicted(unet, scheduler, sample, noise, timesteps, extra)
-    return squared_error(prediction, target)
+    return squared_error(*predicted(model, scheduler, sample, noise, timesteps, extra, adapter))
 
 
 def predicted(
-    unet: nn.Module, scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, extra: Mapping[str, Any]
+    model: nn.Module,
+    scheduler: Any,
+    sample: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    extra: Mapping[str, Any],
+    adapter: ModelAdapter | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The UNet's prediction for noisy samples and what it should be, both (batch, channels, height, width)."""
-    noisy = scheduler.add_noise(sample, noise, timesteps)
-    prediction = unet(noisy, timesteps, **extra, return_dict=False)[0][:, : sample.shape[1]]
-    return prediction, target_of(scheduler, sample, noise, timesteps)
+    """The model's prediction for noisy samples and what it should be, both (batch, channels, height, width)."""
+    noisy, target = objective_of(adapter)(scheduler, sample, noise, timesteps)
+    if adapter is None:
+        prediction = model(noisy, timesteps, **extra, return_dict=False)[0]
+    else:
+        prediction = adapter.predict(model, noisy, timesteps, extra)
+    return prediction[:, : sample.shape[1]], target
+
+
+def noise_prediction(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy samples and what is to be predicted from them: the noise, or what it and the sample give."""
+    return scheduler.add_noise(sample, noise, timesteps), target_of(scheduler, sample, noise, timesteps)
+
+
+# By `ModelAdapter.objective`: of a scheduler, samples, noise and timesteps the noisy samples and the target.
+OBJECTIVES: dict[str, Objective] = {"noise_prediction": noise_prediction}
+
+
+def objective_of(adapter: ModelAdapter | None) -> Objective:
+    """What the adapter's model was trained for; raises BadInput for an objective that is not known here."""
+    name = "noise_prediction" if adapter is None else adapter.objective
+    if name not in OBJECTIVES:
+        raise BadInput(f"adapter {adapter and adapter.model_class}: objective {name!r}: known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
 
 
 def target_of(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing
 from diffprune_plugin.graph.costs import total_macs
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import load_pipeline, unet_of
+from diffprune_plugin.pruning.checkpoint import load_pipeline, model_of
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.files import check_absent, check_apart
 from diffprune_plugin.utils.optional import need
@@ -184,20 +184,20 @@ def check_comparable(schedulers: Sequence[Any]) -> None:
 
 def sample_shape(pipeline: Any) -> tuple[int, ...]:
     """(channels, height, width) of what the UNet denoises."""
-    unet = unet_of(pipeline)
-    return tuple(find_adapter(unet).flat_inputs(unet)["sample"].shape[1:])
+    model = model_of(pipeline)
+    return find_adapter(model).sample_shape(model)
 
 
 def measure(role: str, pipeline: Any, samples: Samples | None, drawing: Drawing, progress: bool) -> Measured:
     """The losses first: they find out cheaply whether the images fit."""
-    unet = unet_of(pipeline)
+    model = model_of(pipeline)
     losses = None if samples is None else losses_of(pipeline, samples, drawing, progress)
     pictures = sample_images(pipeline, **drawing.options(), progress=progress) if drawing.count else []
-    params = sum(parameter.numel() for parameter in unet.parameters())
-    macs = total_macs(unet, find_adapter(unet))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    macs = total_macs(model, find_adapter(model))
     checked = getattr(pipeline, "safety_checker", None) is not None
     black = sum(not np.asarray(picture).any() for picture in pictures) if checked else 0
-    return Measured(str(pipeline.name_or_path or role), weights_hash(unet), params, macs, losses, pictures, black)
+    return Measured(str(pipeline.name_or_path or role), weights_hash(model), params, macs, losses, pictures, black)
 
 
 def parts_of(pipeline: Any) -> list[npt.NDArray[np.int64]]:
@@ -212,11 +212,11 @@ def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool)
     Image, timestep and noise depend on the seed alone, so that two models' losses can be compared in pairs. Of very
     many images every n-th is encoded.
     """
-    unet, scheduler = unet_of(pipeline), training_scheduler(pipeline.scheduler)
-    adapter = find_adapter(unet)
-    fit = fitting(encode(pipeline, samples.thinned()), unet, adapter)
+    model, scheduler = model_of(pipeline), training_scheduler(pipeline.scheduler)
+    adapter = find_adapter(model)
+    fit = fitting(encode(pipeline, samples.thinned()), model, adapter)
     sweep = Sweep(threshold=0.0, curve_samples=drawing.loss_samples)
-    curve = Run(unet, scheduler, fit, sweep, drawing.batch_size, parts_of(pipeline), drawing.seed, adapter)
+    curve = Run(model, scheduler, fit, sweep, drawing.batch_size, parts_of(pipeline), drawing.seed, adapter)
     with progress_bar(progress) as bar:
         curve.measure_curve(bar)
     return curve.losses

@@ -18,6 +18,7 @@ from diffprune_plugin.diffusion.schedulers import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import Size, call_arguments, check_drawable, check_fitting, scales_noise
+from diffprune_plugin.plugins import denoiser_of
 from diffprune_plugin.utils.progress import progress_bar
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolverMultistepScheduler"}
@@ -55,15 +56,15 @@ def sample_images(
     batch_size = count if batch_size is None else batch_size
     if count < 1 or steps < 1 or batch_size < 1:
         raise BadInput(f"--count {count}, --steps {steps} and --batch-size {batch_size} have to be at least 1")
-    before = pipeline.scheduler
+    before, (_, model) = pipeline.scheduler, denoiser_of(pipeline)
     pipeline.scheduler = sampler(before, scheduler, steps, skip, scales_noise(pipeline))
     pipeline.set_progress_bar_config(disable=True)
     common = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps, "output_type": "np"}
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     images: list[Image.Image] = []
-    with progress_bar(progress) as bar, seeded(seed, pipeline.unet.device):
+    with progress_bar(progress) as bar, seeded(seed, model.device):
         task = bar.add_task("sampling", total=len(batches) * len(pipeline.scheduler.timesteps))
-        advance = pipeline.unet.register_forward_hook(lambda *_: bar.advance(task))
+        advance = model.register_forward_hook(lambda *_: bar.advance(task))
         try:
             for rows in batches:
                 given = call_arguments(pipeline, rows, prompts, guidance_scale, size)

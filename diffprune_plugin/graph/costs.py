@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class LayerCost:
         return params, params * self.positions
 
 
-def layer_costs(unet: nn.Module, adapter: UNetAdapter) -> dict[str, LayerCost]:
+def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]:
     """The cost of every layer with parameters, for one sample of the config's size; nothing is computed (meta device).
 
     MACs count every parameter of a convolution, linear or norm layer once per position, as torch-pruning and with it
     the paper do; what has no parameters (the attention product, activations) is left out.
     """
-    model = meta_copy(unet)
+    copied = meta_copy(model)
     positions: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -49,18 +49,18 @@ def layer_costs(unet: nn.Module, adapter: UNetAdapter) -> dict[str, LayerCost]:
 
         return hook
 
-    modules = {name: module for name, module in model.named_modules() if own_parameters(module)}
+    modules = {name: module for name, module in copied.named_modules() if own_parameters(module)}
     for name, module in modules.items():
         if not isinstance(module, nn.Embedding):
             module.register_forward_hook(count(name))
     with torch.no_grad():
-        model(**adapter.example_inputs(model))
+        copied(**adapter.example_inputs(copied))
     return {name: layer_cost(module, positions.get(name, 0)) for name, module in modules.items()}
 
 
-def total_macs(unet: nn.Module, adapter: UNetAdapter) -> int:
+def total_macs(model: nn.Module, adapter: ModelAdapter) -> int:
     """MACs of one sample of the config's size, counted as `layer_costs` does."""
-    return sum(cost.after(0, 0)[1] for cost in layer_costs(unet, adapter).values())
+    return sum(cost.after(0, 0)[1] for cost in layer_costs(model, adapter).values())
 
 
 def layer_cost(module: nn.Module, positions: int) -> LayerCost:
@@ -80,8 +80,8 @@ def own_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters(recurse=False))
 
 
-def meta_copy(unet: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the structure without data: parameters and buffers of the same shapes on the meta device."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in unet.parameters()}
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
-    return copy.deepcopy(unet, memo).eval()
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo).eval()

@@ -15,7 +15,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import index_mapping
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.modes import differentiable
 
@@ -85,28 +85,28 @@ class Settled(dict[Any, Any]):
         return ()
 
 
-def trace_groups(unet: nn.Module, adapter: UNetAdapter) -> list[CoupledGroup]:
+def trace_groups(model: nn.Module, adapter: ModelAdapter) -> list[CoupledGroup]:
     """The UNet's coupled groups, found by torch-pruning's dependency graph; every output channel is in at most one.
 
     Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked UNet.
     """
-    adapter.check(unet)
-    example = adapter.trace_inputs(unet)
-    with differentiable(unet):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
-        graph = tp.DependencyGraph().build_dependency(unet, example, verbose=False)
-    return groups_of(graph, unet, adapter)
+    adapter.check(model)
+    example = adapter.trace_inputs(model)
+    with differentiable(model):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
+        graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
+    return groups_of(graph, model, adapter)
 
 
 def groups_of(
     graph: Any,
-    unet: nn.Module,
-    adapter: UNetAdapter,
+    model: nn.Module,
+    adapter: ModelAdapter,
     parts: Mapping[str, int] | None = None,
     root_types: Sequence[type] = (ops.TORCH_CONV, ops.TORCH_LINEAR),
 ) -> list[CoupledGroup]:
     """The coupled groups of a dependency graph; ``parts``: equal parts by layer, by default those of the adapter."""
-    names = {module: name for name, module in unet.named_modules()}
-    parts, paired = adapter.equal_parts(unet) if parts is None else parts, adapter.paired(unet)
+    names = {module: name for name, module in model.named_modules()}
+    parts, paired = adapter.equal_parts(model) if parts is None else parts, adapter.paired(model)
     groups = []
     with settled(graph):
         for group in graph.get_all_groups(root_module_types=root_types):
@@ -142,7 +142,7 @@ def members_of(group: Any, graph: Any, names: dict[nn.Module, str]) -> Iterable[
             yield Member(names[module], side, np.asarray(item.idxs), np.asarray(item.root_idxs))
 
 
-def check_pairs(group: Any, graph: Any, root: str, pairs: int, adapter: UNetAdapter) -> None:
+def check_pairs(group: Any, graph: Any, root: str, pairs: int, adapter: ModelAdapter) -> None:
     """Raises BadInput unless removing root channel 0 takes exactly its twins in the other halves."""
     dep, channels = group[0].dep, len(group[0].idxs)
     coupled = sorted(graph.get_pruning_group(dep.target.module, dep.handler, [0])[0].idxs)

@@ -60,15 +60,15 @@ def load_unet(path: str) -> Any:
 
 def dummy_inputs(handler: Any) -> dict[str, Any]:
     """Two samples of the config's size: with one, the exporter fixes the batch."""
-    unet = handler.load_model()
-    return find_adapter(unet).example_inputs(unet, batch=2)
+    model = handler.load_model()
+    return find_adapter(model).example_inputs(model, batch=2)
 
 
 def io_config(handler: Any) -> dict[str, Any]:
     """Names as optimum-onnx has them; the batch is dynamic."""
-    unet = handler.load_model()
-    adapter = find_adapter(unet)
-    names = [port.name for port in adapter.ports(unet)]
+    model = handler.load_model()
+    adapter = find_adapter(model)
+    names = [port.name for port in adapter.ports(model)]
     return {
         "input_names": names,
         "output_names": [port.name for port in adapter.outputs],

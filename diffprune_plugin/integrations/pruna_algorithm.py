@@ -19,7 +19,7 @@ from diffprune_plugin.calibration.run import calibrate
 from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.planner import make_plan
-from diffprune_plugin.plugins import criteria, find_adapter, importance, plugin_manager
+from diffprune_plugin.plugins import criteria, denoiser_of, find_adapter, importance, plugin_manager
 from diffprune_plugin.pruning.removal import remove_
 
 
@@ -44,20 +44,21 @@ class DiffPrune(PrunaAlgorithmBase):  # type: ignore[misc]
     def model_check_fn(self, model: Any) -> bool:
         """Whether this is a pipeline whose UNet has an adapter."""
         try:
-            find_adapter(model.unet)
-        except (AttributeError, BadInput):
+            find_adapter(denoiser_of(model)[1])
+        except BadInput:
             return False
         return True
 
     def _apply(self, model: Any, smash_config: Any) -> Any:
+        name, denoiser = denoiser_of(model)
         criterion: Any = importance(smash_config["importance"])
         if (sweep := getattr(criterion, "sweep", None)) is not None:
             if smash_config["data"] is None:
                 raise BadInput(f"diffprune_data is missing: {smash_config['importance']} needs images; give a folder")
             samples = encode(model, smash_config["data"])
-            criterion.calibration = calibrate(model.unet, model.scheduler, samples, sweep, progress=False)
-        remove_(model.unet, make_plan(model.unet, criterion, pruning_ratio=smash_config["pruning_ratio"]))
-        model.register_modules(unet=model.unet)  # its class is another now
+            criterion.calibration = calibrate(denoiser, model.scheduler, samples, sweep, progress=False)
+        remove_(denoiser, make_plan(denoiser, criterion, pruning_ratio=smash_config["pruning_ratio"]))
+        model.register_modules(**{name: denoiser})  # its class is another now
         return model
 
 

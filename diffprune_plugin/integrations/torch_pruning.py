@@ -12,7 +12,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.run import calibrate
 from diffprune_plugin.errors import BadInput, nearest
@@ -52,7 +52,7 @@ REFUSED = {
     "head_pruning_ratio_dict": "every attention loses the same share of its heads; use head_pruning_ratio",
     "in_channel_groups": "the adapter's table says which channels go together; leave it out",
     "customized_pruners": "a pruned UNet is rebuilt from convolutions, linear, norm and embedding layers only; "
-    "use torch_pruning's own BasePruner with **adapter.torch_pruning_kwargs(unet)",
+    "use torch_pruning's own BasePruner with **adapter.torch_pruning_kwargs(model)",
     "unwrapped_parameters": "parameters outside layers are not pruned; leave it out",
 }
 # What makes a calibration: one, the arguments of `calibrate` after the UNet, or a function of the UNet.
@@ -308,7 +308,7 @@ def layers_of(model: nn.Module, key: Key, argument: str) -> frozenset[str]:
     return frozenset(names[inside] for module in found for inside in module.modules())
 
 
-def stays(model: nn.Module, adapter: UNetAdapter, given: Mapping[str, Any]) -> dict[str, str]:
+def stays(model: nn.Module, adapter: ModelAdapter, given: Mapping[str, Any]) -> dict[str, str]:
     """The layers that stay as they are, and why."""
     found = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
     if not given["prune_head_dims"] and not given["prune_num_heads"]:
@@ -318,7 +318,7 @@ def stays(model: nn.Module, adapter: UNetAdapter, given: Mapping[str, Any]) -> d
     return found
 
 
-def check_heads(model: nn.Module, adapter: UNetAdapter, stated: Mapping[nn.Module, int]) -> None:
+def check_heads(model: nn.Module, adapter: ModelAdapter, stated: Mapping[nn.Module, int]) -> None:
     """Raises BadInput where the caller states other heads than the model has."""
     names, heads = {module: name for name, module in model.named_modules()}, adapter.head_counts(model)
     for layer, count in stated.items():
@@ -327,7 +327,7 @@ def check_heads(model: nn.Module, adapter: UNetAdapter, stated: Mapping[nn.Modul
             raise BadInput(f"{count} heads asked for {name}, which has {heads.get(name, 'none')}; leave it out")
 
 
-def equal_parts(model: nn.Module, adapter: UNetAdapter, stated: Mapping[nn.Module, int]) -> dict[str, int]:
+def equal_parts(model: nn.Module, adapter: ModelAdapter, stated: Mapping[nn.Module, int]) -> dict[str, int]:
     """For each layer, into how many parts that lose equally many it falls, by the adapter and by the caller.
 
     Raises BadInput where the caller names no layer of the model.
@@ -377,7 +377,7 @@ def check_calibration(wanted: Any, calibration: Calibrations | None, steps: int)
                 "make one: calibration={'scheduler': ..., 'images': ...}"
             )
     elif isinstance(calibration, Mapping):
-        known = set(inspect.signature(calibrate).parameters) - {"unet", "sweep"}
+        known = set(inspect.signature(calibrate).parameters) - {"model", "sweep"}
         for key in (*sorted(set(calibration) - known), *sorted({"scheduler", "images"} - set(calibration))):
             state = "unknown argument" if key in calibration else "missing argument"
             raise BadInput(f"calibration: {state} {key!r}; it holds those of diffprune_plugin.calibrate")
@@ -385,7 +385,7 @@ def check_calibration(wanted: Any, calibration: Calibrations | None, steps: int)
         raise BadInput(f"calibration: a {type(calibration).__name__} is no Calibration, mapping or function")
 
 
-def calibrated(wanted: Any, calibration: Calibrations | None, unet: nn.Module) -> Criterion:
+def calibrated(wanted: Any, calibration: Calibrations | None, model: nn.Module) -> Criterion:
     """The importance, calibrated for the UNet as it is now.
 
     Raises BadInput for a calibration of other weights.
@@ -395,12 +395,12 @@ def calibrated(wanted: Any, calibration: Calibrations | None, unet: nn.Module) -
         return criterion  # type: ignore[no-any-return]
     made = calibration
     if isinstance(made, Mapping):
-        made = calibrate(unet, sweep=criterion.sweep, **made)
+        made = calibrate(model, sweep=criterion.sweep, **made)
     elif not isinstance(made, Calibration):
-        made = made(unet)
+        made = made(model)
     if not isinstance(made, Calibration):
         raise BadInput(f"calibration: the function returned a {type(made).__name__}, not a Calibration")
-    if made.weights != weights_hash(unet):
+    if made.weights != weights_hash(model):
         raise BadInput("calibration: made for other weights than the model's; calibrate again")
     return criterion_of(wanted, made)
 

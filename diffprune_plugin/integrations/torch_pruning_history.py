@@ -46,10 +46,10 @@ class History:
         for key, channels in removed_channels([group], {group.root: sorted(units)}).items():
             self._gone[key] = np.union1d(self._gone.get(key, np.empty(0, np.int64)), channels)
 
-    def check(self, unet: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises BadInput if a layer of the UNet has other channels than the history leaves it."""
         for name, cost in self._costs.items():
-            found: Any = layer_cost(unet.get_submodule(name), 0)
+            found: Any = layer_cost(model.get_submodule(name), 0)
             sides: tuple[tuple[Side, int, int], ...] = (
                 ("in", cost.channels_in, found.channels_in),
                 ("out", cost.channels_out, found.channels_out),

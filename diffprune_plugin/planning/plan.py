@@ -119,12 +119,12 @@ class PruningPlan(Frozen):
         return plan
 
 
-def architecture_hash(unet: Any) -> str:
+def architecture_hash(model: Any) -> str:
     """SHA-256 of what the dense config says beyond the defaults: a key that a later diffusers adds changes nothing."""
-    defaults = {key: parameter.default for key, parameter in inspect.signature(type(unet)).parameters.items()}
+    defaults = {key: parameter.default for key, parameter in inspect.signature(type(model)).parameters.items()}
     config = {
         key: value
-        for key, value in dict(unet.config).items()
+        for key, value in dict(model.config).items()
         if not key.startswith("_") and plain(value) != plain(defaults.get(key))
     }
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode()).hexdigest()

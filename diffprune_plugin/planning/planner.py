@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.costs import layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
@@ -26,7 +26,7 @@ TARGETS = ("macs_target", "params_target")
 
 
 def make_plan(
-    unet: nn.Module,
+    model: nn.Module,
     criterion: Criterion | str,
     *,
     pruning_ratio: float | None = None,
@@ -42,7 +42,7 @@ def make_plan(
     round_to: int | None = None,
     halves: Halves | None = None,
     strict: bool = False,
-    adapter: UNetAdapter | None = None,
+    adapter: ModelAdapter | None = None,
     description: dict[str, Any] | None = None,
 ) -> PruningPlan:
     """Decide which channels go, without touching the UNet.
@@ -62,7 +62,7 @@ def make_plan(
     CheckFailed with ``strict`` if a group or target is missed.
     """
     target = check_asked(locals())
-    adapter = adapter or find_adapter(unet)
+    adapter = adapter or find_adapter(model)
     if isinstance(criterion, str):
         criterion = importance(criterion)
     rules = Rules(
@@ -72,12 +72,12 @@ def make_plan(
         max_pruning_ratio=max_pruning_ratio,
         halves=halves or getattr(criterion, "halves", None) or "together",
     )
-    groups = trace_groups(unet, adapter)
-    asked = requested_ratios(groups, unet, adapter, pruning_ratio_dict or {}, ignored_layers, target_layers)
-    heads = {} if head_pruning_ratio is None else head_groups(groups, adapter.head_layers(unet))
+    groups = trace_groups(model, adapter)
+    asked = requested_ratios(groups, model, adapter, pruning_ratio_dict or {}, ignored_layers, target_layers)
+    heads = {} if head_pruning_ratio is None else head_groups(groups, adapter.head_layers(model))
     asked = asked_of_heads(asked, heads)
     items = [asked_group(g, asked[g.root], criterion, heads.get(g.root, "")) for g in groups]
-    costs = layer_costs(unet, adapter)
+    costs = layer_costs(model, adapter)
     ratio = DEFAULT_RATIO if pruning_ratio is None else float(pruning_ratio)
     if target:
         ratio, planned = searched(items, costs, target, head_pruning_ratio, rules)
@@ -86,7 +86,7 @@ def make_plan(
     layers, params, macs = sizes(groups, planned, costs)
     plan = PruningPlan(
         model_class=adapter.model_class,
-        architecture=architecture_hash(unet),
+        architecture=architecture_hash(model),
         criterion=description or {"name": type(criterion).__name__},
         pruning_ratio=ratio,
         target=target,
@@ -132,9 +132,9 @@ def check_ratio(ratio: float, key: str) -> None:
         raise BadInput(f"{key}: {ratio} is outside [0, 1); 0.3 removes 30 % of the channels")
 
 
-def check_patterns(unet: nn.Module, **patterns: Iterable[str]) -> None:
+def check_patterns(model: nn.Module, **patterns: Iterable[str]) -> None:
     """Raises BadInput for a pattern that matches no layer: before a long calibration rather than after it."""
-    names = layer_names(unet)
+    names = layer_names(model)
     for key, given in patterns.items():
         for pattern in given:
             matching(pattern, names, key)
@@ -142,15 +142,15 @@ def check_patterns(unet: nn.Module, **patterns: Iterable[str]) -> None:
 
 def requested_ratios(
     groups: Sequence[CoupledGroup],
-    unet: nn.Module,
-    adapter: UNetAdapter,
+    model: nn.Module,
+    adapter: ModelAdapter,
     ratio_dict: Mapping[str, float],
     ignored: Sequence[str],
     targets: Sequence[str],
 ) -> dict[str, float | str | None]:
     """For each group its own ratio, None for the common one, or in words why it stays as it is."""
-    names = layer_names(unet)
-    stays = dict.fromkeys(adapter.kept_layers(unet), "kept: the adapter says that its width is the output's")
+    names = layer_names(model)
+    stays = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
     wanted = {name for pattern in targets for name in matching(pattern, names, "target_layers")}
     if targets:
         stays |= {name: "outside target_layers" for name, also in names.items() if also and name not in wanted}

@@ -21,7 +21,15 @@ from torch import nn
 from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan, architecture_hash
-from diffprune_plugin.plugins import adapter_for, adapters, class_names, find_adapter, plugin_manager
+from diffprune_plugin.plugins import (
+    adapter_for,
+    adapters,
+    class_names,
+    components,
+    denoiser_of,
+    find_adapter,
+    plugin_manager,
+)
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.files import new_directory
 from diffprune_plugin.utils.optional import check_installed
@@ -42,7 +50,7 @@ class PrunedModelMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json (dense), pruning_plan.json and safetensors; other arguments of diffusers have no effect."""
-        write_unet(self, Path(save_directory))
+        write_model(self, Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -64,8 +72,8 @@ class PrunedModelMixin:
         if kwargs.get("quantization_config") is not None:
             raise BadInput("quantization_config: is not applied to a pruned UNet; load it without and quantize it then")
         directory = Path(pretrained_model_name_or_path) / (subfolder or "")
-        unet = read_pruned(cls, directory, dtype or torch_dtype or torch.float32)
-        return unet if device is None else unet.to(device)
+        model = read_pruned(cls, directory, dtype or torch_dtype or torch.float32)
+        return model if device is None else model.to(device)
 
 
 def one_device(device_map: Any) -> torch.device | None:
@@ -90,43 +98,43 @@ def pruned_class(base: Any) -> type:
 
 def pruned_class_named(name: str) -> type:
     """The pruned class of this name; raises AttributeError if no adapter knows the UNet class behind it."""
-    base = unet_class_named(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    base = model_class_named(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     if base is None:
         raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")
     return pruned_class(base)
 
 
-def unet_class_named(name: str) -> Any:
+def model_class_named(name: str) -> Any:
     """The UNet class that an adapter describes; None if none does, or its module has no such class."""
     known = adapters(plugin_manager())
     return getattr(importlib.import_module(known[name].value.module), name, None) if name in known else None
 
 
-def as_pruned_(unet: nn.Module, plan: PruningPlan) -> None:
+def as_pruned_(model: nn.Module, plan: PruningPlan) -> None:
     """Make a UNet whose channels are gone an instance of the pruned class, with its plan."""
-    base: Any = type(unet)
-    if not isinstance(unet, PrunedModelMixin):
-        unet.__class__ = pruned_class(base)
-    unet.pruning_plan = plan  # type: ignore[assignment]
+    base: Any = type(model)
+    if not isinstance(model, PrunedModelMixin):
+        model.__class__ = pruned_class(base)
+    model.pruning_plan = plan  # type: ignore[assignment]
 
 
-def check_architecture(unet: nn.Module, plan: PruningPlan, where: str) -> None:
+def check_architecture(model: nn.Module, plan: PruningPlan, where: str) -> None:
     """Raises BadInput if the UNet was pruned before, or its config is not the one that the plan was made for."""
-    if isinstance(unet, PrunedModelMixin):
-        raise BadInput(f"{where} is pruned already (plan {unet.pruning_plan.sha256[:12]}); start from the dense model")
-    if plan.model_class not in class_names(type(unet)) or architecture_hash(unet) != plan.architecture:
+    if isinstance(model, PrunedModelMixin):
+        raise BadInput(f"{where} is pruned already (plan {model.pruning_plan.sha256[:12]}); start from the dense model")
+    if plan.model_class not in class_names(type(model)) or architecture_hash(model) != plan.architecture:
         raise BadInput(f"{where}: the plan was made for another architecture ({plan.model_class}); make it again")
 
 
-def write_unet(unet: Any, directory: Path) -> None:
+def write_model(model: Any, directory: Path) -> None:
     """config.json, the weights and, for a pruned UNet, its plan."""
     directory.mkdir(parents=True, exist_ok=True)
-    unet.save_config(str(directory))
+    model.save_config(str(directory))
     metadata = {}
-    if isinstance(unet, PrunedModelMixin):
-        unet.pruning_plan.write(directory / PLAN_FILE)
-        metadata["plan"] = unet.pruning_plan.sha256
-    save_tensors(unet.state_dict(), directory / WEIGHTS, metadata)
+    if isinstance(model, PrunedModelMixin):
+        model.pruning_plan.write(directory / PLAN_FILE)
+        metadata["plan"] = model.pruning_plan.sha256
+    save_tensors(model.state_dict(), directory / WEIGHTS, metadata)
 
 
 def read_pruned(cls: type, directory: Path, dtype: torch.dtype) -> Any:
@@ -140,27 +148,27 @@ def read_pruned(cls: type, directory: Path, dtype: torch.dtype) -> Any:
     config = {key: value for key, value in read_json(directory / "config.json").items() if not key.startswith("_")}
     try:
         with init_empty_weights():
-            unet: Any = base(**config)
+            model: Any = base(**config)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{directory / 'config.json'}: no {plan.model_class}: {first_line(error)}") from None
-    check_architecture(unet, plan, str(directory))
-    resize_(unet, plan)
+    check_architecture(model, plan, str(directory))
+    resize_(model, plan)
     try:
-        unet.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise BadInput(f"{directory / WEIGHTS}: does not fit the plan beside it: {first_line(error)}") from None
-    adapter = find_adapter(unet)
-    adapter.set_heads_(unet, plan.heads)
-    adapter.mend_(unet)
-    as_pruned_(unet, plan)
-    unet.register_to_config(_name_or_path=str(directory))
-    return unet.eval()
+    adapter = find_adapter(model)
+    adapter.set_heads_(model, plan.heads)
+    adapter.mend_(model)
+    as_pruned_(model, plan)
+    model.register_to_config(_name_or_path=str(directory))
+    return model.eval()
 
 
-def resize_(unet: nn.Module, plan: PruningPlan) -> None:
+def resize_(model: nn.Module, plan: PruningPlan) -> None:
     """Give every layer that the plan changed its new shape, with empty parameters."""
     for name, size in plan.layers.items():
-        layer: Any = unet.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         into, out = size.after
         if isinstance(layer, nn.Conv2d):
             layer.in_channels, layer.out_channels = into, out
@@ -211,36 +219,43 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
 
     Raises BadInput for a directory that is neither, or whose files are damaged.
     """
-    folder = unet_folder(Path(directory))
+    folder = model_folder(Path(directory))
     name = str(read_json(folder / "config.json").get("_class_name"))
     if name.startswith(PREFIX):
         cls = getattr_or_bad(name, folder)
         return cls.from_pretrained(folder, torch_dtype=torch_dtype)
-    found = getattr(diffusers, name, None) or unet_class_named(name)
+    found = getattr(diffusers, name, None) or model_class_named(name)
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model, and no plugin has it")
     base: Any = found
     adapter_for(base)
     try:
-        unet = base.from_pretrained(folder, use_safetensors=True).eval()
-        return unet.to(torch_dtype) if torch_dtype not in (None, unet.dtype) else unet
+        model = base.from_pretrained(folder, use_safetensors=True).eval()
+        return model.to(torch_dtype) if torch_dtype not in (None, model.dtype) else model
     except (OSError, ValueError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise BadInput(f"{folder}: cannot be loaded as {name}: {first_line(error)}") from error
 
 
-def unet_folder(directory: Path) -> Path:
+def model_folder(directory: Path) -> Path:
     """Where the UNet of a pipeline or UNet directory lies; raises BadInput if it is neither."""
     if not directory.is_dir():
         raise BadInput(f"{directory}: no such directory; give a pipeline directory or a UNet directory")
-    folder = directory / "unet" if (directory / "model_index.json").exists() else directory
+    name = component_in(directory) if (directory / "model_index.json").exists() else ""
+    folder = directory / name
     if not (folder / "config.json").exists():
         raise BadInput(f"{directory}: neither a pipeline (model_index.json, unet/) nor a UNet (config.json) directory")
     return folder
 
 
+def component_in(directory: Path) -> str:
+    """The component of a pipeline directory that denoises; the first there could be if it has none."""
+    names = components()
+    return next((name for name in names if (directory / name).is_dir()), names[0])
+
+
 def read_plan(directory: Path) -> PruningPlan:
     """The plan of a pruned pipeline or UNet directory; raises BadInput if it has none."""
-    folder = unet_folder(directory)
+    folder = model_folder(directory)
     if not (folder / PLAN_FILE).exists():
         raise BadInput(
             f"{directory}: not pruned (no {PLAN_FILE}); prune it with: diffprune prune CONFIG --model {directory}"
@@ -264,7 +279,8 @@ def load_pipeline(directory: Path, torch_dtype: torch.dtype | None = None) -> An
     libraries = [part[0] for part in read_json(directory / "model_index.json").values() if isinstance(part, list)]
     if "transformers" in libraries:
         check_installed("transformers")
-    given: dict[str, Any] = {"unet": load(directory, torch_dtype)} if (directory / "unet").is_dir() else {}
+    name = component_in(directory)
+    given: dict[str, Any] = {name: load(directory, torch_dtype)} if (directory / name).is_dir() else {}
     if torch_dtype not in (None, torch.float32):
         given["torch_dtype"] = torch_dtype
     diffusers.utils.logging.disable_progress_bar()
@@ -289,14 +305,15 @@ def save(
     a masked UNet, which `save_masked` writes.
     """
     path = Path(directory)
-    check_stock(getattr(model, "unet", model))
+    name, denoiser = denoiser_of(model) if isinstance(model, DiffusionPipeline) else ("", model)
+    check_stock(denoiser)
     with new_directory(path, overwrite) as temporary:
         if isinstance(model, DiffusionPipeline):
             # A pipeline remembers the class that its UNet had when it was made: before remove_ gave it its own.
-            model.register_modules(unet=model.unet)
+            model.register_modules(**{name: denoiser})
             model.save_pretrained(str(temporary), safe_serialization=True)
         else:
-            write_unet(model, temporary)
+            write_model(model, temporary)
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in files_below(temporary):
@@ -329,21 +346,18 @@ def load_model(directory: str | Path, device: str, dtype: str) -> tuple[Any, nn.
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if (Path(directory) / "model_index.json").exists():
         pipeline = load_pipeline(Path(directory), torch_dtype)
-        return pipeline, unet_of(pipeline).to(device)
-    unet = load(Path(directory), torch_dtype).to(device)
-    return unet, unet
+        return pipeline, model_of(pipeline).to(device)
+    model = load(Path(directory), torch_dtype).to(device)
+    return model, model
 
 
-def unet_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """Raises BadInput for a pipeline without one."""
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, nn.Module):
-        kind = type(pipeline).__name__
-        raise BadInput(f"{pipeline.name_or_path}: {kind} has no UNet (it has {', '.join(pipeline.components)})")
+def model_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The model that a pipeline denoises with; raises BadInput without one, or where its skips get something added."""
+    model: nn.Module = denoiser_of(pipeline)[1]
     for name in ("controlnet", "adapter"):
         if getattr(pipeline, name, None) is not None:
             raise BadInput(
                 f"{pipeline.name_or_path}: {type(pipeline).__name__} adds the outputs of its {name} to the UNet's skip "
                 "connections, whose widths change; prune the pipeline without it"
             )
-    return unet
+    return model

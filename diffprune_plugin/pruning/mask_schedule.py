@@ -34,7 +34,7 @@ class MaskSchedule:
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         levels: Sequence[float],
         criterion: Criterion | str,
         *,
@@ -46,7 +46,7 @@ class MaskSchedule:
             raise BadInput("levels: is empty; give a pruning ratio for each epoch")
         for epoch, level in enumerate(levels):
             check_ratio(level, f"levels[{epoch}]")
-        self.unet, self.levels, self.calibrate = unet, list(levels), calibrate
+        self.model, self.levels, self.calibrate = model, list(levels), calibrate
         self.criterion: Any = importance(criterion) if isinstance(criterion, str) else criterion
         if calibrate is not None and getattr(self.criterion, "sweep", None) is None:
             raise BadInput(f"calibrate: {type(self.criterion).__name__} takes no calibration; leave it out")
@@ -54,7 +54,7 @@ class MaskSchedule:
         self.name = criterion if isinstance(criterion, str) else None
         self.options: dict[str, Any] = {"description": {"name": name}, **options}
         self.exact_norms, self.epoch = exact_norms, 0
-        masked = getattr(unet, "mask_report", None)
+        masked = getattr(model, "mask_report", None)
         self.plan: PruningPlan | None = masked.plan if isinstance(masked, MaskReport) else None
         self.current_ratio = self.plan.pruning_ratio if self.plan else 0.0
 
@@ -67,25 +67,25 @@ class MaskSchedule:
             return None
         nested = Nested(self.scoring(), self.plan)
         if self.plan is not None:
-            fold_(self.unet)
-            stock_(self.unet)
+            fold_(self.model)
+            stock_(self.model)
         try:
-            self.plan = make_plan(self.unet, nested, pruning_ratio=ratio, **self.options)
+            self.plan = make_plan(self.model, nested, pruning_ratio=ratio, **self.options)
             self.current_ratio = ratio
         finally:  # a plan that cannot be made leaves the masks as they were
-            report = None if self.plan is None else mask_(self.unet, self.plan, exact_norms=self.exact_norms)
+            report = None if self.plan is None else mask_(self.model, self.plan, exact_norms=self.exact_norms)
         return report
 
     def scoring(self) -> Criterion:
         """The criterion, calibrated anew on the UNet as it is now; its gradients are those of the dense scale."""
-        gains = {name: layer.gain for name, layer in self.unet.named_modules() if isinstance(layer, KeptQuery)}
+        gains = {name: layer.gain for name, layer in self.model.named_modules() if isinstance(layer, KeptQuery)}
         if self.calibrate is None:
             for name, gain in gains.items():
-                for parameter in self.unet.get_submodule(name).parameters():
+                for parameter in self.model.get_submodule(name).parameters():
                     parameter.grad = None if parameter.grad is None else parameter.grad / gain
             criterion: Criterion = self.criterion
             return criterion
-        calibration = at_dense_scale(self.calibrate(self.unet), gains)
+        calibration = at_dense_scale(self.calibrate(self.model), gains)
         if self.name is not None:
             return importance(self.name, calibration=calibration)
         return with_calibration(self.criterion, calibration)

@@ -69,7 +69,7 @@ def rows(parameter: Tensor | None, kept: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.index_select(0, kept)
 
 
-def keep_(unet: nn.Module, kept: Mapping[str, Tensor]) -> None:
+def keep_(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Make these norms and query projections know their kept channels (indices, by layer name).
 
     The indices are part of the state dict: it does not load into stock layers, which would compute something else.
@@ -77,22 +77,22 @@ def keep_(unet: nn.Module, kept: Mapping[str, Tensor]) -> None:
     Raises BadInput for a layer of another type.
     """
     for name in kept:
-        if type(unet.get_submodule(name)) not in KEPT:
+        if type(model.get_submodule(name)) not in KEPT:
             raise BadInput(
-                f"{name}: masks cannot be exact through a {type(unet.get_submodule(name)).__name__}; "
+                f"{name}: masks cannot be exact through a {type(model.get_submodule(name)).__name__}; "
                 "use exact_norms=False, or remove the channels"
             )
     for name, channels in kept.items():
-        layer = unet.get_submodule(name)
+        layer = model.get_submodule(name)
         layer.__class__ = KEPT[type(layer)]
         layer.register_buffer("kept", channels.to(next(layer.parameters()).device))
         if isinstance(layer, KeptQuery):
             scale_(layer, 1 / layer.gain)
 
 
-def stock_(unet: nn.Module) -> None:
+def stock_(model: nn.Module) -> None:
     """Undo `keep_`: the stock layers, queries at the dense scale."""
-    for layer in unet.modules():
+    for layer in model.modules():
         if type(layer) in STOCK:
             if isinstance(layer, KeptQuery):
                 scale_(layer, layer.gain)

@@ -2,10 +2,10 @@
 
 The only importer of nncf (extra ``nncf``), and only when one of these functions is called. The order of work::
 
-    mask_(unet, plan)            # nncf.pruning_statistic, training, nncf.torch.get_config work on it from here on
+    mask_(model, plan)            # nncf.pruning_statistic, training, nncf.torch.get_config work on it from here on
     ...                          # fine-tune
-    remove_(unet, fold_(unet).plan)
-    nncf.quantize(unet, ...)     # the torch model, or the ONNX file of it
+    remove_(model, fold_(model).plan)
+    nncf.quantize(model, ...)     # the torch model, or the ONNX file of it
 
 What NNCF's users should know:
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from diffprune_plugin import plugins
 from diffprune_plugin.adapters.state import HOOKS
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.graph.groups import ChannelsToGo
@@ -69,12 +69,12 @@ class MaskReport:
 
 
 def mask_(
-    unet: nn.Module,
+    model: nn.Module,
     plan: PruningPlan,
     *,
     exact_norms: bool = True,
     register: bool = True,
-    adapter: UNetAdapter | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> MaskReport:
     """Hold the plan's channels at zero in every weight, bias and norm: in the forward, not in the parameters.
 
@@ -92,35 +92,35 @@ def mask_(
     gradient checkpointing.
     """
     hooks = need_nncf().torch.function_hook
-    adapter = adapter or plugins.find_adapter(unet)
-    if getattr(unet, "is_gradient_checkpointing", False):
+    adapter = adapter or plugins.find_adapter(model)
+    if getattr(model, "is_gradient_checkpointing", False):
         raise BadInput("masks do not work with gradient checkpointing; call unet.disable_gradient_checkpointing()")
-    gone = channels_to_go(unet, plan, adapter)
-    masks = keep_masks(unet, gone)
+    gone = channels_to_go(model, plan, adapter)
+    masks = keep_masks(model, gone)
     if exact_norms:
-        keep_(unet, kept_channels(unet, plan, gone, adapter))
+        keep_(model, kept_channels(model, plan, gone, adapter))
     if register:
-        hooks.wrap_model(unet)
+        hooks.wrap_model(model)
         for name, keep in masks.items():
             mask = hooks.pruning.magnitude.modules.UnstructuredPruningMask(tuple(keep.shape))
             mask.binary_mask.copy_(keep)
-            hooks.register_post_function_hook(unet, name, 0, mask.to(unet.get_parameter(name).device))
+            hooks.register_post_function_hook(model, name, 0, mask.to(model.get_parameter(name).device))
     report = MaskReport(plan, exact_norms, len(masks), masks_hash(masks.items()))
-    unet.mask_report = report  # type: ignore[assignment]
+    model.mask_report = report  # type: ignore[assignment]
     return report
 
 
-def fold_(unet: nn.Module) -> MaskReport:
+def fold_(model: nn.Module) -> MaskReport:
     """Write the masks' zeros into the parameters and take NNCF off the UNet; its outputs stay the same.
 
-    The parameters are then those of ``nncf.strip(unet, strip_format=nncf.StripFormat.IN_PLACE)``; but that needs
+    The parameters are then those of ``nncf.strip(model, strip_format=nncf.StripFormat.IN_PLACE)``; but that needs
     torchao, which NNCF does not install, leaves all masked parameters frozen (requires_grad False), and without
     ``strip_format`` it leaves the masks. Norms stay exact until `remove_`.
 
     Raises BadInput if the UNet is not masked by `mask_`, or something else changed the masks or added quantizers.
     """
     modules = need_nncf().torch.function_hook.pruning.magnitude.modules
-    report, found = report_of(unet), hooks_of(unet)
+    report, found = report_of(model), hooks_of(model)
     if not all(isinstance(hook, modules.UnstructuredPruningMask) for _, hook in found):
         raise BadInput("the UNet carries other NNCF hooks than masks; fold and remove first, then call nncf.quantize")
     if masks_hash((name, hook.binary_mask) for name, hook in found) != report.sha256:
@@ -130,28 +130,28 @@ def fold_(unet: nn.Module) -> MaskReport:
         )
     with torch.no_grad():
         for name, hook in found:
-            unet.get_parameter(name).mul_(hook.binary_mask)
-    unwrap_(unet)
-    del unet.mask_report
+            model.get_parameter(name).mul_(hook.binary_mask)
+    unwrap_(model)
+    del model.mask_report
     return report
 
 
-def save_masked(unet: Any, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def save_masked(model: Any, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a masked UNet as config.json, its plan and a safetensors file of its state dict, all or nothing.
 
     Raises BadInput if the UNet is not masked, or if the directory exists and ``overwrite`` is not set.
     """
-    report, path = report_of(unet), Path(directory)
+    report, path = report_of(model), Path(directory)
     stamp = {"plan": report.plan.sha256, "exact_norms": str(report.exact_norms)}
     with new_directory(path, overwrite) as temporary:
-        unet.save_config(str(temporary))
+        model.save_config(str(temporary))
         report.plan.write(temporary / PLAN_FILE)
-        save_tensors(unet.state_dict(), temporary / WEIGHTS, stamp)
+        save_tensors(model.state_dict(), temporary / WEIGHTS, stamp)
     return path
 
 
 def load_masked_(
-    unet: nn.Module, directory: str | os.PathLike[str], *, adapter: UNetAdapter | None = None
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter: ModelAdapter | None = None
 ) -> MaskReport:
     """Mask a dense UNet as `save_masked` found it, with its weights, to go on fine-tuning.
 
@@ -161,9 +161,9 @@ def load_masked_(
     state, stamp = load_tensors(Path(directory) / WEIGHTS)
     if stamp.get("plan") != plan.sha256:
         raise BadInput(f"{Path(directory) / WEIGHTS}: belongs to another plan than {PLAN_FILE}; restore both files")
-    report = mask_(unet, plan, exact_norms=stamp.get("exact_norms") == "True", adapter=adapter)
+    report = mask_(model, plan, exact_norms=stamp.get("exact_norms") == "True", adapter=adapter)
     try:
-        unet.load_state_dict(state)
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise BadInput(f"{Path(directory) / WEIGHTS}: does not fit the UNet: {first_line(error)}") from None
     return report
@@ -178,7 +178,7 @@ def nncf_prune(
     examples_inputs: Any = None,
     calibration: Calibration | None = None,
     exact_norms: bool = True,
-    adapter: UNetAdapter | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> Any:
     """``nncf.prune`` for whole channels: masks those of least importance in place and returns the model.
 
@@ -205,7 +205,7 @@ def nncf_prune(
     return model
 
 
-def ignored_layers(unet: nn.Module, scope: Any, examples_inputs: Any) -> list[str]:
+def ignored_layers(model: nn.Module, scope: Any, examples_inputs: Any) -> list[str]:
     """Names of the layers that an `nncf.IgnoredScope` means, as NNCF resolves it; raises BadInput if it means none."""
     nncf = need_nncf()
     if not isinstance(examples_inputs, (dict, tuple)):
@@ -217,7 +217,7 @@ def ignored_layers(unet: nn.Module, scope: Any, examples_inputs: Any) -> list[st
     if not isinstance(scope, nncf.IgnoredScope):
         raise BadInput(f"ignored_scope: {scope!r} is no nncf.IgnoredScope(names=[...], patterns=[...])")
     function_hook = nncf.torch.function_hook
-    graph = function_hook.nncf_graph.nncf_graph_builder.build_nncf_graph(unet, examples_inputs)
+    graph = function_hook.nncf_graph.nncf_graph_builder.build_nncf_graph(model, examples_inputs)
     prunable = function_hook.pruning.prune_model.get_prunable_parameters
     try:
         spared = prunable(graph, None) - prunable(graph, scope)
@@ -228,11 +228,11 @@ def ignored_layers(unet: nn.Module, scope: Any, examples_inputs: Any) -> list[st
     return sorted(name.removesuffix(".weight") for name in spared)
 
 
-def keep_masks(unet: nn.Module, gone: ChannelsToGo) -> dict[str, Tensor]:
+def keep_masks(model: nn.Module, gone: ChannelsToGo) -> dict[str, Tensor]:
     """For each parameter that loses channels what is kept, True or False for each element, in its shape."""
     masks: dict[str, Tensor] = {}
     for (name, side), channels in gone.items():
-        layer = unet.get_submodule(name)
+        layer = model.get_submodule(name)
         for key, parameter in layer.named_parameters(recurse=False):
             axis = 1 if side == "in" or isinstance(layer, nn.Embedding) else 0
             if axis < parameter.dim():  # a bias has no input channels
@@ -241,12 +241,14 @@ def keep_masks(unet: nn.Module, gone: ChannelsToGo) -> dict[str, Tensor]:
     return masks
 
 
-def kept_channels(unet: nn.Module, plan: PruningPlan, gone: ChannelsToGo, adapter: UNetAdapter) -> Mapping[str, Tensor]:
+def kept_channels(
+    model: nn.Module, plan: PruningPlan, gone: ChannelsToGo, adapter: ModelAdapter
+) -> Mapping[str, Tensor]:
     """For each norm that loses channels, and each query projection whose heads shrink, the indices of those kept."""
-    queries = {query for query, attention in adapter.queries(unet).items() if attention not in plan.heads}
+    queries = {query for query, attention in adapter.queries(model).items() if attention not in plan.heads}
     kept = {}
     for (name, side), channels in gone.items():
-        layer = unet.get_submodule(name)
+        layer = model.get_submodule(name)
         if side == "out" and (name in queries or isinstance(layer, (nn.GroupNorm, nn.LayerNorm))):
             keep = torch.ones(len(layer.get_parameter("weight")), dtype=torch.bool)
             keep[torch.from_numpy(channels)] = False
@@ -254,29 +256,29 @@ def kept_channels(unet: nn.Module, plan: PruningPlan, gone: ChannelsToGo, adapte
     return kept
 
 
-def report_of(unet: nn.Module) -> MaskReport:
+def report_of(model: nn.Module) -> MaskReport:
     """What the UNet was masked with; raises BadInput if it was not."""
-    report = getattr(unet, "mask_report", None)
+    report = getattr(model, "mask_report", None)
     if not isinstance(report, MaskReport):
         raise BadInput("the UNet is not masked; call mask_(unet, plan) first")
     return report
 
 
-def hooks_of(unet: nn.Module) -> list[tuple[str, Any]]:
+def hooks_of(model: nn.Module) -> list[tuple[str, Any]]:
     """NNCF's hooks on the UNet, each with the parameter or operation that it hangs on."""
     decode = need_nncf().torch.function_hook.hook_storage.decode_hook_name
-    storage: Any = getattr(unet, HOOKS, None)
+    storage: Any = getattr(model, HOOKS, None)
     return [] if storage is None else [(decode(name)[1], hook) for name, hook in storage.named_hooks()]
 
 
-def unwrap_(unet: Any) -> None:
+def unwrap_(model: Any) -> None:
     """Take NNCF's hooks and wrappers off, for which NNCF itself has no function."""
-    forward = unet.forward.orig_forward
+    forward = model.forward.orig_forward
     for name in ("forward", "_replicate_for_data_parallel"):
-        del unet.__dict__[name]
-    if getattr(forward, "__func__", None) is not type(unet).forward:
-        unet.forward = forward  # another library's wrapper, which was there first
-    delattr(unet, HOOKS)
+        del model.__dict__[name]
+    if getattr(forward, "__func__", None) is not type(model).forward:
+        model.forward = forward  # another library's wrapper, which was there first
+    delattr(model, HOOKS)
 
 
 def masks_hash(masks: Iterable[tuple[str, Tensor]]) -> str:

@@ -10,7 +10,7 @@ from torch_pruning import ops
 from torch_pruning.pruner.function import PrunerBox
 
 from diffprune_plugin.adapters.state import check_hooks
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import ChannelsToGo, CoupledGroup, removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
@@ -29,7 +29,7 @@ class RemovalReport:
     shortfalls: tuple[str, ...]
 
 
-def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None = None) -> RemovalReport:
+def remove_(model: nn.Module, plan: PruningPlan, *, adapter: ModelAdapter | None = None) -> RemovalReport:
     """Remove the plan's channels from the UNet in place, and make it a class that saves and loads with its plan.
 
     Every attribute that repeats a size is mended; attention keeps the dense softmax scale (the query weights are
@@ -37,33 +37,33 @@ def remove_(unet: nn.Module, plan: PruningPlan, *, adapter: UNetAdapter | None =
 
     Raises BadInput if the plan belongs to another architecture, or the UNet was pruned before or is masked.
     """
-    adapter = adapter or find_adapter(unet)
-    check_hooks(unet)
-    check_architecture(unet, plan, type(unet).__name__)
-    stock_(unet)
-    gone = channels_to_go(unet, plan, adapter)
-    heads = adapter.head_sizes(unet)
-    remove_channels_(unet, gone)
-    adapter.set_heads_(unet, plan.heads)
-    adapter.mend_(unet)
-    adapter.keep_softmax_scale_(unet, heads)
-    as_pruned_(unet, plan)
+    adapter = adapter or find_adapter(model)
+    check_hooks(model)
+    check_architecture(model, plan, type(model).__name__)
+    stock_(model)
+    gone = channels_to_go(model, plan, adapter)
+    heads = adapter.head_sizes(model)
+    remove_channels_(model, gone)
+    adapter.set_heads_(model, plan.heads)
+    adapter.mend_(model)
+    adapter.keep_softmax_scale_(model, heads)
+    as_pruned_(model, plan)
     return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
 
 
-def channels_to_go(unet: nn.Module, plan: PruningPlan, adapter: UNetAdapter) -> ChannelsToGo:
+def channels_to_go(model: nn.Module, plan: PruningPlan, adapter: ModelAdapter) -> ChannelsToGo:
     """For each side of each layer that shrinks, the channels that go; raises BadInput for another UNet's plan."""
-    check_architecture(unet, plan, type(unet).__name__)
-    groups = trace_groups(unet, adapter)
+    check_architecture(model, plan, type(model).__name__)
+    groups = trace_groups(model, adapter)
     check_groups(groups, plan)
     return removed_channels(groups, plan.removed_units())
 
 
 @torch.no_grad()
-def remove_channels_(unet: nn.Module, gone: ChannelsToGo) -> None:
+def remove_channels_(model: nn.Module, gone: ChannelsToGo) -> None:
     """Slice every layer with torch-pruning's own function for its type."""
     for (name, side), channels in gone.items():
-        layer = unet.get_submodule(name)
+        layer = model.get_submodule(name)
         pruner = PrunerBox[ops.module2type(layer)]
         slice_ = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
         slice_(layer, channels.tolist())

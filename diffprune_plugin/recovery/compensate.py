@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.timesteps import share
 from diffprune_plugin.data.loading import load_samples
@@ -63,7 +63,7 @@ class CompensationReport:
 
 @torch.no_grad()
 def compensate_(
-    unet: nn.Module,
+    model: nn.Module,
     dense: nn.Module,
     plan: PruningPlan,
     scheduler: Any,
@@ -77,11 +77,11 @@ def compensate_(
     passes: Passes = "one",
     checkpoint: Path | None = None,
     progress: bool = True,
-    adapter: UNetAdapter | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> CompensationReport:
-    """Refit in place each layer of ``unet`` whose inputs lost channels, so that it computes what ``dense`` computes.
+    """Refit in place each layer of ``model`` whose inputs lost channels, so that it computes what ``dense`` computes.
 
-    ``unet`` is as `remove_` left it, ``dense`` as it was before; ``images`` whatever `load_samples` takes. Layer by
+    ``model`` is as `remove_` left it, ``dense`` as it was before; ``images`` whatever `load_samples` takes. Layer by
     layer in the order of execution, a ridge regression from the pruned inputs to the dense outputs at the kept
     channels, pulled towards the current weights; where the layer's output is added to others (a residual sum), to the
     dense sum. ``samples`` noisy images at timesteps spread evenly, or over those that ``calibration`` kept.
@@ -95,18 +95,18 @@ def compensate_(
     """
     started = time.monotonic()
     adapter, data = adapter or find_adapter(dense), load_samples(images)
-    check_models(unet, dense, plan)
+    check_models(model, dense, plan)
     data, scheduler = fitting(data, dense, adapter), training_scheduler(scheduler)
     if passes not in get_args(Passes) or batch_size < 1:
         raise BadInput(f"compensate: passes {passes!r} is not one or layer, or batch_size {batch_size} is below 1")
     total = int(scheduler.config.num_train_timesteps)
     timesteps = np.arange(total) if calibration is None else calibration.timesteps[calibration.counts]
-    with evaluating(unet, dense):
-        draws = draw(data, scheduler, timesteps, samples, seed, next(unet.parameters()), adapter)
-        systems, left = find_systems(unet, dense, plan, adapter)
-        run = Run(unet, dense, systems, draws, batch_size, seed, strengths, passes)
+    with evaluating(model, dense):
+        draws = draw(data, scheduler, timesteps, samples, seed, next(model.parameters()), adapter)
+        systems, left = find_systems(model, dense, plan, adapter)
+        run = Run(model, dense, systems, draws, batch_size, seed, strengths, passes)
         if checkpoint is not None:
-            contents = [plan.sha256, weights_hash(dense), weights_hash(unet), data.sha256, dict(scheduler.config)]
+            contents = [plan.sha256, weights_hash(dense), weights_hash(model), data.sha256, dict(scheduler.config)]
             # Without passes: the memory that is free then may choose others for the call that goes on.
             settings = [samples, batch_size, timesteps.tolist(), seed, list(strengths)]
             run.resume(Path(checkpoint), [contents, settings])
@@ -118,7 +118,7 @@ def compensate_(
 
 
 @torch.no_grad()
-def passes_that_fit(dense: nn.Module, samples: int = SAMPLES, adapter: UNetAdapter | None = None) -> Passes:
+def passes_that_fit(dense: nn.Module, samples: int = SAMPLES, adapter: ModelAdapter | None = None) -> Passes:
     """``one``, if the activations of all samples take half of the free memory at most, by estimate; else ``layer``.
 
     As many as ALIVE activations of the size of the largest live at once: what a block computes with, and the skips.
@@ -142,13 +142,13 @@ def passes_that_fit(dense: nn.Module, samples: int = SAMPLES, adapter: UNetAdapt
     return "layer"
 
 
-def check_models(unet: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:
-    """Raises BadInput unless ``dense`` is the UNet that the plan was made for and ``unet`` was pruned by it."""
+def check_models(model: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:
+    """Raises BadInput unless ``dense`` is the UNet that the plan was made for and ``model`` was pruned by it."""
     check_architecture(dense, plan, f"compensate: the dense {type(dense).__name__}")
-    if not isinstance(unet, PrunedModelMixin):
-        raise BadInput(f"compensate: the {type(unet).__name__} is not pruned; call remove_(unet, plan) first")
-    if unet.pruning_plan.sha256 != plan.sha256:
-        given, stated = plan.sha256[:12], unet.pruning_plan.sha256[:12]
+    if not isinstance(model, PrunedModelMixin):
+        raise BadInput(f"compensate: the {type(model).__name__} is not pruned; call remove_(unet, plan) first")
+    if model.pruning_plan.sha256 != plan.sha256:
+        given, stated = plan.sha256[:12], model.pruning_plan.sha256[:12]
         raise BadInput(f"compensate: the UNet was pruned by plan {stated}, not by {given}; give unet.pruning_plan")
 
 
@@ -160,18 +160,18 @@ class Draws:
     timesteps: Tensor
     extra: dict[str, Tensor]
     held_out: Tensor
-    adapter: UNetAdapter
+    adapter: ModelAdapter
 
     def batches(self, size: int) -> list[slice]:
         return [slice(first, first + size) for first in range(0, len(self.noisy), size)]
 
-    def forward(self, unet: nn.Module, batch: slice) -> None:
-        extra = self.adapter.nested({key: value[batch] for key, value in self.extra.items()})
-        unet(self.noisy[batch], self.timesteps[batch], **extra, return_dict=False)
+    def forward(self, model: nn.Module, batch: slice) -> None:
+        extra = {key: value[batch] for key, value in self.extra.items()}
+        self.adapter.predict(model, self.noisy[batch], self.timesteps[batch], extra)
 
 
 def draw(
-    data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, like: Tensor, adapter: UNetAdapter
+    data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, like: Tensor, adapter: ModelAdapter
 ) -> Draws:
     """``count`` noisy samples, timesteps spread evenly, a tenth without their condition where the data knows what that
     is; held out are all samples of every eighth image.
@@ -194,45 +194,45 @@ def draw(
 
 
 def find_systems(
-    unet: nn.Module, dense: nn.Module, plan: PruningPlan, adapter: UNetAdapter
+    model: nn.Module, dense: nn.Module, plan: PruningPlan, adapter: ModelAdapter
 ) -> tuple[list[System], dict[str, str]]:
     """The regressions in order of execution, and the layers behind a cut that none fits, with the reason."""
     groups = trace_groups(dense, adapter)
     check_groups(groups, plan)
     gone = removed_channels(groups, plan.removed_units())
-    calls, repeated = trace(unet, adapter)
+    calls, repeated = trace(model, adapter)
     sums: dict[tuple[str, float], list[str]] = {}
     left: dict[str, str] = {}
     for name in (layer for layer, side in gone if side == "in"):
         reason = "called repeatedly" if name in repeated else "" if name in calls else "not called"
-        reason = reason or refusal(unet.get_submodule(name), calls[name].output)
+        reason = reason or refusal(model.get_submodule(name), calls[name].output)
         if reason:
             left[name] = reason
         else:
-            sums.setdefault(residual_sum(unet, calls, name), []).append(name)
+            sums.setdefault(residual_sum(model, calls, name), []).append(name)
     order = {name: place for place, name in enumerate(calls)}
-    factors = softmax_factors(unet, dense, adapter)
+    factors = softmax_factors(model, dense, adapter)
     systems = []
     for (block, coefficient), names in sorted(sums.items(), key=lambda item: order[item[0][0]]):
         channels = np.arange(len(dense.get_submodule(names[0]).weight))  # type: ignore[arg-type]
         kept = torch.from_numpy(np.setdiff1d(channels, gone.get((names[0], "out"), [])))
-        for parts in split(unet, sorted(names, key=order.__getitem__)):
+        for parts in split(model, sorted(names, key=order.__getitem__)):
             systems.append(System(block, parts, kept, coefficient, factors.get(block, 1.0)))
     return systems, left
 
 
-def softmax_factors(unet: nn.Module, dense: nn.Module, adapter: UNetAdapter) -> dict[str, float]:
+def softmax_factors(model: nn.Module, dense: nn.Module, adapter: ModelAdapter) -> dict[str, float]:
     """What `remove_` multiplied each query projection with, to keep the dense softmax scale."""
-    before, after = adapter.head_sizes(dense), adapter.head_sizes(unet)
-    return {query: math.sqrt(after[name] / before[name]) for query, name in adapter.queries(unet).items()}
+    before, after = adapter.head_sizes(dense), adapter.head_sizes(model)
+    return {query: math.sqrt(after[name] / before[name]) for query, name in adapter.queries(model).items()}
 
 
-def split(unet: nn.Module, names: list[str]) -> Iterator[list[Part]]:
+def split(model: nn.Module, names: list[str]) -> Iterator[list[Part]]:
     """The input channels of some layers, in systems of at most UNKNOWNS unknowns."""
     parts: list[Part] = []
     room = UNKNOWNS
     for name in names:
-        layer: Any = unet.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         channels, each = layer.weight.shape[1], layer.weight[0, 0].numel()
         pieces = -(-channels // max(UNKNOWNS // each, 1))
         size = -(-channels // pieces)
@@ -254,7 +254,7 @@ class Stop(Exception):
 class Run:
     """One compensation under way; everything that a resumed run needs is in ``repairs`` and the layers' weights."""
 
-    unet: nn.Module
+    model: nn.Module
     dense: nn.Module
     systems: list[System]
     draws: Draws
@@ -295,7 +295,7 @@ class Run:
                 with contextlib.ExitStack() as hooks, contextlib.suppress(Stop):
                     for _, system in wave:
                         self.watch(system, batch, hooks, bar, task)
-                    self.draws.forward(self.unet, batch)
+                    self.draws.forward(self.model, batch)
             if self.passes == "layer":
                 self.finish(wave[0][1], bar, task)
 
@@ -320,7 +320,7 @@ class Run:
 
         for part in system.parts:
             hooks.enter_context(part.layer.register_forward_pre_hook(remember(part)))
-        block = self.unet.get_submodule(system.block)
+        block = self.model.get_submodule(system.block)
         hooks.enter_context(block.register_forward_hook(end, with_kwargs=True))
 
     def rerun(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -348,7 +348,7 @@ class Run:
         self.folder = directory / f"compensate-{digest[:16]}"
         while (file := self.folder / f"{len(self.repairs):04d}.safetensors").exists():
             tensors, metadata = load_tensors(file)
-            self.unet.load_state_dict(tensors, strict=False)
+            self.model.load_state_dict(tensors, strict=False)
             stored = json.loads(metadata["repair"])
             self.repairs.append(Repair(**{**stored, "layers": tuple(stored["layers"])}))
 

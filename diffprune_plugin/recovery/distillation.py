@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.recovery.compensate import find_systems
@@ -18,13 +18,13 @@ from diffprune_plugin.utils.modes import evaluating
 
 
 @torch.no_grad()
-def kept_features(unet: nn.Module, dense: nn.Module, plan: PruningPlan, adapter: UNetAdapter) -> dict[str, Tensor]:
+def kept_features(model: nn.Module, dense: nn.Module, plan: PruningPlan, adapter: ModelAdapter) -> dict[str, Tensor]:
     """The blocks whose outputs are residual sums, and which of the dense UNet's channels there the pruned one kept.
 
     Raises BadInput if there is none.
     """
-    with evaluating(unet, dense):
-        systems, _ = find_systems(unet, dense, plan, adapter)
+    with evaluating(model, dense):
+        systems, _ = find_systems(model, dense, plan, adapter)
     sums = {s.block: s.kept for s in systems if s.block not in {part.name for part in s.parts}}
     if not sums:
         raise BadInput("feature_weight: the plan cuts no layer whose output goes into a residual sum; leave it out")
@@ -32,7 +32,7 @@ def kept_features(unet: nn.Module, dense: nn.Module, plan: PruningPlan, adapter:
 
 
 @contextlib.contextmanager
-def watched(unet: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+def watched(model: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     """The outputs of some modules, by name, filled in by the forward passes of the block."""
     values: dict[str, Tensor] = {}
 
@@ -44,7 +44,7 @@ def watched(unet: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, Ten
 
     with contextlib.ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(unet.get_submodule(name).register_forward_hook(keeper(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keeper(name)))
         yield values
 
 

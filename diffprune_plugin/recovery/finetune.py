@@ -34,9 +34,9 @@ from diffprune_plugin.pruning.checkpoint import (
     check_architecture,
     load,
     load_pipeline,
+    model_of,
     progress_directory,
     save,
-    unet_of,
 )
 from diffprune_plugin.recovery.distillation import kept_features
 from diffprune_plugin.recovery.plot import loss_plot
@@ -49,7 +49,7 @@ from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
 
 FINETUNE_FILE = "finetune.yaml"
-FORMAT = 2  # of the checkpoints
+FORMAT = 3  # of the checkpoints
 REPORT_FILE = "finetune.json"
 PLOT_FILE = "finetune.png"
 FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision"}  # keys that change no result
@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
     processes.on_all(lambda: start_tracker(config, accelerator, training.file.stem))
     try:
         shown = progress and accelerator.is_local_main_process
-        with checkpointing(training.unet, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
+        with checkpointing(training.model, config.gradient_checkpointing), progress_bar(shown, "steps") as bar:
             training.run(bar)
     finally:
         for tracker in accelerator.trackers:
@@ -169,41 +169,41 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
     check_shares(config, accelerator)
     pipeline = load_pipeline(Path(config.model))
-    unet = unet_of(pipeline)
-    if not isinstance(unet, PrunedModelMixin):
+    model = model_of(pipeline)
+    if not isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
-    adapter = find_adapter(unet)
-    unet.to(accelerator.device)
-    samples = fitting(encode(pipeline, config.data, config.resolution, whole=True), unet, adapter)
+    adapter = find_adapter(model)
+    model.to(accelerator.device)
+    samples = fitting(encode(pipeline, config.data, config.resolution, whole=True), model, adapter)
     settled_dropout(config.condition_dropout, samples, "fine-tune")
     scheduler = training_scheduler(pipeline.scheduler)
-    teacher = teacher_of(config, unet, accelerator) if config.teacher else None
-    name = fingerprint(config, unet, teacher, scheduler, samples, accelerator)
+    teacher = teacher_of(config, model, accelerator) if config.teacher else None
+    name = fingerprint(config, model, teacher, scheduler, samples, accelerator)
     file = progress_directory(config.output) / f"finetune-{name}.safetensors"
-    return partial(Training, unet, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
+    return partial(Training, model, teacher, scheduler, samples, config, adapter, accelerator, file), pipeline
 
 
-def teacher_of(config: FinetuneConfig, unet: Any, accelerator: Accelerator) -> Teacher | None:
+def teacher_of(config: FinetuneConfig, model: Any, accelerator: Accelerator) -> Teacher | None:
     """The dense UNet, if it is the one that was pruned; None if nothing is to be learned from it."""
     weights, directory = config.weights(), str(config.teacher)
     if not weights["output"] and not weights["features"]:
         return None
     dense: nn.Module = load(directory)
-    check_architecture(dense, unet.pruning_plan, f"teacher: {directory}")
+    check_architecture(dense, model.pruning_plan, f"teacher: {directory}")
     dense.to(accelerator.device).requires_grad_(False)
     adapter = find_adapter(dense)
-    return Teacher(dense, kept_features(unet, dense, unet.pruning_plan, adapter) if weights["features"] else {})
+    return Teacher(dense, kept_features(model, dense, model.pruning_plan, adapter) if weights["features"] else {})
 
 
 def fingerprint(
-    config: FinetuneConfig, unet: nn.Module, teacher: Teacher | None, scheduler: Any, samples: Samples, by: Accelerator
+    config: FinetuneConfig, model: nn.Module, teacher: Teacher | None, scheduler: Any, samples: Samples, by: Accelerator
 ) -> str:
     """Of everything that the result depends on but the number of processes: other progress is never taken up."""
     facts = [
         config.model_dump(mode="json", exclude={*FREE, "model", "data", "teacher"}),
         by.mixed_precision,
-        weights_hash(unet),
-        teacher and weights_hash(teacher.unet),
+        weights_hash(model),
+        teacher and weights_hash(teacher.model),
         {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")},
         samples.sha256,
         torch.__version__,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.recovery.ridge import by_position
 
 
@@ -23,7 +23,7 @@ class Call:
     output: Any
 
 
-def trace(unet: nn.Module, adapter: UNetAdapter) -> tuple[dict[str, Call], set[str]]:
+def trace(model: nn.Module, adapter: ModelAdapter) -> tuple[dict[str, Call], set[str]]:
     """The call of each module on small inputs, in the order in which they ended, and the modules called repeatedly."""
     calls: dict[str, Call] = {}
     repeated: set[str] = set()
@@ -37,9 +37,9 @@ def trace(unet: nn.Module, adapter: UNetAdapter) -> tuple[dict[str, Call], set[s
         return hook
 
     with contextlib.ExitStack() as hooks:
-        for name, module in unet.named_modules():
+        for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_hook(record(name), with_kwargs=True))
-        unet(**adapter.example_inputs(unet, size=adapter.trace_size(unet)))
+        model(**adapter.example_inputs(model, size=adapter.trace_size(model)))
     return calls, repeated
 
 
@@ -48,7 +48,7 @@ def unpacked(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
 
-def residual_sum(unet: nn.Module, calls: Mapping[str, Call], layer: str) -> tuple[str, float]:
+def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str) -> tuple[str, float]:
     """The outermost module whose output is a sum that the layer's output is added to, and its coefficient there.
 
     The layer itself and 1 where there is none, or where nothing but the layer's output is in the sum.
@@ -58,7 +58,7 @@ def residual_sum(unet: nn.Module, calls: Mapping[str, Call], layer: str) -> tupl
         block = ".".join(layer.split(".")[:depth])
         if block not in calls:  # a list of modules is never called
             continue
-        added = coefficient_in(unet.get_submodule(block), calls[block], unet.get_submodule(layer))
+        added = coefficient_in(model.get_submodule(block), calls[block], model.get_submodule(layer))
         if added is None:
             break
         same = torch.equal(by_position(calls[block].output), by_position(calls[found].output))

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.timesteps import share
 from diffprune_plugin.config.finetuning import FinetuneConfig
 from diffprune_plugin.data.samples import Samples
@@ -43,7 +43,7 @@ def deaf(_: int) -> None:
 class Teacher:
     """The dense UNet, and the blocks whose outputs are compared, with the channels that the pruned one kept."""
 
-    unet: nn.Module
+    model: nn.Module
     kept: Mapping[str, Tensor]
 
 
@@ -80,12 +80,12 @@ class Training:
     numbers inside the model, follow from the seed and the step.
     """
 
-    unet: nn.Module
+    model: nn.Module
     teacher: Teacher | None
     scheduler: Any
     samples: Samples
     config: FinetuneConfig
-    adapter: UNetAdapter
+    adapter: ModelAdapter
     accelerator: Accelerator
     file: Path
     step: int = 0
@@ -95,8 +95,8 @@ class Training:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.unet.requires_grad_(True).train()
-        self.parameters = list(self.unet.parameters())  # walking the modules takes milliseconds, every time
+        self.model.requires_grad_(True).train()
+        self.parameters = list(self.model.parameters())  # walking the modules takes milliseconds, every time
         self.plain_optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -106,7 +106,7 @@ class Training:
         warmup = config.warmup_steps if config.warmup_steps is not None else config.steps // 20
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         self.rate = get_scheduler(name, self.plain_optimizer, num_warmup_steps=warmup, num_training_steps=config.steps)
-        self.model, self.optimizer = self.accelerator.prepare(self.unet, self.plain_optimizer)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.plain_optimizer)
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
         self.terms = {name: weight for name, weight in config.weights().items() if weight}
         self.curve = {name: [] for name in ("loss", *self.terms, GRADIENT_NORM)}
@@ -128,7 +128,7 @@ class Training:
         batches = DataLoader(data, None, sampler=order, num_workers=config.num_workers, worker_init_fn=deaf)
         for number, batch in zip(order, batches, strict=True):
             torch.manual_seed(int(np.random.SeedSequence([config.seed, number, rank]).generate_state(1)[0]))
-            with accelerator.accumulate(self.model):
+            with accelerator.accumulate(self.prepared):
                 means = self.run_pass(batch)
                 sums = {name: total + means[name] / passes for name, total in sums.items()}
             if accelerator.sync_gradients:
@@ -140,7 +140,7 @@ class Training:
 
     def run_pass(self, batch: Batch) -> dict[str, float]:
         """Gradients of one batch, at the end of a step also the optimizer's step; the mean of each term of the loss."""
-        terms = self.losses(batch.to(next(self.unet.parameters())))
+        terms = self.losses(batch.to(next(self.model.parameters())))
         total = torch.stack([self.terms[name] * loss for name, loss in terms.items()]).sum(0)
         terms = {"loss": total, **terms}
         means = self.checked(terms, batch)
@@ -153,15 +153,14 @@ class Training:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Each term of the loss for each sample, shape (batch,); those of predictions with the weights of min-SNR."""
-        extra = self.adapter.nested(batch.extra)
-        inputs = self.scheduler, batch.sample, batch.noise, batch.timesteps, extra
+        inputs = self.scheduler, batch.sample, batch.noise, batch.timesteps, batch.extra, self.adapter
         kept = self.teacher.kept if self.teacher else {}
-        with watched(self.unet, kept) as values:
-            prediction, target = predicted(self.model, *inputs)
+        with watched(self.model, kept) as values:
+            prediction, target = predicted(self.prepared, *inputs)
         terms = {"task": squared_error(prediction, target)}
         if self.teacher:
-            with torch.no_grad(), self.accelerator.autocast(), watched(self.teacher.unet, kept) as taught:
-                teacher, _ = predicted(self.teacher.unet, *inputs)
+            with torch.no_grad(), self.accelerator.autocast(), watched(self.teacher.model, kept) as taught:
+                teacher, _ = predicted(self.teacher.model, *inputs)
             terms["output"] = squared_error(prediction, teacher)
         if self.config.snr_gamma is not None:
             weights = min_snr_weights(self.scheduler, batch.timesteps, self.config.snr_gamma)
@@ -218,16 +217,16 @@ class Training:
 
     def finish_(self) -> None:
         """The UNet with the moving average as its weights, in eval mode, and free of what training put around it."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
         self.ema.copy_to(self.parameters)
-        self.unet.eval()
+        self.model.eval()
 
     def save(self) -> None:
         """Store the state, by the first process, in place of the last one."""
         if not self.accelerator.is_main_process:
             return
         slots = self.plain_optimizer.state_dict()["state"]
-        tensors = {f"unet.{name}": tensor for name, tensor in self.unet.state_dict().items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {f"optimizer.{i}.{key}": value for i, slot in slots.items() for key, value in slot.items()}
         tensors |= {f"curve.{name}": torch.tensor(v, dtype=torch.float64) for name, v in self.curve.items()}
@@ -254,7 +253,7 @@ class Training:
     def restore(self, of: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = {name: of["curve"][name].tolist() for name in self.curve}
-        self.unet.load_state_dict(of["unet"])
+        self.model.load_state_dict(of["model"])
         self.ema.optimization_step = state["ema"]
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(of["ema"][str(i)])

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter, axis_size, sample_size
+from diffprune_plugin.adapters.ports import config_of, sized
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.planning.planner import make_plan
@@ -21,7 +22,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.checkpoint import load, save
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.testing.permute import NORMS, new_order, reorder_
-from diffprune_plugin.testing.tiny import forward, unsettled_
+from diffprune_plugin.testing.tiny import unsettled_
 
 ROWS = ("inputs", "keep", "heads", "pairs", "mirrors", "words")
 
@@ -29,7 +30,7 @@ ROWS = ("inputs", "keep", "heads", "pairs", "mirrors", "words")
 RATIOS = (0.3, 0.5)
 
 
-def check_adapter(adapter: UNetAdapter, *unets: nn.Module, export: bool = True) -> None:
+def check_adapter(adapter: ModelAdapter, *unets: nn.Module, export: bool = True) -> None:
     """Test an adapter's table on tiny dense UNets of its class that between them use every row.
 
     Enough: coupled channels can change places, dead ones can be removed, without any effect on the output; at ratios
@@ -41,31 +42,31 @@ def check_adapter(adapter: UNetAdapter, *unets: nn.Module, export: bool = True) 
     if not unets:
         raise BadInput("check_adapter: give at least one tiny UNet of the class")
     torch.manual_seed(0)
-    unets = tuple(unsettled_(copy.deepcopy(unet)).eval() for unet in unets)
-    for unet in unets:
-        check_enough(adapter, unet)
-        check_reload(adapter, unet)
+    unets = tuple(unsettled_(copy.deepcopy(model)).eval() for model in unets)
+    for model in unets:
+        check_enough(adapter, model)
+        check_reload(adapter, model)
     if export:
         check_export(adapter, unets[0])
     for field in ROWS:
         for row in getattr(adapter, field):
             rest: Any = tuple(other for other in getattr(adapter, field) if other is not row)
             shorter = dataclasses.replace(adapter, **{field: rest})
-            if not any(fails(shorter, unet) for unet in unets):
+            if not any(fails(shorter, model) for model in unets):
                 raise CheckFailed(
                     f"{adapter.model_class}: nothing fails without {row!r} in {field}; drop it, or give a UNet with it"
                 )
 
 
-def fails(adapter: UNetAdapter, unet: nn.Module) -> bool:
+def fails(adapter: ModelAdapter, model: nn.Module) -> bool:
     try:
-        check_enough(adapter, unet)
+        check_enough(adapter, model)
     except CheckFailed:
         return True
     return False
 
 
-def check_enough(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_enough(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed for the first thing that the table does not say and the UNet needs."""
     for name, check in (
         ("a forward pass", check_shapes),
@@ -74,48 +75,48 @@ def check_enough(adapter: UNetAdapter, unet: nn.Module) -> None:
         ("pruning", check_pruned),
     ):
         try:
-            check(adapter, unet)
+            check(adapter, model)
         except CheckFailed as error:
             raise CheckFailed(f"{adapter.model_class}: {name}: {error}") from None
         except Exception as error:  # whatever a wrong table leads to, in the model or in torch
             raise CheckFailed(f"{adapter.model_class}: {name}: {type(error).__name__}: {error}") from error
 
 
-def check_shapes(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_shapes(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless the output has the shape that the table says."""
-    batch, (height, width) = 2, sample_size(unet)
-    found = forward(unet, adapter, adapter.flat_inputs(unet, batch))
+    batch, (height, width) = 2, adapter.size(config_of(model))
+    found = adapter.denoise(model, adapter.flat_inputs(model, batch))
     words = {"batch": batch, "height": height, "width": width, **dict(adapter.words)}
-    expected = tuple(axis_size(unet, axis, words) for axis in adapter.outputs[0].axes.split())
+    expected = tuple(sized(adapter.outputs[0].shape(config_of(model)), words))
     if tuple(found.shape) != expected:
         raise CheckFailed(f"the output has shape {tuple(found.shape)}, not {expected}; see outputs and keep")
     if not bool(torch.isfinite(found).all()):
         raise CheckFailed("the output is not finite")
 
 
-def check_coupling(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_coupling(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless the units of each group can change places without any effect."""
-    inputs, kept, moved = adapter.flat_inputs(unet, 2), adapter.kept_layers(unet), copy.deepcopy(unet)
-    expected = forward(unet, adapter, inputs)
-    for number, group in enumerate(trace_groups(unet, adapter)):
+    inputs, kept, moved = adapter.flat_inputs(model, 2), adapter.kept_layers(model), copy.deepcopy(model)
+    expected = adapter.denoise(model, inputs)
+    for number, group in enumerate(trace_groups(model, adapter)):
         if not kept.intersection(group.layers):
-            weights = dict(unet.state_dict())
-            reorder_(weights, unet, group, new_order(unet, group, np.random.default_rng(number)))
+            weights = dict(model.state_dict())
+            reorder_(weights, model, group, new_order(model, group, np.random.default_rng(number)))
             moved.load_state_dict(weights)
             compare(moved, adapter, inputs, expected, f"those of {group.root} have an effect")
 
 
-def check_dead(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_dead(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless dead units, in groups that no norm sees, can be removed without any effect."""
-    inputs, kept, dead = adapter.flat_inputs(unet, 2), adapter.kept_layers(unet), copy.deepcopy(unet)
+    inputs, kept, dead = adapter.flat_inputs(model, 2), adapter.kept_layers(model), copy.deepcopy(model)
     units = {}
-    for group in trace_groups(unet, adapter):
-        normed = any(isinstance(unet.get_submodule(member.layer), NORMS) for member in group.members)
+    for group in trace_groups(model, adapter):
+        normed = any(isinstance(model.get_submodule(member.layer), NORMS) for member in group.members)
         size = group.units // group.parts
         if not normed and not kept.intersection(group.layers) and size > 1:
             units[group.root] = [part * size + i for part in range(group.parts) for i in range(size // 2, size)]
             kill_(dead, group, units[group.root])
-    expected = forward(dead, adapter, inputs)
+    expected = adapter.denoise(dead, inputs)
     plan = make_plan(dead, "magnitude", pruning_ratio=0.0, adapter=adapter)
     chosen = tuple(g.model_copy(update={"removed": tuple(units.get(g.root, ()))}) for g in plan.groups)
     remove_(dead, plan.model_copy(update={"groups": chosen}), adapter=adapter)
@@ -123,11 +124,11 @@ def check_dead(adapter: UNetAdapter, unet: nn.Module) -> None:
 
 
 @torch.no_grad()
-def kill_(unet: nn.Module, group: CoupledGroup, units: list[int]) -> None:
+def kill_(model: nn.Module, group: CoupledGroup, units: list[int]) -> None:
     """Set these units' own weights to zero, on the way in and out."""
     for member in group.members:
         channels = torch.from_numpy(member.channels[np.isin(member.roots % group.units, units)])
-        layer = unet.get_submodule(member.layer)
+        layer = model.get_submodule(member.layer)
         for parameter in layer.parameters(recurse=False):
             if member.side == "out" and not isinstance(layer, nn.Embedding):
                 parameter[channels] = 0
@@ -135,34 +136,34 @@ def kill_(unet: nn.Module, group: CoupledGroup, units: list[int]) -> None:
                 parameter[:, channels] = 0
 
 
-def check_pruned(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_pruned(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless the pruned UNet runs with outputs of the right shape."""
     for ratio in RATIOS:
-        check_shapes(adapter, pruned(adapter, unet, ratio))
+        check_shapes(adapter, pruned(adapter, model, ratio))
 
 
-def check_reload(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_reload(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless the registered adapter is this one and a pruned UNet is loaded with difference 0."""
     try:
-        registered = find_adapter(unet)
+        registered = find_adapter(model)
     except BadInput as error:
         raise CheckFailed(f"{adapter.model_class} is not registered: {error}") from None
     if registered != adapter:
-        raise CheckFailed(f"{adapter.model_class}: another adapter is registered for {type(unet).__name__}")
-    small, inputs = pruned(adapter, unet, RATIOS[-1]), adapter.flat_inputs(unet, 2)
+        raise CheckFailed(f"{adapter.model_class}: another adapter is registered for {type(model).__name__}")
+    small, inputs = pruned(adapter, model, RATIOS[-1]), adapter.flat_inputs(model, 2)
     with tempfile.TemporaryDirectory() as folder:
         try:
             loaded = load(save(small, Path(folder) / "pruned"))
         except BadInput as error:
             raise CheckFailed(f"{adapter.model_class}: saved, but not loaded: {error}") from error
-    compare(loaded, adapter, inputs, forward(small, adapter, inputs), "the reloaded model gives other outputs", 0.0)
+    compare(loaded, adapter, inputs, adapter.denoise(small, inputs), "the reloaded model gives other outputs", 0.0)
 
 
-def check_export(adapter: UNetAdapter, unet: nn.Module) -> None:
+def check_export(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless the pruned UNet's ONNX file gives its outputs; MissingExtra without ONNX Runtime."""
     from diffprune_plugin.export import to_onnx, verify_onnx
 
-    small = pruned(adapter, unet, RATIOS[-1])
+    small = pruned(adapter, model, RATIOS[-1])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         to_onnx(small, path)
@@ -171,22 +172,22 @@ def check_export(adapter: UNetAdapter, unet: nn.Module) -> None:
         raise CheckFailed(f"{adapter.model_class}: the ONNX file misses: {result.worst}")
 
 
-def pruned(adapter: UNetAdapter, unet: nn.Module, ratio: float) -> nn.Module:
-    small = copy.deepcopy(unet)
+def pruned(adapter: ModelAdapter, model: nn.Module, ratio: float) -> nn.Module:
+    small = copy.deepcopy(model)
     remove_(small, make_plan(small, "magnitude", pruning_ratio=ratio, adapter=adapter), adapter=adapter)
     return small
 
 
 @torch.no_grad()
 def compare(
-    unet: nn.Module,
-    adapter: UNetAdapter,
+    model: nn.Module,
+    adapter: ModelAdapter,
     inputs: Mapping[str, Tensor],
     expected: Tensor,
     words: str,
     relative: float = 1e-4,
 ) -> None:
     """Raises CheckFailed, in these words, if the UNet's output is not the expected one."""
-    worst = float((forward(unet, adapter, inputs) - expected).abs().max())
+    worst = float((adapter.denoise(model, inputs) - expected).abs().max())
     if worst > relative * float(expected.abs().max()):
         raise CheckFailed(f"{words}: {worst:.2g}")

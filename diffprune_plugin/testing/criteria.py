@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.run import calibrate
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import CheckFailed, DiffPruneError
@@ -20,11 +20,11 @@ from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.plugins import find_adapter, importance
 from diffprune_plugin.testing.permute import new_order, reorder_
-from diffprune_plugin.testing.tiny import forward, tiny_unet
+from diffprune_plugin.testing.tiny import tiny_unet
 
 
 def check_criterion(
-    criterion: Criterion | str, unet: nn.Module | None = None, *, equivariant: bool = True, **options: Any
+    criterion: Criterion | str, model: nn.Module | None = None, *, equivariant: bool = True, **options: Any
 ) -> None:
     """Test a criterion, an object or a registered name with ``options``, on every group of a UNet (else a tiny one).
 
@@ -35,35 +35,35 @@ def check_criterion(
 
     Raises CheckFailed naming the group and what did not hold; BadInput for an unknown name or option.
     """
-    unet = copy.deepcopy(unet or tiny_unet())
-    adapter = find_adapter(unet)
+    model = copy.deepcopy(model or tiny_unet())
+    adapter = find_adapter(model)
     tested = importance(criterion, **options) if isinstance(criterion, str) else copy.copy(criterion)
-    prepare_(tested, unet, adapter)
-    before = snapshot(unet)
-    scores = scored(tested, unet, adapter)
-    for name, value in snapshot(unet).items():
+    prepare_(tested, model, adapter)
+    before = snapshot(model)
+    scores = scored(tested, model, adapter)
+    for name, value in snapshot(model).items():
         if not same(before[name], value):
             raise CheckFailed(f"{label(tested)} changed the model: {name}")
-    for root, score in scored(tested, unet, adapter).items():
+    for root, score in scored(tested, model, adapter).items():
         if not torch.equal(score, scores[root]):
             raise CheckFailed(f"{label(tested)} scored {root} differently the second time; seed what is random")
-    narrow = with_gradients(nn.Module.to(copy.deepcopy(unet), torch.bfloat16), gradients_of(unet))
+    narrow = with_gradients(nn.Module.to(copy.deepcopy(model), torch.bfloat16), gradients_of(model))
     scored(tested, narrow, adapter)
     if equivariant:
-        check_equivariant(tested, unet, adapter, scores)
+        check_equivariant(tested, model, adapter, scores)
 
 
-def check_equivariant(criterion: Any, unet: nn.Module, adapter: UNetAdapter, scores: Mapping[str, Tensor]) -> None:
+def check_equivariant(criterion: Any, model: nn.Module, adapter: ModelAdapter, scores: Mapping[str, Tensor]) -> None:
     """Raises CheckFailed unless the scores follow channels that change places, in weights and gradients alike."""
-    groups = trace_groups(unet, adapter)
-    orders = {g.root: new_order(unet, g, np.random.default_rng(i)) for i, g in enumerate(groups)}
-    weights, gradients = dict(unet.state_dict()), gradients_of(unet)
+    groups = trace_groups(model, adapter)
+    orders = {g.root: new_order(model, g, np.random.default_rng(i)) for i, g in enumerate(groups)}
+    weights, gradients = dict(model.state_dict()), gradients_of(model)
     calibration = getattr(criterion, "calibration", None)
     stored = dict(calibration.gradients) if calibration is not None else {}
     for tensors in (weights, gradients, stored):
         for group in groups:
-            reorder_(tensors, unet, group, orders[group.root])
-    moved = copy.deepcopy(unet)
+            reorder_(tensors, model, group, orders[group.root])
+    moved = copy.deepcopy(model)
     moved.load_state_dict(weights)
     criterion = copy.copy(criterion)
     if calibration is not None:
@@ -79,18 +79,18 @@ def check_equivariant(criterion: Any, unet: nn.Module, adapter: UNetAdapter, sco
             )
 
 
-def scored(criterion: Criterion, unet: nn.Module, adapter: UNetAdapter) -> dict[str, Tensor]:
+def scored(criterion: Criterion, model: nn.Module, adapter: ModelAdapter) -> dict[str, Tensor]:
     """The score of every group; raises CheckFailed for one that the plan could not use."""
     scores = {}
-    for group in trace_groups(unet, adapter):
+    for group in trace_groups(model, adapter):
         try:
             score = criterion(group.graph_group)
         except DiffPruneError:
             raise
         except Exception as error:
-            where = f"{group.root} in {next(unet.parameters()).dtype}"
+            where = f"{group.root} in {next(model.parameters()).dtype}"
             raise CheckFailed(f"{label(criterion)} on {where}: {type(error).__name__}: {error}") from error
-        weight = next(unet.get_submodule(group.root).parameters())
+        weight = next(model.get_submodule(group.root).parameters())
         for fault in faults(score, group, weight):
             raise CheckFailed(f"{label(criterion)} scored {group.root} {fault}")
         assert score is not None
@@ -114,15 +114,15 @@ def faults(score: Any, group: CoupledGroup, weight: Tensor) -> Iterator[str]:
         yield f"with a negative value ({float(score.min()):.3g})"
 
 
-def prepare_(criterion: Any, unet: nn.Module, adapter: UNetAdapter) -> None:
+def prepare_(criterion: Any, model: nn.Module, adapter: ModelAdapter) -> None:
     """Give the criterion gradients of a few random samples: in ``.grad``, and as a calibration if it wants one."""
-    inputs = adapter.flat_inputs(unet, batch=4)
+    inputs = adapter.flat_inputs(model, batch=4)
     if (sweep := getattr(criterion, "sweep", None)) is not None:
-        extra = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
+        extra = {name: value for name, value in inputs.items() if name not in (adapter.sample, adapter.timestep)}
         criterion.calibration = calibrate(
-            unet,
+            model,
             DDPMScheduler(num_train_timesteps=20),
-            Samples(inputs["sample"].cpu(), {name: value.cpu() for name, value in extra.items()}),
+            Samples(inputs[adapter.sample].cpu(), {name: value.cpu() for name, value in extra.items()}),
             dataclasses.replace(sweep, samples=4, curve_samples=1, micro_batch=min(sweep.micro_batch, 4)),
             batch_size=4,
             timesteps=2,
@@ -130,25 +130,25 @@ def prepare_(criterion: Any, unet: nn.Module, adapter: UNetAdapter) -> None:
             adapter=adapter,
         )
     with torch.enable_grad():
-        torch.autograd.backward(forward(unet, adapter, inputs).square().mean())
+        torch.autograd.backward(adapter.denoise(model, inputs).square().mean())
 
 
-def gradients_of(unet: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def with_gradients(unet: nn.Module, gradients: Mapping[str, Tensor]) -> nn.Module:
-    for name, parameter in unet.named_parameters():
+def with_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> nn.Module:
+    for name, parameter in model.named_parameters():
         parameter.grad = gradients[name].to(parameter) if name in gradients else None
-    return unet
+    return model
 
 
-def snapshot(unet: nn.Module) -> dict[str, Any]:
+def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that scoring must not change, by name."""
-    found: dict[str, Any] = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    found |= {f"gradient of {name}": gradient for name, gradient in gradients_of(unet).items()}
-    found |= {f"requires_grad of {name}": p.requires_grad for name, p in unet.named_parameters()}
-    return found | {f"training mode of {name or 'the model'}": m.training for name, m in unet.named_modules()}
+    found: dict[str, Any] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found |= {f"gradient of {name}": gradient for name, gradient in gradients_of(model).items()}
+    found |= {f"requires_grad of {name}": p.requires_grad for name, p in model.named_parameters()}
+    return found | {f"training mode of {name or 'the model'}": m.training for name, m in model.named_modules()}
 
 
 def same(one: Any, other: Any) -> bool:

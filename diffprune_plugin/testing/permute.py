@@ -11,12 +11,12 @@ from diffprune_plugin.graph.groups import Channels, CoupledGroup, Member
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
-def new_order(unet: nn.Module, group: CoupledGroup, rng: np.random.Generator) -> Channels:
+def new_order(model: nn.Module, group: CoupledGroup, rng: np.random.Generator) -> Channels:
     """A random order of the group's units, in which only those that share heads and norm groups change places."""
     order = np.arange(group.units)
     places = [[unit * group.parts // group.units] for unit in range(group.units)]
     for member in group.members:
-        layer = unet.get_submodule(member.layer)
+        layer = model.get_submodule(member.layer)
         if isinstance(layer, nn.GroupNorm):  # those of a concatenation cut across the parts
             for channel, root in zip(member.channels, member.roots, strict=True):
                 places[root % group.units].append(channel * layer.num_groups // layer.num_channels)
@@ -26,11 +26,11 @@ def new_order(unet: nn.Module, group: CoupledGroup, rng: np.random.Generator) ->
     return order
 
 
-def reorder_(tensors: dict[str, Tensor], unet: nn.Module, group: CoupledGroup, order: Channels) -> None:
+def reorder_(tensors: dict[str, Tensor], model: nn.Module, group: CoupledGroup, order: Channels) -> None:
     """Put the group's units into a new order in tensors of the parameters' names and shapes (weights, gradients)."""
     roots = group.rooted(order)
     for member in group.members:
-        layer = unet.get_submodule(member.layer)
+        layer = model.get_submodule(member.layer)
         for name, parameter in layer.named_parameters(recurse=False):
             key, flat = f"{member.layer}.{name}", parameter.dim() < 2
             axis = 0 if flat or (member.side == "out" and not isinstance(layer, nn.Embedding)) else 1

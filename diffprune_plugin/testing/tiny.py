@@ -1,21 +1,17 @@
-"""Tiny random UNets, and a forward pass by an adapter."""
+"""Tiny random UNets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor, nn
-
-from diffprune_plugin.adapters.table import UNetAdapter
 
 
 def tiny_unet() -> UNet2DModel:
     """Norm groups, heads and concatenations in 0.2 M random parameters."""
     torch.manual_seed(0)
-    unet = UNet2DModel(
+    model = UNet2DModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(16, 32),
@@ -23,18 +19,13 @@ def tiny_unet() -> UNet2DModel:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
-    return unsettled_(unet).eval()
+    return unsettled_(model).eval()
 
 
-def unsettled_(unet: Any) -> Any:
+def unsettled_(model: Any) -> Any:
     """Norms and biases moved away from ones and zeros, behind which a fault could hide."""
     with torch.no_grad():
-        for parameter in unet.parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return unet
-
-
-def forward(unet: nn.Module, adapter: UNetAdapter, inputs: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = unet(**adapter.nested(inputs), return_dict=False)[0]
-    return output
+    return model

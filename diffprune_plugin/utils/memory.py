@@ -104,19 +104,19 @@ def of_container(place: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def checkpointing(unet: Any, on: bool) -> Iterator[None]:
+def checkpointing(model: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing as diffusers has it, if asked for: activations are computed again in the backward pass.
 
     Raises BadInput for a model without it.
     """
-    if not on or getattr(unet, "is_gradient_checkpointing", False):
+    if not on or getattr(model, "is_gradient_checkpointing", False):
         yield
         return
     try:
-        unet.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     except (AttributeError, ValueError):
-        raise BadInput(f"gradient_checkpointing: {type(unet).__name__} has none; set it to false") from None
+        raise BadInput(f"gradient_checkpointing: {type(model).__name__} has none; set it to false") from None
     try:
         yield
     finally:
-        unet.disable_gradient_checkpointing()
+        model.disable_gradient_checkpointing()

@@ -10,16 +10,16 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def differentiable(unet: nn.Module) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     """Autograd reaches every parameter, in eval mode; afterwards the UNet is as it was."""
-    training = unet.training
-    before = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    unet.eval().requires_grad_(True)
+    training = model.training
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(True)
     try:
         with torch.enable_grad():
             yield
     finally:
-        unet.train(training)
+        model.train(training)
         for parameter, required in before:
             parameter.requires_grad_(required)
 

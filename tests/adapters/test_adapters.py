@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, Slice
 from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import trace_groups
@@ -35,7 +35,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-def prune_with(adapter: UNetAdapter, **changes: Any) -> torch.Tensor:
+def prune_with(adapter: ModelAdapter, **changes: Any) -> torch.Tensor:
     """Prune a tiny UNet by half with an adapter and run it."""
     unet = make_unet(**changes)
     plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, adapter=adapter)
@@ -43,7 +43,7 @@ def prune_with(adapter: UNetAdapter, **changes: Any) -> torch.Tensor:
     return output_of(unet)
 
 
-def without(field: str, row: Any) -> UNetAdapter:
+def without(field: str, row: Any) -> ModelAdapter:
     return dataclasses.replace(UNET_2D, **{field: tuple(r for r in getattr(UNET_2D, field) if r != row)})
 
 

@@ -32,7 +32,7 @@ from tiny_conditional import (
 )
 
 import diffprune_plugin as dp
-from diffprune_plugin.adapters.table import UNetAdapter
+from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
@@ -44,13 +44,13 @@ def output_of(unet: torch.nn.Module) -> torch.Tensor:
         return unet(**UNET_2D_CONDITION.example_inputs(unet, batch=2)).sample
 
 
-def pruned(config: dict[str, Any], ratio: float = 0.5, adapter: UNetAdapter = UNET_2D_CONDITION) -> Any:
+def pruned(config: dict[str, Any], ratio: float = 0.5, adapter: ModelAdapter = UNET_2D_CONDITION) -> Any:
     unet = make_unet(config)
     dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=ratio, adapter=adapter), adapter=adapter)
     return unet
 
 
-def without(field: str, row: Any) -> UNetAdapter:
+def without(field: str, row: Any) -> ModelAdapter:
     rows = tuple(r for r in getattr(UNET_2D_CONDITION, field) if r is not row)
     return dataclasses.replace(UNET_2D_CONDITION, **{field: rows})
 

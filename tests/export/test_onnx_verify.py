@@ -46,7 +46,7 @@ def rejected(path: Path) -> bool:
 
 def test_a_changed_weight_is_caught_and_the_file_renamed(models, copy, resigned):
     model = onnx.load(copy)
-    weight = next(t for t in model.graph.initializer if t.name == "unet.mid_block.resnets.0.conv1.weight")
+    weight = next(t for t in model.graph.initializer if t.name == "model.mid_block.resnets.0.conv1.weight")
     values = numpy_helper.to_array(weight).copy()
     values[0, 0, 1, 1] += 0.01
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))

@@ -2,9 +2,9 @@
 
 import torch
 
-from diffprune_plugin.adapters.table import Heads, Mirror, Pairs, Port, UNetAdapter
+from diffprune_plugin.adapters.table import Heads, Mirror, ModelAdapter, Pairs, Port
 
-GATED_UNET = UNetAdapter(
+GATED_UNET = ModelAdapter(
     model_class="GatedUNet",
     module="diffprune_example",
     inputs=(Port("sample", "batch {in_channels} height width"), Port("timestep", "batch", torch.int64)),
