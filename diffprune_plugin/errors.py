@@ -17,9 +17,18 @@ class CheckFailed(DiffPruneError):
 
 
 class BadInput(DiffPruneError):
-    """What the user gave cannot be used (exit code 2)."""
+    """What the user gave cannot be used (exit code 2); ``key``, ``value``, ``reason``: of one wrong value, if known."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, key: str = "", value: object = None, reason: str = "") -> None:
+        super().__init__(message)
+        self.key, self.value, self.reason = key, value, reason
+
+    @classmethod
+    def of(cls, key: str, value: object, reason: str) -> BadInput:
+        """The error of one wrong value: ``key: value reason``."""
+        return cls(f"{key}: {value!r} {reason}", key=key, value=value, reason=reason)
 
 
 class MissingExtra(BadInput):

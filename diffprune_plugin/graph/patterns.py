@@ -54,7 +54,7 @@ def matching(pattern: str, names: Mapping[str, Iterable[str]], key: str) -> list
     else:
         found = [n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)]
     if not found:
-        raise BadInput(f"{key}: {pattern!r} matches no layer{nearest(pattern.removeprefix('{nncf}'), names)}")
+        raise BadInput.of(key, pattern, f"matches no layer{nearest(pattern.removeprefix('{nncf}'), names)}")
     return found
 
 
@@ -70,4 +70,4 @@ def compiled(expression: str, pattern: str, key: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        raise BadInput(f"{key}: {pattern!r} is no valid expression: {error}") from None
+        raise BadInput.of(key, pattern, f"is no valid expression: {error}") from None

@@ -173,7 +173,8 @@ def requested_ratio(
     asked = dict(special[layer] for layer in group.layers if layer in special)
     if len(asked) > 1:
         wishes = " and ".join(f"{pattern!r} asks {value}" for value, pattern in asked.items())
-        raise BadInput(f"pruning_ratio_dict: the group of {group.root} is coupled, but {wishes}; give it one ratio")
+        message = f"pruning_ratio_dict: the group of {group.root} is coupled, but {wishes}; give it one ratio"
+        raise BadInput(message, key="pruning_ratio_dict", value=next(iter(asked.values())))
     return next(iter(asked), None)
 
 

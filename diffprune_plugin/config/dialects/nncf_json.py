@@ -249,8 +249,7 @@ def settle_schedule(listing: Listing, found: Mapping[str, Any], places: Mapping[
     try:
         levels(schedule, pruning_init=start, pruning_target=target, **steps)
     except BadInput as error:
-        key, _, reason = str(error).partition(": ")
-        listing.refuse(places[key], found.get(key), reason.removeprefix(str(found.get(key))).lstrip(": "))
+        listing.refuse(places[error.key], error.value, error.reason)
         return
     once = start == target or schedule == "baseline"
     reason = "the target at once" if once else "removed in one step, at the schedule's last level"

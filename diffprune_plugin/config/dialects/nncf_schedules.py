@@ -57,15 +57,15 @@ def check(start: float, target: float, pruning_steps: int, num_init_steps: int) 
     for key, level in (("pruning_init", start), ("pruning_target", target)):
         check_level(key, level)
     if start > target:
-        raise BadInput(f"pruning_init: {start} is above pruning_target {target}, which is never reached; lower it")
+        raise BadInput.of("pruning_init", start, f"is above pruning_target {target}, which is never reached; lower it")
     for key, count, least in (("pruning_steps", pruning_steps, 1), ("num_init_steps", num_init_steps, 0)):
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise BadInput(f"{key}: {count!r} is no whole number of at least {least}")
+            raise BadInput.of(key, count, f"is no whole number of at least {least}")
 
 
 def check_level(key: str, level: object) -> None:
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
-        raise BadInput(f"{key}: {level!r} is outside [0, 1); 0.3 removes 30 % of the channels")
+        raise BadInput.of(key, level, "is outside [0, 1); 0.3 removes 30 % of the channels")
 
 
 def baseline(_: float, target: float, __: int) -> list[float]:
@@ -86,11 +86,13 @@ def exponential_with_bias(start: float, target: float, last: int) -> list[float]
     if start == target:
         return [target]
     if last < 1:
-        raise BadInput("pruning_steps: 1 is too short for exponential_with_bias; give 2 or more, or use baseline")
+        raise BadInput.of("pruning_steps", 1, "is too short for exponential_with_bias; give 2 or more, or use baseline")
     if start > target * 0.714:  # at 5/7 the curve is a line
-        raise BadInput(
-            f"pruning_init: {start}: exponential_with_bias passes 3/4 of its target {target} an eighth of the way; "
-            f"start below {target * 0.714:.4g} or use exponential"
+        raise BadInput.of(
+            "pruning_init",
+            start,
+            f"is too high: exponential_with_bias passes 3/4 of its target {target} an eighth of the way; "
+            f"start below {target * 0.714:.4g} or use exponential",
         )
     share = (0.75 * target - start) / (target - start)
     # With z = exp(-k last / 8): z - share z**8 + share - 1 = 0. Concave, 0 at z = 1, so one root lies left of its top.

@@ -230,11 +230,9 @@ class Listing:
 
     def located(self, error: BadInput) -> BadInput:
         """An error about a pattern, with the file and the key that the pattern stands in."""
-        message = str(error)
-        key = message.partition(":")[0]
-        for row in self.rows.values() if key in PATTERNS else ():
-            if any(repr(pattern) in message for pattern in row.native.get(key, ())):
-                return BadInput(f"{self.where}: {row.key}: {message}")
+        for row in self.rows.values() if error.key in PATTERNS else ():
+            if error.value in row.native.get(error.key, ()):
+                return BadInput(f"{self.where}: {row.key}: {error}", key=row.key, value=error.value)
         return error
 
     def as_dict(self) -> dict[str, Any]:
