@@ -28,24 +28,20 @@ lint: $(READY)
 # The README's tables; interrupted, it goes on where it was.
 bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/bench.py readme
 
 bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
-	$(BIN)/python benchmarks/tables.py --quick
+	$(BIN)/python benchmarks/bench.py readme --quick
 
 # The tables of docs/figures.md.
 bench-more: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
-	$(BIN)/python benchmarks/policies.py
-	$(BIN)/python benchmarks/batches.py
-	$(BIN)/python benchmarks/calibration.py
-	$(BIN)/python benchmarks/compensate.py
+	$(BIN)/python benchmarks/bench.py more
 
 # Real sizes, random weights: Stable Diffusion and others.
 bench-scale: $(READY)
-	$(BIN)/python benchmarks/scale.py
-	$(BIN)/python benchmarks/export_sd15.py
+	$(BIN)/python benchmarks/bench.py sizes
 
 clean:
 	rm -rf .venv build dist diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

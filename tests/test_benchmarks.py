@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture
 def common(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import common
+    from shared import results as common
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield common
     common.processes(1).shutdown()
     common.processes.cache_clear()
+
+
+def test_every_suite_is_a_command_and_what_it_imports_is_there(call: Any) -> None:
+    shown = call(sys.executable, BENCHMARKS / "bench.py", "--help", cwd=BENCHMARKS.parent)
+    modules = {
+        file.stem.replace("_", "-") for room in ("quality", "size") for file in (BENCHMARKS / room).glob("[a-z]*.py")
+    }
+    assert {name for name in modules if f" {name} " in shown} == modules
 
 
 def test_what_was_measured_before_a_failure_is_not_measured_again(common: Any) -> None:
@@ -56,7 +65,7 @@ def test_standard_error_and_paired_t_test_are_those_of_the_books(common: Any) ->
 @pytest.mark.parametrize("document", ["README.md", "docs/figures.md"])
 def test_documents_show_the_results_that_are_stored(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import common
+    from shared import results as common
 
     text = (BENCHMARKS.parent / document).read_text()
     for name in re.findall(r"<!-- benchmarks/results/(\w+\.md) -->", text):

@@ -18,7 +18,7 @@ from diffprune_plugin.data.loading import load_npz
 from diffprune_plugin.errors import BadInput, CheckFailed, MissingExtra
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
 
-CLASSIFIER = Path(__file__).parents[2] / "benchmarks" / "digits_classifier.onnx"
+CLASSIFIER = Path(__file__).parents[2] / "benchmarks" / "making" / "digits_classifier.onnx"
 
 
 def write_network(

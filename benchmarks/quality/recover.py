@@ -1,7 +1,7 @@
 """What a short fine-tune recovers: the embedded model at half its MACs, compensated, then 10 % of the dense steps.
 
-    python benchmarks/recover.py            # a quarter of an hour on two cores
-    python benchmarks/recover.py --quick    # one seed, 30 steps, fewer images
+    python benchmarks/bench.py recover            # a quarter of an hour on two cores
+    python benchmarks/bench.py recover --quick    # one seed, 30 steps, fewer images
 
 The fine-tune learns from the dense model's predictions, the way this project recommends. Beside it a model of the same
 shape, trained from scratch on the images for as long. Held-out loss, SSIM to the images that the dense model draws from
@@ -19,8 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import RESULTS, Store, mean, over, publish, table
-from embedded import (
+from shared.embedded import (
     DENSE_STEPS,
     HALF,
     MODEL,
@@ -34,6 +33,7 @@ from embedded import (
     measure_dense,
     tuned,
 )
+from shared.results import RESULTS, Store, mean, over, publish, table
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
@@ -142,7 +142,3 @@ def main(
         recover("recover_quick", 1, QUICK, workers)
     else:
         recover("recover", seeds, FULL, workers)
-
-
-if __name__ == "__main__":
-    typer.run(main)

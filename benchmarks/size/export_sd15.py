@@ -1,6 +1,6 @@
 """Export, verify and time a Stable Diffusion 1.5-size UNet with random weights; prints seconds and peak memory.
 
-    python benchmarks/export_sd15.py
+    python benchmarks/bench.py export-sd15
 
 Needs up to 8 GiB of memory, 4 GB of disk and five minutes on two cores; exit code 1 beyond that.
 """
@@ -12,10 +12,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from architectures import build
+import typer
+from shared.architectures import build
 
 from diffprune_plugin.export import check_files, prove, to_onnx, verify_onnx
 from diffprune_plugin.export.benchmark import timed
@@ -23,6 +24,7 @@ from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.memory import high_water
 from diffprune_plugin.export.verify import summary
 
+BENCH = Path(__file__).parents[1] / "bench.py"
 SECONDS, GIB = 300, 8
 THREADS = 2
 
@@ -63,19 +65,24 @@ def one_phase(name: str, path: Path, adapter: Any = None) -> None:
         sys.exit(f"{name} takes more than {GIB} GiB")
 
 
-def main() -> int:
+def main(
+    path: Annotated[Path | None, typer.Argument(hidden=True)] = None,
+    phase: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
     """Each phase in a process of its own, as in a shell: none has to hold what another left."""
+    if path is not None and phase is not None:
+        one_phase(phase, path)
+        return
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sd15.onnx"
-        codes = [subprocess.run([sys.executable, __file__, name, str(path)], check=False).returncode for name in PHASES]
+        file = Path(folder) / "sd15.onnx"
+        codes = [
+            subprocess.run(
+                [sys.executable, str(BENCH), "export-sd15", "--phase", name, str(file)], check=False
+            ).returncode
+            for name in PHASES
+        ]
     seconds = time.perf_counter() - start
     print(f"all of it: {seconds:.0f} s; promised {SECONDS} s and {GIB} GiB")
-    return 1 if any(codes) or seconds > SECONDS else 0
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        one_phase(sys.argv[1], Path(sys.argv[2]))
-    else:
-        sys.exit(main())
+    if any(codes) or seconds > SECONDS:
+        raise typer.Exit(1)

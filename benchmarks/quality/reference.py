@@ -1,7 +1,7 @@
 """The authors' procedure beside this project's, on the embedded model at half its MACs and about the same budget.
 
-    python benchmarks/reference.py            # after criteria.py, whose models it shares
-    python benchmarks/reference.py --quick
+    python benchmarks/bench.py reference            # after criteria, whose models it shares
+    python benchmarks/bench.py reference --quick
 
 Their loop and their selection are written here anew, from the paper and from what their diffusers script does, on
 torch-pruning's dependency graph and Taylor score: one batch and one noise at every (here: every twentieth) timestep
@@ -21,15 +21,15 @@ from typing import Annotated, Any
 import torch
 import torch_pruning as tp
 import typer
-from common import Store, mean, over, p_text, paired_p, publish, table
-from criteria import FINE, FULL, PAPER, QUICK, Budget, plan_of, start_of, sweep_of, trained
-from embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned
+from shared.embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned
+from shared.results import Store, mean, over, p_text, paired_p, publish, table
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
+from quality.criteria import FINE, FULL, PAPER, QUICK, Budget, plan_of, start_of, sweep_of, trained
 
 THRESHOLD, BATCH = 0.05, 16
 GRID = [step / 100 for step in range(60, 4, -1)]  # ratios tried for the stock selection
@@ -174,7 +174,3 @@ def main(
             *table(head, lines),
         ],
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)

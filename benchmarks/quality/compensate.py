@@ -1,7 +1,7 @@
 """What the training-free repair brings on the embedded model: loss, SSIM, cost, and its worth in fine-tuning steps.
 
-    python benchmarks/compensate.py            # everything
-    python benchmarks/compensate.py --quick    # one seed, diff_taylor, two ratios, 20 steps
+    python benchmarks/bench.py compensate            # everything
+    python benchmarks/bench.py compensate --quick    # one seed, diff_taylor, two ratios, 20 steps
 
 Each finished row is in benchmarks/results/compensate.json at once: killed and started again it goes on with the next.
 """
@@ -16,15 +16,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from common import RESULTS, Store, mean, publish, standard_error, table
-from embedded import MODEL, Look, calibrated, calibration, dense, dense_images, drawn, held_out_loss, similarity
-from train_demo import digits, noise_loss, to_sample
+from making.train_demo import digits, noise_loss, to_sample
+from shared.embedded import MODEL, Look, calibrated, calibration, dense, dense_images, drawn, held_out_loss, similarity
+from shared.results import RESULTS, Store, mean, publish, standard_error, table
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.utils.files import new_file
-from diffprune_plugin.utils.optional import pyplot_or_missing
+from diffprune_plugin.utils.optional import need_pyplot
 
 Row = dict[str, Any]
 CRITERIA = ("random", "magnitude", "diff_taylor")
@@ -154,7 +154,7 @@ def report(rows: dict[str, Row]) -> list[str]:
 
 def plot(rows: dict[str, Row], path: Path) -> None:
     """Loss before and after the repair for each ratio and criterion, and the fine-tuning curves."""
-    pyplot = pyplot_or_missing()
+    pyplot = need_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     groups = cells(rows, "repair")
     for key, colour, state in (("pruned", "tab:red", "after removal"), ("repaired", "tab:blue", "repaired")):
@@ -203,7 +203,3 @@ def main(
     )
     plot(store.values, RESULTS / f"{name}.png")
     publish(name, report(store.values))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """How much calibration is enough: agreement of the removed channels with a large-budget calibration.
 
-    python benchmarks/calibration.py [--quick]
+    python benchmarks/bench.py calibration [--quick]
 
 For the authors' loop and for the default sampling at several budgets: samples forward and backward, wall time (two
 calibrations at once, one thread each), and which share of the removed channels (ratio 0.3) a calibration of 16,384
@@ -13,8 +13,8 @@ from functools import partial
 from typing import Annotated, Any
 
 import typer
-from common import Store, mean, publish, table
-from embedded import MODEL, Row, agreement, calibrated, calibration, dense
+from shared.embedded import MODEL, Row, agreement, calibrated, calibration, dense
+from shared.results import Store, mean, publish, table
 
 import diffprune_plugin as dp
 
@@ -57,7 +57,3 @@ def main(
     intro = f"Mean and standard error over {count} seeds; yardstick: {yardstick['samples']} samples; 30 % by chance."
     head = ["calibration", "samples forward", "samples backward", "seconds", "agreement"]
     publish(name, [intro, "", *table(head, lines)])
-
-
-if __name__ == "__main__":
-    typer.run(main)

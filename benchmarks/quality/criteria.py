@@ -1,7 +1,7 @@
 """Which criterion: the embedded model right after removal, and after 10 % of the dense model's training steps.
 
-    python benchmarks/criteria.py            # about an hour on two cores
-    python benchmarks/criteria.py --quick    # one ratio, two seeds, 30 steps
+    python benchmarks/bench.py criteria            # about an hour on two cores
+    python benchmarks/bench.py criteria --quick    # one ratio, two seeds, 30 steps
 
 Nothing is repaired before the fine-tune, which is the paper's protocol. Every criterion that needs gradients gets about
 as many passes; the presets of the authors run their loop on every twentieth timestep for that. Results are kept in
@@ -19,8 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import RESULTS, Store, mean, over, p_text, paired_p, publish, standard_error, table
-from embedded import (
+from shared.embedded import (
     DENSE_STEPS,
     HALF,
     MODEL,
@@ -36,11 +35,12 @@ from embedded import (
     pruned,
     tuned,
 )
+from shared.results import RESULTS, Store, mean, over, p_text, paired_p, publish, standard_error, table
 
 import diffprune_plugin as dp
 from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
 from diffprune_plugin.utils.files import new_file
-from diffprune_plugin.utils.optional import pyplot_or_missing
+from diffprune_plugin.utils.optional import need_pyplot
 
 RATIOS = (HALF, 0.5)
 LOOPS = ("reference", "fresh")  # samplings of the authors
@@ -57,7 +57,7 @@ CRITERIA: dict[str, Entry] = {
     "diff_taylor, diffusers": ("diff_taylor", {"preset": "diffusers"}, {"sampling": "reference", "include_last": True}),
     "diff_taylor, ldm": ("diff_taylor", {"preset": "ldm"}, {"sampling": "fresh", "threshold": 0.1}),
 }
-# The rows of policies.py: other sums over timesteps, and other weights of theirs.
+# The further rows of policies: other sums over timesteps, and other weights of theirs.
 FURTHER: dict[str, Entry] = {
     "taylor_absolute": ("taylor_absolute", {}, {**ALL, "accumulate": "absolute"}),
     "fisher": ("fisher", {}, {**ALL, "accumulate": "square"}),
@@ -208,7 +208,7 @@ class Cells:
 
     def plot(self, path: Path) -> None:
         """Loss and SSIM before and after the steps, each with its standard error, one column a ratio."""
-        pyplot = pyplot_or_missing()
+        pyplot = need_pyplot()
         figure, axes = pyplot.subplots(
             2, len(self.ratios), figsize=(5.5 * len(self.ratios), 7), sharex=True, layout="constrained", squeeze=False
         )
@@ -252,7 +252,3 @@ def main(
         compare("criteria_quick", names, RATIOS[1:], 2, QUICK, workers)
     else:
         compare("criteria", names, RATIOS, seeds, FULL, workers)
-
-
-if __name__ == "__main__":
-    typer.run(main)

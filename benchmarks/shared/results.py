@@ -21,8 +21,8 @@ from scipy import stats
 from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.progress import progress_bar
 
-RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")  # that show tables
 # Without these glibc hands large blocks back at once, and every tensor costs page faults: 15 % of a training step.

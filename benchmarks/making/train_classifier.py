@@ -1,6 +1,6 @@
 """Train the digit classifier in whose features the benchmarks compare sets of digits, and export it to ONNX.
 
-    python benchmarks/train_classifier.py     # half a minute on one core
+    python benchmarks/making/train_classifier.py     # half a minute on one core
 
 Writes benchmarks/digits_classifier.onnx (input: float32 images from 0 to 1; outputs: ``features``, the 64 values of the
 last layer but one, and ``logits``) and digits_classifier.json beside it, with the accuracy on the images it never saw.
@@ -18,11 +18,11 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.nn import functional
-from train_demo import HELD_OUT, digits_with_labels
 
 from diffprune_plugin.export.convert import quiet, strip_
 from diffprune_plugin.utils.files import new_file, write_text
 from diffprune_plugin.utils.progress import progress_bar
+from making.train_demo import HELD_OUT, digits_with_labels
 
 FILE = Path(__file__).parent / "digits_classifier.onnx"
 SIZE = 64  # features
