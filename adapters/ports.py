@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Config = Mapping[str, Any]  # of a diffusers model
 Axis = str | int | Callable[[Config], int]
@@ -18,17 +19,26 @@ class Port:
     """One tensor that goes into or comes out of the model.
 
     ``axes`` is its shape, as a text or a tuple: a number, ``{key}`` the config's value, a function of the config, any
-    other word a dynamic axis. ``when``: a function of the config that says whether the port exists. ``integers_below``
-    (config keys, the first that is set counts) makes it an integer index. ``inside``: the forward takes it as an item
-    of this dict argument; ONNX names are flat.
+    other word a dynamic axis. ``dtype``: a torch dtype, or its name, for which a table need not import torch. ``when``:
+    a function of the config that says whether the port exists. ``integers_below`` (config keys, the first that is set
+    counts) makes it an integer index. ``inside``: the forward takes it as an item of this dict argument; ONNX names
+    are flat.
     """
 
     name: str
     axes: str | tuple[Axis, ...]
-    dtype: torch.dtype = torch.float32
+    dtype: str | torch.dtype = "float32"
     when: Callable[[Config], bool] | None = None
     integers_below: tuple[str, ...] = ()
     inside: str = ""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """torch's own for a name."""
+        import torch
+
+        named: torch.dtype = getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return named
 
     def shape(self, config: Config) -> tuple[int | str, ...]:
         """Numbers, and words for dynamic axes."""

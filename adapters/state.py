@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from diffprune_plugin.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
 
 HOOKS = "__nncf_hooks"  # where NNCF keeps its hooks; a child module of the model
 KEPT = "kept"  # the buffer that layers of a masked model carry: their kept channels

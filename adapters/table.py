@@ -6,14 +6,15 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from diffprune_plugin.adapters.ports import Config, Port, config_of, configured_size, sized, two_pixels_at_the_bottom
 from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class ModelAdapter:
 
         ``words``: sizes of other dynamic axes, by default the table's.
         """
+        import torch
+
         generator, config = torch.Generator().manual_seed(seed), config_of(model)
         height, width = size or self.size(config)
         parameter = next(model.parameters())
@@ -144,8 +147,8 @@ class ModelAdapter:
         for port in self.ports(model):
             shape = sized(port.shape(config), sizes)
             if port.integers_below:
-                tensor = torch.randint(0, port.classes(config), shape, generator=generator, dtype=port.dtype)
-            elif port.dtype is torch.int64:
+                tensor = torch.randint(0, port.classes(config), shape, generator=generator, dtype=port.torch_dtype)
+            elif port.torch_dtype is torch.int64:
                 tensor = torch.arange(1, batch + 1)
             else:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
@@ -200,6 +203,8 @@ class ModelAdapter:
 
     def equal_parts(self, model: nn.Module) -> dict[str, int]:
         """For each layer, into how many parts its channels fall that must lose equally many: norm groups, heads."""
+        from torch import nn
+
         parts = {name: m.num_groups for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
         return parts | self.head_counts(model)
 
@@ -308,6 +313,8 @@ class ModelAdapter:
 
     def keep_softmax_scale_(self, model: nn.Module, dense_head_sizes: dict[str, int]) -> None:
         """Multiply each query projection by sqrt(new / dense head size), so that the logits keep the dense scale."""
+        import torch
+
         sizes = self.head_sizes(model)
         for row in self.heads:
             for name, owner in modules_of(model, row.owner):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from diffprune_plugin.adapters.ports import Port, is_set
 from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
 
@@ -11,11 +9,11 @@ UNET_2D = ModelAdapter(
     model_class="UNet2DModel",
     inputs=(
         Port("sample", "batch {in_channels} height width"),
-        Port("timestep", "batch", torch.int64),
+        Port("timestep", "batch", "int64"),
         Port(
             "class_labels",
             "batch",
-            torch.int64,
+            "int64",
             when=is_set("num_class_embeds"),
             integers_below=("num_class_embeds",),
         ),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
 from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
 
@@ -36,16 +34,16 @@ UNET_2D_CONDITION = ModelAdapter(
     model_class="UNet2DConditionModel",
     inputs=(
         Port("sample", "batch {in_channels} height width"),
-        Port("timestep", "batch", torch.int64),
+        Port("timestep", "batch", "int64"),
         Port("encoder_hidden_states", "batch sequence {cross_attention_dim}"),
         Port(
             "class_labels",
             "batch",
-            torch.int64,
+            "int64",
             when=is_set("num_class_embeds"),
             integers_below=("num_class_embeds",),
         ),
-        Port("class_labels", "batch", torch.int64, when=is_one_of("class_embed_type", "timestep")),
+        Port("class_labels", "batch", "int64", when=is_one_of("class_embed_type", "timestep")),
         Port(
             "class_labels",
             "batch {projection_class_embeddings_input_dim}",

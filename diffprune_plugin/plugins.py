@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pluggy
-from torch import nn
 
 import diffprune_plugin.adapters as built_in_adapters
 from diffprune_plugin import criteria as built_in_criteria
@@ -212,6 +211,8 @@ def components(plugins: Plugins | None = None) -> tuple[str, ...]:
 
 def denoiser_of(pipeline: Any) -> tuple[str, Any]:
     """The component of a pipeline that denoises, by its name; raises BadInput for a pipeline without one."""
+    from torch import nn
+
     names = components()
     for name in names:
         if isinstance(model := getattr(pipeline, name, None), nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffprune_plugin.criteria.filters import FilterImportance, RandomImportance, magnitude
+from diffprune_plugin.criteria.filters import FilterImportance, GroupMagnitudeImportance, RandomImportance
 from diffprune_plugin.criteria.taylor import diff_taylor, fisher, taylor, taylor_absolute
 from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
 
@@ -15,7 +15,7 @@ BUILT_IN: dict[str, CriterionFactory] = {
     "taylor": taylor,
     "taylor_absolute": taylor_absolute,
     "fisher": fisher,
-    "magnitude": magnitude,
+    "magnitude": GroupMagnitudeImportance,
     "random": RandomImportance,
     "filter_norm": FilterImportance,
 }

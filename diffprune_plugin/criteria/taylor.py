@@ -1,18 +1,16 @@
-"""The built-in importance criteria, registered through the same hooks as anyone's."""
+"""Taylor scores: what they are of, and their presets. Nothing here imports torch; what computes is in `scores`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-import torch_pruning as tp
-from torch import Tensor, nn
+from diffprune_plugin.criteria.sweep import Accumulation, Sweep, check_option
+from diffprune_plugin.errors import BadInput, nearest
 
-from diffprune_plugin.criteria.filters import summed
-from diffprune_plugin.criteria.sweep import POWERS, Accumulation, Sweep, check_option
-from diffprune_plugin.errors import BadInput, MissingGradients, nearest
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Normalizer = Literal["mean"] | None
 
@@ -38,7 +36,7 @@ class Calibrated(Protocol):
         """The same for these options of a sweep; raises BadInput if its gradients are not what they ask for."""
 
 
-class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
+class TaylorImportance:
     """First-order Taylor score of a coupled group: sum over its weights k of |w_k g_k| ** power.
 
     g is the gradient of the loss, summed over the timesteps that the calibration kept before the absolute value is
@@ -78,44 +76,14 @@ class TaylorImportance(tp.importance.Importance):  # type: ignore[misc]
         self.sweep, self.power, self.norms, self.normalizer = sweep, power, norms, normalizer
         self.round_to, self.halves, self.calibration = round_to, halves, calibration
 
-    @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
         """Score of each root channel of a torch-pruning group, shape (channels,), >= 0; None if nothing in it counts.
 
         Raises MissingGradients if calibration has not run or belongs to a model of other sizes.
         """
-        score = summed(group, lambda dep: self._channel_scores(dep, group))
-        if score is None or self.normalizer is None:
-            return score
-        return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+        from diffprune_plugin.criteria.scores import taylor_score
 
-    def _channel_scores(self, dep: Any, group: Any) -> Tensor | None:
-        """`_saliency` summed over all weights of each channel on the pruned side of one layer."""
-        layer = dep.target.module
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            axis = 0 if group._DG.is_out_channel_pruning_fn(dep.handler) else 1
-            return self._saliency(layer, "weight", group).transpose(0, axis).flatten(1).sum(1)
-        if self.norms and isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None:
-            score = self._saliency(layer, "weight", group)
-            return score if layer.bias is None else score + self._saliency(layer, "bias", group)
-        return None
-
-    def _saliency(self, layer: nn.Module, name: str, group: Any) -> Tensor:
-        """|w g| ** power of each weight, or |w| ** p G where the calibration holds the sums G of |g| ** p."""
-        weight: nn.Parameter = getattr(layer, name)
-        where = f"{group._DG._module2name[layer]}.{name}"
-        summed = self.sweep.accumulate == "sum"
-        own = weight.grad if summed else None  # a sum of powers is not what autograd leaves in .grad
-        gradient = own if self.calibration is None else self.calibration.gradients.get(where)
-        if gradient is None:
-            raise MissingGradients(f"{where} has no gradient; pass importance(..., calibration=calibrate(...))")
-        if gradient.shape != weight.shape:
-            raise MissingGradients(
-                f"{where} is {tuple(weight.shape)} but was calibrated as {tuple(gradient.shape)}; calibrate again "
-                "after each removal"
-            )
-        size, slope = weight.detach().float().abs(), gradient.to(weight.device).float().abs()
-        return (size * slope) ** self.power if summed else size ** POWERS[self.sweep.accumulate] * slope
+        return taylor_score(self, group)
 
 
 def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
