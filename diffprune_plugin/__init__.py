@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from diffprune_plugin.planning.plan import PruningPlan
     from diffprune_plugin.planning.planner import make_plan
     from diffprune_plugin.plugins import importance, plugin_manager
-    from diffprune_plugin.pruning.checkpoint import load, save
+    from diffprune_plugin.pruning.loading import load
     from diffprune_plugin.pruning.mask_schedule import MaskSchedule
     from diffprune_plugin.pruning.masks import fold_, load_masked_, mask_, nncf_prune, save_masked
     from diffprune_plugin.pruning.removal import remove_
+    from diffprune_plugin.pruning.saving import save
     from diffprune_plugin.recovery.compensate import compensate_
 
 # Public names and where they live; imported on first use, so that --help does not wait for torch.
@@ -44,14 +45,14 @@ _HOME = {
     "fold_": "pruning.masks",
     "hookimpl": "hookspecs",
     "importance": "plugins",
-    "load": "pruning.checkpoint",
+    "load": "pruning.loading",
     "load_masked_": "pruning.masks",
     "make_plan": "planning.planner",
     "mask_": "pruning.masks",
     "nncf_prune": "pruning.masks",
     "plugin_manager": "plugins",
     "remove_": "pruning.removal",
-    "save": "pruning.checkpoint",
+    "save": "pruning.saving",
     "save_masked": "pruning.masks",
 }
 
@@ -89,7 +90,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("diffusers").ModelMixin
     if name.startswith("Pruned"):
         # ... and for the class that model_index.json names.
-        from diffprune_plugin.pruning.checkpoint import pruned_class_named
+        from diffprune_plugin.pruning.pruned_class import pruned_class_named
 
         return pruned_class_named(name)
     raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")

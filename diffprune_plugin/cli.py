@@ -178,7 +178,7 @@ def inspect(
     if path.suffix == ".onnx":
         show_provenance(path, json)
         return
-    from diffprune_plugin.pruning.checkpoint import read_plan
+    from diffprune_plugin.pruning.directory import read_plan
 
     show_plan(read_plan(path), json)
 
@@ -201,7 +201,7 @@ def sample(
     from diffprune_plugin.evaluation.images import image_grid, save_image
     from diffprune_plugin.evaluation.prompts import read_prompts
     from diffprune_plugin.evaluation.sampling import sample_images
-    from diffprune_plugin.pruning.checkpoint import load_pipeline
+    from diffprune_plugin.pruning.loading import load_pipeline
     from diffprune_plugin.utils.device import check_device
 
     check_device(device)

@@ -27,15 +27,11 @@ from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import check_asked, check_patterns, make_plan
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import (
-    COMPENSATION_FILE,
-    CONFIG_FILE,
-    PrunedModelMixin,
-    load_model,
-    progress_directory,
-    save,
-)
+from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
+from diffprune_plugin.pruning.loading import load_model
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
+from diffprune_plugin.pruning.saving import save
 from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes

@@ -25,7 +25,7 @@ from diffprune_plugin.export.integrity import PREFIX, Files, check_output, new_m
 from diffprune_plugin.graph.costs import total_macs
 from diffprune_plugin.planning.plan import architecture_hash
 from diffprune_plugin.plugins import denoiser_of, find_adapter
-from diffprune_plugin.pruning.checkpoint import load
+from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.utils.optional import need
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

@@ -15,7 +15,7 @@ from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
-from diffprune_plugin.pruning.checkpoint import load_pipeline, model_of
+from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.workflow import prune
 
 FAST = {"timesteps": 4, "batch_size": 8}

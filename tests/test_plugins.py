@@ -15,7 +15,7 @@ import diffprune_plugin as dp
 from diffprune_plugin import hookspecs
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import adapters, criteria, plugin_manager
-from diffprune_plugin.pruning.checkpoint import read_plan
+from diffprune_plugin.pruning.directory import read_plan
 
 
 def test_an_installed_packages_criterion_is_selectable_by_name_from_a_config(run, config_file, tmp_path) -> None:

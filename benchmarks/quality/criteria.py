@@ -38,7 +38,8 @@ from shared.embedded import (
 from shared.results import RESULTS, Store, mean, over, p_text, paired_p, publish, standard_error, table
 
 import diffprune_plugin as dp
-from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
+from diffprune_plugin.pruning.directory import read_plan
+from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need_pyplot
 

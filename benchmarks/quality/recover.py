@@ -39,7 +39,8 @@ import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
-from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
+from diffprune_plugin.pruning.directory import read_plan
+from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.workflow import prune
 
 FINE: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}

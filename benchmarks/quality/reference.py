@@ -28,7 +28,8 @@ import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import load_pipeline, read_plan
+from diffprune_plugin.pruning.directory import read_plan
+from diffprune_plugin.pruning.loading import load_pipeline
 from quality.criteria import FINE, FULL, PAPER, QUICK, Budget, plan_of, start_of, sweep_of, trained
 
 THRESHOLD, BATCH = 0.05, 16

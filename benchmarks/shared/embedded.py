@@ -29,7 +29,7 @@ from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.pruning.checkpoint import load_pipeline
+from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.utils.files import new_file
 from shared.results import RUNS

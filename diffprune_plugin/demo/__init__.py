@@ -17,7 +17,7 @@ from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.export.providers import check_distribution
 from diffprune_plugin.planning.report import plan_markdown, size_change
-from diffprune_plugin.pruning.checkpoint import load_pipeline
+from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.utils.files import new_directory, write_text
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.workflow import Pruned, prune

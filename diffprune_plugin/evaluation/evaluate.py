@@ -31,7 +31,7 @@ from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing
 from diffprune_plugin.graph.costs import total_macs
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import load_pipeline, model_of
+from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.files import check_absent, check_apart
 from diffprune_plugin.utils.optional import need

@@ -21,7 +21,7 @@ from olive.passes.pass_config import PassConfigParam
 
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import load
+from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.workflow import prune
 
 HANDLER = {

@@ -32,7 +32,7 @@ from diffprune_plugin.planning.planner import (
 )
 from diffprune_plugin.planning.target import sizes
 from diffprune_plugin.plugins import find_adapter, importance, with_calibration
-from diffprune_plugin.pruning.checkpoint import PrunedModelMixin, as_pruned_
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, as_pruned_
 from diffprune_plugin.utils.modes import differentiable
 from diffprune_plugin.utils.tensors import weights_hash
 

@@ -15,8 +15,8 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import ChannelsToGo, CoupledGroup, removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import as_pruned_, check_architecture
 from diffprune_plugin.pruning.masked_layers import stock_
+from diffprune_plugin.pruning.pruned_class import as_pruned_, check_architecture
 
 
 @dataclass(frozen=True)

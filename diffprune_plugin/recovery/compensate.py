@@ -30,7 +30,7 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import PrunedModelMixin, check_architecture
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
 from diffprune_plugin.pruning.removal import check_groups
 from diffprune_plugin.recovery.residual import residual_sum, trace, unpacked
 from diffprune_plugin.recovery.ridge import Part, Repair, System, refusal

@@ -27,17 +27,10 @@ from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import (
-    COMPENSATION_FILE,
-    CONFIG_FILE,
-    PrunedModelMixin,
-    check_architecture,
-    load,
-    load_pipeline,
-    model_of,
-    progress_directory,
-    save,
-)
+from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
+from diffprune_plugin.pruning.loading import load, load_pipeline, model_of
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
+from diffprune_plugin.pruning.saving import save
 from diffprune_plugin.recovery.distillation import kept_features
 from diffprune_plugin.recovery.plot import loss_plot
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training

@@ -19,8 +19,9 @@ from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.planning.planner import make_plan
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.checkpoint import load, save
+from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.pruning.removal import remove_
+from diffprune_plugin.pruning.saving import save
 from diffprune_plugin.testing.permute import NORMS, new_order, reorder_
 from diffprune_plugin.testing.tiny import unsettled_
 

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from diffprune_plugin.adapters.unet_2d import UNET_2D
-from diffprune_plugin.pruning.checkpoint import load
+from diffprune_plugin.pruning.loading import load
 
 nncf = pytest.importorskip("nncf")
 

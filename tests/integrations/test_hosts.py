@@ -81,7 +81,7 @@ if torch.version.cuda is None:  # torchvision from PyPI is built for torch with 
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 from pruna import PrunaModel, SmashConfig, smash
 import diffprune_plugin.hosts.pruna_algorithm
-from diffprune_plugin.checkpoint import load_pipeline
+from diffprune_plugin.pruning.loading import load_pipeline
 from pathlib import Path
 options = {"importance": "magnitude", "pruning_ratio": 0.5}
 model = smash(load_pipeline(Path(sys.argv[1])), SmashConfig({"diffprune": options}, device="cpu"))

@@ -18,7 +18,8 @@ from tiny import make_unet, output_of
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PLAN_FILE
-from diffprune_plugin.pruning.checkpoint import WEIGHTS, load_pipeline, read_plan
+from diffprune_plugin.pruning.directory import WEIGHTS, read_plan
+from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.utils import files
 
 
