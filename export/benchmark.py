@@ -23,10 +23,8 @@ from diffprune_plugin.export.providers import check_dtype, known_provider
 
 DENSE, PRUNED, AGAIN = "dense", "pruned", "again"
 EAGER = "PyTorch eager"
-ROUNDS = {"cpu": 30, "cuda": 100}  # at least; up to PATIENCE times as many while the interval is wider than WIDTH
-PATIENCE = 4
+PATIENCE = 4  # times as many rounds as the provider's at most, while the interval is wider than WIDTH
 WIDTH = 0.01  # half-width of the interval of the speed-up, as a share of it
-WARM_UP = {"cpu": 3, "cuda": 10}
 NOISY = 1.5  # p90 / p50 above which a row is called noisy
 LEAST = 0.02  # seconds that a model runs in a round: short ones run several times, and their median counts
 Run = Callable[[], None]
@@ -111,7 +109,7 @@ def measure(
     """Time a pruned model, against the dense one if given, on a provider that is proved for every session timed.
 
     ``rounds``: how many (None: at least 30, more while the interval is wide); ``budget``: seconds of rounds for each
-    batch size, after which they end early. ``eager``: PyTorch UNets under "dense" and "pruned", in the same rounds.
+    batch size, after which they end early. ``eager``: PyTorch models under "dense" and "pruned", in the same rounds.
 
     Raises BadInput for damaged files or impossible sizes, HardwareUnproved for a provider without proof.
     """
@@ -125,13 +123,13 @@ def measure(
         first = dims[batches[0]][PRUNED]
         provider = best_provider(files[PRUNED], example_feeds(files[PRUNED], first), first, dtype).provider
     check_dtype(provider, dtype)
-    memory_kind = known_provider(provider).memory
+    wanted = known_provider(provider)
     for name, model in (eager or {}).items():
-        if (device := next(model.parameters()).device.type) != memory_kind:
+        if (device := next(model.parameters()).device.type) != wanted.memory:
             raise BadInput(
-                f"eager {name} is on {device}, {provider} computes on {memory_kind}: not comparable; move it"
+                f"eager {name} is on {device}, {provider} computes on {wanted.memory}: not comparable; move it"
             )
-    result = Latency(provider, dtype, threads, rounds or ROUNDS[memory_kind])
+    result = Latency(provider, dtype, threads, rounds or wanted.rounds)
     result.waste = wasteful_layers(files[PRUNED], provider, dtype)
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
     for batch in batches:
@@ -139,7 +137,7 @@ def measure(
         for name, model in (eager or {}).items():
             runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
         most = rounds or result.rounds * PATIENCE
-        times, warm_ups = interleaved(runs, result.rounds, most, budget, WARM_UP[memory_kind])
+        times, warm_ups = interleaved(runs, result.rounds, most, budget, wanted.warm_up)
         peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
         result.rows += [row(name, batch, times[name], warm_ups[name], peaks.get(name), provider) for name in times]
         result.ratios += ratios({name: medians(taken) for name, taken in times.items()}, batch, macs)

@@ -13,22 +13,13 @@ from typing import Any
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.feeds import fixed_dims
 from diffprune_plugin.export.integrity import check_files, parse
+from diffprune_plugin.export.providers import PROVIDERS, known_provider
 from diffprune_plugin.utils.optional import need
 
-TABLES = {"cuda": "cuda_kernels.json"}
+TABLES = {name: provider.kernels for name, provider in PROVIDERS.items() if provider.kernels}
 DATA_INPUT = {"Where": 1, "OneHot": 0}  # the input whose type the kernel is chosen by; otherwise the first
 # ONNX says float where the rest of the world says float32.
 TYPE_NAMES = {"FLOAT": "float", "DOUBLE": "double"}
-# The width that a layer's channels should be a multiple of: ONNX Runtime's convolutions on CPU work in blocks of 16
-# (AVX-512), tensor cores in eights, a warp has 32 lanes.
-WIDTHS = {
-    ("cpu", "fp32"): 16,
-    ("openvino", "fp32"): 16,
-    ("cuda", "fp16"): 8,
-    ("tensorrt", "fp16"): 8,
-    ("cuda", "fp32"): 32,
-    ("tensorrt", "fp32"): 32,
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ def wasteful_layers(path: str | Path, provider: str, dtype: str) -> list[Waste]:
 
     Layers as narrow as the image's channels are left out: nothing can be done about them.
     """
-    multiple = WIDTHS.get((provider, dtype))
+    multiple = known_provider(provider).widths.get(dtype)
     if multiple is None:
         return []
     return [

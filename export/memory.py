@@ -39,7 +39,7 @@ def high_water() -> int:
 
 def measure(path: Path, provider: str, dims: dict[str, int], threads: int, inputs: Inputs) -> int:
     """``inputs``: shape and dtype by name; to make them from the file would raise the peak before the count."""
-    if PROVIDERS[provider].memory == "cuda":
+    if PROVIDERS[provider].is_gpu:
         raise OSError(f"a GPU's memory is not this process's: {gpu()}")
     feeds = {name: np.zeros(shape, dtype) for name, (shape, dtype) in inputs.items()}
     need("onnxruntime")  # loaded before the count, not as the model's

@@ -16,6 +16,7 @@ from diffprune_plugin.errors import HardwareUnproved, first_line
 from diffprune_plugin.export.providers import (
     PROVIDERS,
     Provider,
+    built_in,
     check_distribution,
     gpu,
     known_provider,
@@ -106,27 +107,28 @@ def prove(
     with tempfile.TemporaryDirectory() as folder:
         session, proof = session_proof(Path(path), provider, free_dims, threads, Path(folder))
         held(proof)
-        held(assignment_proof(wanted.name, assigned_nodes(session)))
+        held(assignment_proof(wanted, assigned_nodes(session)))
         try:
             bound = Bound(session, feeds, wanted.memory)
             bound.run()
         except Exception as error:
-            if wanted.memory == "cpu" and out_of_memory(error):
+            if not wanted.is_gpu and out_of_memory(error):
                 raise
             held(Proof("profile", False, f"it opens and does not run: {first_line(error)}"))
             raise
-        held(profile_proof(wanted.name, json.loads(Path(session.end_profiling()).read_text())))
+        held(profile_proof(wanted, json.loads(Path(session.end_profiling()).read_text())))
         held(binding_proof(wanted.memory, bound.devices()))
-    placement.device = gpu() if wanted.memory == "cuda" else ""
+    placement.device = gpu() if wanted.is_gpu else ""
     return placement, bound
 
 
 def device_proof(wanted: Provider) -> Proof:
     """Whether a tensor can be put into the provider's memory; the list of providers only tells how it was built."""
     ort = need("onnxruntime")
-    built = ort.get_available_providers()
-    if wanted.name not in built:
-        return Proof("device", False, f"this onnxruntime was built with {', '.join(built)} only")
+    if not built_in(wanted):
+        return Proof(
+            "device", False, f"this onnxruntime was built with {', '.join(ort.get_available_providers())} only"
+        )
     prepare(wanted)
     try:
         device = ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), wanted.memory, 0).device_name()
@@ -146,7 +148,7 @@ def session_proof(
     except HardwareUnproved as strict:
         try:
             nodes = assigned_nodes(open_session(path, provider, free_dims=free_dims))
-            seen = assignment_proof(PROVIDERS[provider].name, nodes).seen
+            seen = assignment_proof(PROVIDERS[provider], nodes).seen
         except HardwareUnproved as lenient:
             seen = str(lenient)
         return None, Proof("session", False, f"{seen}; {strict}")
@@ -162,12 +164,12 @@ def assigned_nodes(session: Any) -> list[tuple[str, str]]:
     ]
 
 
-def assignment_proof(wanted: str, nodes: Sequence[tuple[str, str]]) -> Proof:
+def assignment_proof(wanted: Provider, nodes: Sequence[tuple[str, str]]) -> Proof:
     """Whether every node was assigned to the provider."""
     return whole(wanted, nodes, "assignment", "assigned to")
 
 
-def profile_proof(wanted: str, events: Sequence[Mapping[str, Any]]) -> Proof:
+def profile_proof(wanted: Provider, events: Sequence[Mapping[str, Any]]) -> Proof:
     """Whether every kernel of a profile ran on the provider, and none copied between memories."""
     kernels = [e for e in events if e.get("cat") == "Node" and str(e["name"]).endswith("_kernel_time")]
     ran = [(str(e["args"].get("provider")), f"{e['args'].get('op_name')} {e['name']}") for e in kernels]
@@ -177,10 +179,10 @@ def profile_proof(wanted: str, events: Sequence[Mapping[str, Any]]) -> Proof:
     return whole(wanted, ran, "profile", "run by")
 
 
-def whole(wanted: str, nodes: Sequence[tuple[str, str]], name: str, verb: str) -> Proof:
+def whole(wanted: Provider, nodes: Sequence[tuple[str, str]], name: str, verb: str) -> Proof:
     counts = Counter(provider for provider, _ in nodes)
     listing = ", ".join(f"{count} nodes {verb} {provider}" for provider, count in counts.most_common()) or "no node"
-    strays = [operator for provider, operator in nodes if provider != wanted]
+    strays = [operator for provider, operator in nodes if provider not in wanted.names]
     if strays:
         listing += f" (PARTIAL: {len(strays)} elsewhere, e.g. {', '.join(strays[:3])})"
     return Proof(name, bool(nodes) and not strays, listing)

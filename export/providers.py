@@ -13,44 +13,86 @@ import os
 import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, HardwareUnproved, nearest
 from diffprune_plugin.utils.optional import need
 
-CPU_PROVIDER = "CPUExecutionProvider"
-
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider: ONNX Runtime's name, the memory it computes in, its options, what brings it."""
+    """An execution provider as a row: all that sets it apart from the others.
 
-    name: str
+    names: ONNX Runtime's for it; a second one is the same provider as a plug-in. memory: that it computes in.
+    install: what brings it. options: what it is opened with; threads_option: the one for its own threads.
+    environment: variables set before it is loaded. preload: modules that bring libraries it needs.
+    dtypes: what it computes in their own type. widths: by dtype, the multiple that fits a layer's channels.
+    rounds: of a benchmark, at least; warm_up: runs before them, at least. kernels: file with its table of kernels.
+    fallback: whether every build has it, and gives it what another provider leaves.
+    """
+
+    names: tuple[str, ...]
     memory: str
     install: str
     options: Mapping[str, str] = field(default_factory=dict)
-    dtypes: tuple[str, ...] = ("fp32", "fp16")
+    threads_option: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    preload: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("fp32",)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    rounds: int = 30
+    warm_up: int = 3
+    kernels: str = ""
+    fallback: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.memory != "cpu"
 
 
 GPU_INSTALL = (
     "on a machine with an NVIDIA GPU and its driver: pip uninstall onnxruntime; "
     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 )
-# TF32 off (for TensorRT by `prepare`), so that a GPU's fp32 is fp32 in the check and in the timing alike. Best first.
-PROVIDERS = {
-    "tensorrt": Provider("TensorrtExecutionProvider", "cuda", GPU_INSTALL + " tensorrt"),
-    "cuda": Provider("CUDAExecutionProvider", "cuda", GPU_INSTALL, {"device_id": "0", "use_tf32": "0"}),
-    "openvino": Provider(
-        "OpenVINOExecutionProvider",
-        "cpu",
-        "pip uninstall onnxruntime; pip install onnxruntime-openvino openvino",
-        {"device_type": "CPU"},
-        dtypes=("fp32",),
-    ),
-    "cpu": Provider(CPU_PROVIDER, "cpu", "pip install onnxruntime", dtypes=("fp32",)),
-}
+# TF32 off, so that a GPU's fp32 is fp32 in the check and in the timing alike; TensorRT has no option for it and reads
+# the variable once, when it is loaded. Tensor cores want channels in eights; a warp has 32 lanes.
+CUDA = Provider(
+    ("CUDAExecutionProvider", "CudaPluginExecutionProvider"),
+    "cuda",
+    GPU_INSTALL,
+    options={"device_id": "0", "use_tf32": "0"},
+    environment={"NVIDIA_TF32_OVERRIDE": "0"},
+    dtypes=("fp32", "fp16"),
+    widths={"fp16": 8, "fp32": 32},
+    rounds=100,
+    warm_up=10,
+    kernels="cuda_kernels.json",
+)
+TENSORRT = replace(
+    CUDA,
+    names=("TensorrtExecutionProvider",),
+    install=GPU_INSTALL + " tensorrt",
+    options={},
+    preload=("tensorrt",),
+    kernels="",
+)
+# ONNX Runtime's convolutions on CPU work in blocks of 16 (AVX-512).
+CPU = Provider(("CPUExecutionProvider",), "cpu", "pip install onnxruntime", widths={"fp32": 16}, fallback=True)
+OPENVINO = replace(
+    CPU,
+    names=("OpenVINOExecutionProvider",),
+    install="pip uninstall onnxruntime; pip install onnxruntime-openvino openvino",
+    options={"device_type": "CPU"},
+    threads_option="num_of_threads",
+    fallback=False,
+)
+PROVIDERS = {"tensorrt": TENSORRT, "cuda": CUDA, "openvino": OPENVINO, "cpu": CPU}  # best first
 
 
 def known_provider(name: str) -> Provider:
@@ -111,14 +153,15 @@ def open_session(
     """
     ort, wanted = need("onnxruntime"), known_provider(provider)
     prepare(wanted)
+    name = next(iter(built_in(wanted)), wanted.name)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    for name, size in (free_dims or {}).items():
-        options.add_free_dimension_override_by_name(name, size)
-    if all_nodes and wanted.name != CPU_PROVIDER:
+    for word, size in (free_dims or {}).items():
+        options.add_free_dimension_override_by_name(word, size)
+    if all_nodes and not wanted.fallback:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -126,36 +169,38 @@ def open_session(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the silent fallback's only trace; what opened is checked below
             session = ort.InferenceSession(
-                str(path), options, providers=[(wanted.name, provider_options(wanted, threads))], enable_fallback=0
+                str(path), options, providers=[(name, provider_options(wanted, threads))], enable_fallback=0
             )
     except Exception as error:
-        kind = BadInput if wanted.name == CPU_PROVIDER else HardwareUnproved
+        kind = BadInput if wanted.fallback else HardwareUnproved
         raise kind(f"no {provider} session for {path}: {' '.join(str(error).split())[:300]}") from error
     found = session.get_providers()
-    if found[:1] != [wanted.name]:
-        raise HardwareUnproved(f"asked for {wanted.name}, the session has {', '.join(found)} (silent fallback)")
+    if not found or found[0] not in wanted.names:
+        raise HardwareUnproved(f"asked for {name}, the session has {', '.join(found)} (silent fallback)")
     return session
 
 
+def built_in(wanted: Provider) -> list[str]:
+    """The names of the provider that this ONNX Runtime has it under: how it was built, not what runs."""
+    available = need("onnxruntime").get_available_providers()
+    return [name for name in wanted.names if name in available]
+
+
 def provider_options(wanted: Provider, threads: int) -> dict[str, str]:
-    """What the provider is opened with; OpenVINO has threads of its own."""
-    return dict(wanted.options) | ({"num_of_threads": str(threads)} if wanted.name.startswith("OpenVINO") else {})
+    """What the provider is opened with."""
+    return dict(wanted.options) | ({wanted.threads_option: str(threads)} if wanted.threads_option else {})
 
 
 def prepare(wanted: Provider) -> None:
-    """Load what a GPU's provider needs from where pip has put it, and switch TF32 off for all of the process.
-
-    TensorRT has no option for TF32, and reads the variable once, when it is loaded. Not run on a GPU yet.
-    """
-    if wanted.memory != "cuda":
-        return
-    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    """Set the provider's variables, for all of the process, and load what it needs from where pip has put it."""
+    for variable, value in wanted.environment.items():
+        os.environ.setdefault(variable, value)
     ort = need("onnxruntime")
-    if hasattr(ort, "preload_dlls"):
+    if wanted.is_gpu and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    if wanted.name.startswith("Tensorrt"):
+    for module in wanted.preload:
         with contextlib.suppress(ImportError):
-            importlib.import_module("tensorrt")
+            importlib.import_module(module)
 
 
 def versions(distribution: str) -> dict[str, str]:

@@ -231,9 +231,9 @@ def verify(
         output, model, scheduler=scheduler, steps=options.steps, provider=provider, threads=options.threads
     )
     content["verify"] = result.as_dict()
-    if options.dtype == "fp16" and provider == "cpu":
+    if options.dtype not in PROVIDERS[provider].dtypes:
         content["verify"]["note"] = (
-            "the CPU computes fp16 models in fp32: graph and weights are checked, not fp16 itself"
+            f"{provider} computes {options.dtype} models in fp32: graph and weights are checked, not {options.dtype} itself"
         )
     if not result.passed:
         raise CheckFailed(f"{output} does not compute what {model} does: {summary(result)}; renamed *.rejected")
@@ -262,7 +262,7 @@ def eager_models(model: Path, options: Options, provider: str) -> dict[str, Any]
     import torch
 
     device = PROVIDERS[provider].memory
-    if device == "cuda" and not torch.cuda.is_available():
+    if PROVIDERS[provider].is_gpu and not torch.cuda.is_available():
         raise BadInput(
             "--torch: this PyTorch has no CUDA, and a CPU's figure does not belong beside a GPU's; leave it out"
         )

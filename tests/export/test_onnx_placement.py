@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import onnxruntime
 import pytest
 
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.export import proofs as placement
+from diffprune_plugin.export import providers
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.proofs import (
     Placement,
@@ -16,9 +19,17 @@ from diffprune_plugin.export.proofs import (
     profile_proof,
     prove,
 )
-from diffprune_plugin.export.providers import check_distribution, check_dtype, known_provider, open_session
+from diffprune_plugin.export.providers import (
+    PROVIDERS,
+    check_distribution,
+    check_dtype,
+    known_provider,
+    open_session,
+    provider_options,
+)
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+PLUGIN = "CudaPluginExecutionProvider"
 
 
 @pytest.fixture
@@ -96,11 +107,12 @@ def test_being_built_in_proves_nothing_where_no_tensor_can_be_put_there(monkeypa
 
 
 def test_one_node_on_the_cpu_makes_it_partial():
-    proof = assignment_proof(CUDA, [(CUDA, "Conv a"), (CPU, "Unique uniq"), (CUDA, "Add b")])
+    cuda = known_provider("cuda")
+    proof = assignment_proof(cuda, [(CUDA, "Conv a"), (CPU, "Unique uniq"), (CUDA, "Add b")])
     assert not proof.held
     assert proof.seen.endswith("(PARTIAL: 1 elsewhere, e.g. Unique uniq)")
-    assert assignment_proof(CUDA, [(CUDA, "Conv a")]).held
-    assert not assignment_proof(CUDA, []).held
+    assert assignment_proof(cuda, [(CUDA, "Conv a")]).held
+    assert not assignment_proof(cuda, []).held
 
 
 def kernel(provider: str, operator: str) -> dict[str, object]:
@@ -108,12 +120,56 @@ def kernel(provider: str, operator: str) -> dict[str, object]:
 
 
 def test_a_profile_with_a_cpu_kernel_or_a_copy_is_no_proof():
-    assert profile_proof(CUDA, [kernel(CUDA, "Conv")]).held
-    assert not profile_proof(CUDA, [kernel(CUDA, "Conv"), kernel(CPU, "Gather")]).held
-    copied = profile_proof(CUDA, [kernel(CUDA, "Conv"), kernel(CUDA, "MemcpyToHost")])
+    cuda = known_provider("cuda")
+    assert profile_proof(cuda, [kernel(CUDA, "Conv")]).held
+    assert not profile_proof(cuda, [kernel(CUDA, "Conv"), kernel(CPU, "Gather")]).held
+    copied = profile_proof(cuda, [kernel(CUDA, "Conv"), kernel(CUDA, "MemcpyToHost")])
     assert not copied.held
     assert "1 copies between memories" in copied.seen
-    assert not profile_proof(CUDA, [{"cat": "Session", "name": "model_run"}]).held
+    assert not profile_proof(cuda, [{"cat": "Session", "name": "model_run"}]).held
+
+
+class Played:
+    """A session as a runtime with the plug-in would give it."""
+
+    def get_providers(self) -> list[str]:
+        return [PLUGIN, CPU]
+
+
+def test_the_plug_in_is_the_same_provider_by_a_second_name(models, monkeypatch):
+    """In the list of what is built in, in the session, in the assignment and in the profile."""
+    cuda, asked = known_provider("cuda"), []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PLUGIN, CPU])
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *_, providers, **__: asked.append(providers[0][0]) or Played()
+    )
+    assert "was built with" not in device_proof(cuda).seen
+    open_session(models.pruned_onnx, "cuda", all_nodes=True)
+    assert asked == [PLUGIN]
+    assert assignment_proof(cuda, [(PLUGIN, "Conv a"), (CUDA, "Add b")]).held
+    assert not assignment_proof(cuda, [(PLUGIN, "Conv a"), (CPU, "Add b")]).held
+    assert profile_proof(cuda, [kernel(PLUGIN, "Conv")]).held
+
+
+def test_a_provider_is_opened_with_what_its_row_says():
+    assert provider_options(known_provider("openvino"), 2) == {"device_type": "CPU", "num_of_threads": "2"}
+    assert provider_options(known_provider("cuda"), 2) == {"device_id": "0", "use_tf32": "0"}
+    assert [(p.rounds, p.warm_up, p.is_gpu) for p in PROVIDERS.values()] == [(100, 10, True)] * 2 + [(30, 3, False)] * 2
+    assert known_provider("tensorrt").widths == {"fp16": 8, "fp32": 32}
+
+
+def test_what_a_row_needs_is_set_and_loaded_before_the_provider(monkeypatch):
+    loaded: list[str] = []
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("libraries"), raising=False)
+    monkeypatch.setattr(providers.importlib, "import_module", loaded.append)
+    monkeypatch.setattr(providers, "need", lambda name: onnxruntime)
+    providers.prepare(known_provider("cpu"))
+    assert loaded == []
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+    providers.prepare(known_provider("tensorrt"))
+    assert loaded == ["libraries", "tensorrt"]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 
 def test_outputs_left_in_main_memory_are_no_proof():
