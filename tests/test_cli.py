@@ -296,7 +296,7 @@ def test_memory_that_runs_out_while_compensating_is_one_line_and_the_calibration
     assert code == 2
     assert "error: out of memory while compensating; set 'compensate: false' and fine-tune" in err
     passes = []
-    monkeypatch.setattr("diffprune_plugin.calibration.run.noise_prediction_loss", lambda *a: passes.append(a))
+    monkeypatch.setattr("diffprune_plugin.calibration.settings.noise_prediction_loss", lambda *a: passes.append(a))
     assert run("prune", config_file, "--set", "compensate=false")[0] == 0
     assert not passes, "as the line says, the calibration is kept"
     assert (tmp_path / "pruned").exists()

@@ -22,10 +22,12 @@ from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin import __main__ as launched
-from diffprune_plugin.calibration import run as calibrating
+from diffprune_plugin.calibration import progress as stored_progress
 from diffprune_plugin.calibration import stored as stored_calibrations
+from diffprune_plugin.calibration.batches import Batches
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.gradients import GradientSums
+from diffprune_plugin.calibration.settings import Settings
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, DiffPruneError
 from diffprune_plugin.utils import distributed
@@ -142,19 +144,19 @@ def other_data(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def no_memory(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    def loss(run: Any, draws: Any) -> Any:
+    def loss(settings: Any, draws: Any) -> Any:
         if rank and torch.is_grad_enabled():
             raise MemoryError
-        return plain(run, draws)
+        return plain(settings, draws)
 
-    plain = calibrating.Run.loss
-    patch.setattr(calibrating.Run, "loss", loss)
+    plain = Settings.loss
+    patch.setattr(Settings, "loss", loss)
     return {}
 
 
 def fault(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     if rank:
-        patch.setattr(calibrating.Run, "add_gradients", lambda *_: [].pop())
+        patch.setattr(Batches, "add_own", lambda *_: [].pop())
     return {}
 
 
@@ -162,7 +164,7 @@ def full_disk(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     def save(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    patch.setattr(calibrating, "save_tensors", save)
+    patch.setattr(stored_progress, "save_tensors", save)
     return {}
 
 

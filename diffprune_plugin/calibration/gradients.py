@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.modes import differentiable
 
 
@@ -49,6 +51,20 @@ class GradientSums:
     def begin(self) -> None:
         """A pass begins: none of its gradients are added yet, also where it fails before there are any."""
         self.added.clear()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def over(self, processes: Processes) -> dict[str, Tensor]:
+        """The sums so far over all processes, by parameter name; of those that have one on some process."""
+        totals, named = self.totals, dict(self.model.named_parameters())
+        has = processes.reduce(torch.tensor([name in totals for name in named], device=self.device).int())
+        return {
+            name: processes.reduce(totals[name] if name in totals else torch.zeros_like(parameter, dtype=torch.float32))
+            for (name, parameter), some in zip(named.items(), has.tolist(), strict=True)
+            if some
+        }
 
     @contextlib.contextmanager
     def repeating(self) -> Iterator[None]:

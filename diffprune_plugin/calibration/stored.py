@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from diffprune_plugin.calibration.calibration import Calibration
-from diffprune_plugin.calibration.run import calibrate, default_points
+from diffprune_plugin.calibration.run import calibrate
+from diffprune_plugin.calibration.settings import default_points
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.samples import Samples

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+
+from diffprune_plugin.criteria.sweep import Sweep
 
 
 def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
@@ -13,6 +17,23 @@ def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDAr
     """
     counts: npt.NDArray[np.bool_] = (loss / loss.max() > threshold) | (threshold == 0) | (loss == loss.max())
     return counts
+
+
+def counts(losses: npt.NDArray[np.float64], sweep: Sweep) -> npt.NDArray[np.bool_]:
+    """Which points of the curve count, by their losses (points, samples), nan where the authors' loop had ended."""
+    loss = losses.mean(axis=1)
+    if sweep.sampling == "stratified":
+        return above_threshold(loss, sweep.threshold)
+    largest = np.fmax.accumulate(loss)
+    found: npt.NDArray[np.bool_] = ~np.isnan(loss) & ((loss >= sweep.threshold * largest) | sweep.include_last)
+    return found
+
+
+def counting(
+    points: Sequence[npt.NDArray[np.int64]], losses: npt.NDArray[np.float64], sweep: Sweep
+) -> npt.NDArray[np.int64]:
+    """The timesteps of the points that count."""
+    return np.concatenate([part for part, counted in zip(points, counts(losses, sweep), strict=True) if counted])
 
 
 def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:

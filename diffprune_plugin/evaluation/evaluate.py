@@ -14,13 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffprune_plugin.calibration.run import Run
+from diffprune_plugin.calibration.run import loss_curve
 from diffprune_plugin.calibration.timesteps import strata
-from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import Samples
-from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import prediction_type, same_noise, training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
@@ -35,7 +33,6 @@ from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.files import check_absent, check_apart
 from diffprune_plugin.utils.optional import need
-from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
 
 Curves = npt.NDArray[np.float64]
@@ -212,14 +209,16 @@ def losses_of(pipeline: Any, samples: Samples, drawing: Drawing, progress: bool)
     Image, timestep and noise depend on the seed alone, so that two models' losses can be compared in pairs. Of very
     many images every n-th is encoded.
     """
-    model, scheduler = model_of(pipeline), training_scheduler(pipeline.scheduler)
-    adapter = find_adapter(model)
-    fit = fitting(encode(pipeline, samples.thinned()), model, adapter)
-    sweep = Sweep(threshold=0.0, curve_samples=drawing.loss_samples)
-    curve = Run(model, scheduler, fit, sweep, drawing.batch_size, parts_of(pipeline), drawing.seed, adapter)
-    with progress_bar(progress) as bar:
-        curve.measure_curve(bar)
-    return curve.losses
+    return loss_curve(
+        model_of(pipeline),
+        pipeline.scheduler,
+        encode(pipeline, samples.thinned()),
+        drawing.loss_samples,
+        timesteps=len(parts_of(pipeline)),
+        batch_size=drawing.batch_size,
+        seed=drawing.seed,
+        progress=progress,
+    )
 
 
 def size_and_loss(model: Measured) -> dict[str, Any]:
