@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +22,7 @@ from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import weights_of_timesteps
+from diffprune_plugin.utils.hashes import json_hash
 from diffprune_plugin.utils.tensors import weights_hash
 
 
@@ -85,7 +84,7 @@ class Settings:
             self.weights,
             self.samples.sha256,
         ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return json_hash(facts)
 
 
 def settle(

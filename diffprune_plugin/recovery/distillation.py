@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.recovery.compensate import find_systems
 from diffprune_plugin.recovery.ridge import by_position
+from diffprune_plugin.recovery.systems import find_systems
 from diffprune_plugin.utils.modes import evaluating
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -36,6 +35,7 @@ from diffprune_plugin.recovery.plot import loss_plot
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
 from diffprune_plugin.utils.distributed import Processes, check_parallel
 from diffprune_plugin.utils.files import check_absent, check_apart, disk_errors
+from diffprune_plugin.utils.hashes import json_hash
 from diffprune_plugin.utils.memory import checkpointing
 from diffprune_plugin.utils.optional import check_installed, has
 from diffprune_plugin.utils.progress import progress_bar
@@ -202,7 +202,7 @@ def fingerprint(
         torch.__version__,
         FORMAT,
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return json_hash(facts)[:16]
 
 
 def report_of(training: Training, resumed: int) -> FinetuneReport:

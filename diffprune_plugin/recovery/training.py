@@ -243,7 +243,7 @@ class Training:
     def resume(self) -> None:
         """Take up the stored state, if there is one; raises BadInput if it is damaged."""
         if self.file.exists():
-            tensors, metadata = load_tensors(self.file)
+            tensors, metadata = load_tensors(self.file, bound=True)
             of: dict[str, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 kind, _, rest = name.partition(".")

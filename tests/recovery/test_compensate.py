@@ -21,9 +21,13 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.recovery import compensate, ridge
-from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, draw, find_systems
+from diffprune_plugin.recovery import systems as finding
+from diffprune_plugin.recovery.compensate import CompensationReport, compensate_
+from diffprune_plugin.recovery.draws import draw
+from diffprune_plugin.recovery.refit import Refit
 from diffprune_plugin.recovery.residual import residual_sum, trace
 from diffprune_plugin.recovery.ridge import NormalEquations, Part, System, best_update, features_at
+from diffprune_plugin.recovery.systems import find_systems
 from diffprune_plugin.utils.tensors import weights_hash
 
 PLAIN: dict[str, Any] = {
@@ -305,21 +309,27 @@ def test_one_pass_and_a_pass_for_each_layer_agree(images: np.ndarray) -> None:
     assert relative(outputs[0], outputs[1]) < 1e-4
 
 
+def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The blocks that are finished from now on; after so many there is an interrupt."""
+    finish, finished = Refit.finish, []
+
+    def interrupted(*args: Any) -> None:
+        finish(*args)
+        finished.append(args[1].block)
+        if len(finished) == count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Refit, "finish", interrupted)
+    return finished
+
+
 def test_an_interrupted_run_goes_on_and_gives_identical_weights(
     images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = make_unet()
     whole, plan = pruned(dense)
     uninterrupted = repair(whole, dense, plan, images)
-    finish, finished = compensate.Run.finish, []
-
-    def interrupted(*args: Any) -> None:
-        finish(*args)
-        finished.append(args[1].block)
-        if len(finished) == 7:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(compensate.Run, "finish", interrupted)
+    finished = interrupt_after(7, monkeypatch)
     first, _ = pruned(dense)
     with pytest.raises(KeyboardInterrupt):
         repair(first, dense, plan, images, checkpoint=tmp_path)
@@ -331,8 +341,28 @@ def test_an_interrupted_run_goes_on_and_gives_identical_weights(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stored_repair_of_another_layer_or_with_an_altered_report_is_refused(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_unet()
+    unet, plan = pruned(dense)
+    interrupt_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        repair(unet, dense, plan, images, checkpoint=tmp_path)
+    first, _, third = sorted(tmp_path.rglob("*.safetensors"))
+    was = third.read_bytes()
+    third.write_bytes(was.replace(b"unknowns", b"unknownz"))
+    with pytest.raises(BadInput, match=r"0002\.safetensors: altered since it was written"):
+        repair(pruned(dense)[0], dense, plan, images, checkpoint=tmp_path)
+    third.write_bytes(first.read_bytes())
+    with pytest.raises(BadInput, match=r"0002\.safetensors: of another layer or another run than its name says"):
+        repair(pruned(dense)[0], dense, plan, images, checkpoint=tmp_path)
+    third.write_bytes(was)
+    repair(pruned(dense)[0], dense, plan, images, checkpoint=tmp_path)
+
+
 def test_a_layer_with_many_unknowns_is_solved_in_blocks(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensate, "UNKNOWNS", 60)
+    monkeypatch.setattr(finding, "UNKNOWNS", 60)
     dense = make_unet()
     unet, plan = pruned(dense)
     before = error(unet, dense, images)

@@ -1,0 +1,73 @@
+"""Which regressions a plan asks for: the layers behind the cuts, by the residual sum that their outputs go into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.graph.groups import removed_channels, trace_groups
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.pruning.removal import check_groups
+from diffprune_plugin.recovery.residual import residual_sum, trace
+from diffprune_plugin.recovery.ridge import Part, System, refusal
+
+UNKNOWNS = 4_608  # of one system; a layer with more is solved in blocks of input channels
+
+
+def find_systems(
+    model: nn.Module, dense: nn.Module, plan: PruningPlan, adapter: ModelAdapter
+) -> tuple[list[System], dict[str, str]]:
+    """The regressions in order of execution, and the layers behind a cut that none fits, with the reason."""
+    groups = trace_groups(dense, adapter)
+    check_groups(groups, plan)
+    gone = removed_channels(groups, plan.removed_units())
+    calls, repeated = trace(model, adapter)
+    sums: dict[tuple[str, float], list[str]] = {}
+    left: dict[str, str] = {}
+    for name in (layer for layer, side in gone if side == "in"):
+        reason = "called repeatedly" if name in repeated else "" if name in calls else "not called"
+        reason = reason or refusal(model.get_submodule(name), calls[name].output)
+        if reason:
+            left[name] = reason
+        else:
+            sums.setdefault(residual_sum(model, calls, name), []).append(name)
+    order = {name: place for place, name in enumerate(calls)}
+    factors = softmax_factors(model, dense, adapter)
+    systems = []
+    for (block, coefficient), names in sorted(sums.items(), key=lambda item: order[item[0][0]]):
+        channels = np.arange(len(dense.get_submodule(names[0]).weight))  # type: ignore[arg-type]
+        kept = torch.from_numpy(np.setdiff1d(channels, gone.get((names[0], "out"), [])))
+        for parts in split(model, sorted(names, key=order.__getitem__)):
+            systems.append(System(block, parts, kept, coefficient, factors.get(block, 1.0)))
+    return systems, left
+
+
+def softmax_factors(model: nn.Module, dense: nn.Module, adapter: ModelAdapter) -> dict[str, float]:
+    """What `remove_` multiplied each query projection with, to keep the dense softmax scale."""
+    before, after = adapter.head_sizes(dense), adapter.head_sizes(model)
+    return {query: math.sqrt(after[name] / before[name]) for query, name in adapter.queries(model).items()}
+
+
+def split(model: nn.Module, names: list[str]) -> Iterator[list[Part]]:
+    """The input channels of some layers, in systems of at most UNKNOWNS unknowns."""
+    parts: list[Part] = []
+    room = UNKNOWNS
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        channels, each = layer.weight.shape[1], layer.weight[0, 0].numel()
+        pieces = -(-channels // max(UNKNOWNS // each, 1))
+        size = -(-channels // pieces)
+        for first in range(0, channels, size):
+            part = Part(name, layer, first, min(first + size, channels))
+            if parts and part.weight()[0].numel() > room:
+                yield parts
+                parts, room = [], UNKNOWNS
+            parts.append(part)
+            room -= part.weight()[0].numel()
+    yield parts
