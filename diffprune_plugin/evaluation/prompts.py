@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.plugins import denoiser_of, find_adapter
 
 Size = tuple[int, int]
 IMAGES = ("image", "mask_image")  # arguments of pipelines that change images
 SIZE = ("height", "width")  # arguments of every prompted pipeline that draws images (of sound: none)
 ELSE = "draw with diffusers, evaluate with --count 0"
+NOT_GIVEN = f"cannot be given here; {ELSE}"
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -75,7 +77,11 @@ def check_drawable(pipeline: Any, prompts: Sequence[str]) -> None:
     kind, taken = type(pipeline).__name__, arguments(pipeline)
     needed = [name for name, argument in taken.items() if name in IMAGES or required(argument)]
     if needed:
-        raise BadInput(f"{kind} draws from {', '.join(needed)}, which cannot be given here; {ELSE}")
+        raise BadInput(f"{kind} draws from {', '.join(needed)}, which {NOT_GIVEN}")
+    model = denoiser_of(pipeline)[1]
+    into, out = find_adapter(model).channels(model)
+    if into > out:
+        raise BadInput(f"{kind}: its UNet takes {into} channels and predicts {out}: the rest, a condition, {NOT_GIVEN}")
     if not takes_prompts(pipeline):
         return
     if not set(SIZE) <= set(taken):
