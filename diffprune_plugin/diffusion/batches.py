@@ -15,7 +15,7 @@ from torch import Tensor
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples, moved
 from diffprune_plugin.errors import BadInput
 
-CURVE, GRADIENTS, FINETUNE = 0, 1, 3  # stages: each has a stream of its own
+CURVE, GRADIENTS, FINETUNE, SENSITIVITY = 0, 1, 3, 4  # stages: each has a stream of its own
 
 
 class Draw(NamedTuple):
