@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint bench bench-quick bench-more bench-scale clean
+.PHONY: demo test test-all lint docs bench bench-quick bench-more bench-scale clean
 
 $(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,11 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_static.py
 
-# The README's tables; interrupted, it goes on where it was.
+# The pages of docs/ as a site: site/index.html.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+# The tables of the README and docs/figures.md; interrupted, it goes on where it was.
 bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/bench.py readme
@@ -34,7 +38,7 @@ bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/bench.py readme --quick
 
-# The tables of docs/figures.md.
+# The further tables of docs/figures.md.
 bench-more: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/bench.py more
@@ -44,4 +48,4 @@ bench-scale: $(READY)
 	$(BIN)/python benchmarks/bench.py sizes
 
 clean:
-	rm -rf .venv build dist diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv build dist site diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -114,11 +114,6 @@ class ModelAdapter:
         sizes = {"height": height, "width": width, **dict(self.words)}
         return tuple(sized(self.shapes(model)[self.sample][1:], sizes))
 
-    def channels(self, model: nn.Module) -> tuple[int, int]:
-        """How many channels of a sample the model takes, and how many it gives."""
-        given = self.outputs[0].shape(config_of(model))[1]
-        return self.sample_shape(model)[0], given if isinstance(given, int) else dict(self.words)[given]
-
     def example_inputs(
         self,
         model: nn.Module,
@@ -255,7 +250,7 @@ class ModelAdapter:
                 if item not in row.values:
                     raise BadInput(
                         f"{row.key}: {item!r} is not covered by the adapter for {self.model_class}, "
-                        f"which knows {', '.join(map(str, row.values))}; see README, 'A new UNet'"
+                        f"which knows {', '.join(map(str, row.values))}; see docs/extending.md, 'A new model'"
                     )
         for name, module in model.named_modules():
             if hasattr(module, "base_layer"):

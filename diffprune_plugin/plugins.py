@@ -201,7 +201,9 @@ def adapter_for(unet_class: type, plugins: Plugins | None = None) -> ModelAdapte
             return adapter
         if class_name in built_in_adapters.REFUSED:
             raise BadInput(f"{class_name} cannot be pruned: {built_in_adapters.REFUSED[class_name]}")
-    raise BadInput(f"no adapter for {unet_class.__name__}; have {', '.join(sorted(known))}; see README, 'A new UNet'")
+    raise BadInput(
+        f"no adapter for {unet_class.__name__}; have {', '.join(sorted(known))}; see docs/extending.md, 'A new model'"
+    )
 
 
 def components(plugins: Plugins | None = None) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""The loss over timesteps, and the gradients of those that count."""

@@ -1,0 +1,1 @@
+"""What users write, checked: this tool's configs and other tools'."""

@@ -87,7 +87,7 @@ class TaylorImportance:
 
 
 def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
-    """The thresholded timestep Taylor score; presets are variants of the authors' code (README, 'Presets')."""
+    """The thresholded timestep Taylor score; presets are variants of the authors' code (docs/guide/calibrate.md)."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise BadInput(f"importance: preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
     return make_taylor({"accumulate": "sum", **PRESETS[preset], **options})

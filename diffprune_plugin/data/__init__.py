@@ -1,0 +1,1 @@
+"""Images, captions, classes, latents: the samples that a model is shown."""

@@ -1,0 +1,1 @@
+"""The training objective: noise, timesteps, the loss, the inputs of the model."""

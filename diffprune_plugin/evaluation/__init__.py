@@ -1,0 +1,1 @@
+"""What a model is worth: images from the same noise, losses, distances."""

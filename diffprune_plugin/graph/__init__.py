@@ -1,0 +1,1 @@
+"""Which layers' channels go together, and what each layer costs."""

@@ -1,9 +1,9 @@
 """Microsoft Olive: a pass that prunes, so that ``olive run`` prunes and converts.
 
-``python -m diffprune_plugin.hosts.olive_pass > passes.json`` writes what ``olive run --package-config passes.json``
-needs. The input model is a diffusers directory, loaded by this file::
+``python -m diffprune_plugin.integrations.olive_pass > passes.json`` writes what
+``olive run --package-config passes.json`` needs. The input model is a diffusers directory, loaded by this file::
 
-    {"type": "PyTorchModel", "model_path": "my-ddpm", "model_script": ".../diffprune_plugin/hosts/olive_pass.py",
+    {"type": "PyTorchModel", "model_path": "my-ddpm", "model_script": ".../diffprune_plugin/integrations/olive_pass.py",
      "model_loader": "load_unet", "io_config": "io_config", "dummy_inputs_func": "dummy_inputs"}
 """
 

@@ -1,0 +1,1 @@
+"""The plan carried out: channels removed, or held at zero; saved and loaded."""

@@ -1,0 +1,1 @@
+"""What all rooms need and no idea owns: files, memory, processes, progress."""

@@ -80,7 +80,7 @@ if torch.version.cuda is None:  # torchvision from PyPI is built for torch with 
     for name in ("nms", "qnms"):
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 from pruna import PrunaModel, SmashConfig, smash
-import diffprune_plugin.hosts.pruna_algorithm
+import diffprune_plugin.integrations.pruna_algorithm
 from diffprune_plugin.pruning.loading import load_pipeline
 from pathlib import Path
 options = {"importance": "magnitude", "pruning_ratio": 0.5}

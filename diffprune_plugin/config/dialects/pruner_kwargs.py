@@ -25,7 +25,7 @@ from diffprune_plugin.config.dialects.table import (
 from diffprune_plugin.config.pruning import PruningConfig
 
 NAME = "Torch-Pruning"
-NO_CLASS = "is not built in; use MagnitudeImportance or TaylorImportance, or register it as a plugin (see README)"
+NO_CLASS = "is not built in; use MagnitudeImportance or TaylorImportance, or register a plugin (see docs/extending.md)"
 
 
 def own(verdict: Verdict, reason: str, name: str = "") -> tuple[Verdict, str, dict[str, Any]]:
@@ -56,7 +56,7 @@ IMPORTANCES = {
 }
 
 BY_ADAPTER = Fact(ANY, "ignored", "the adapter knows norm groups, heads and pairs")
-OBJECTS = "takes Python objects; describe the layer in an adapter (see README, 'A new UNet')"
+OBJECTS = "takes Python objects; describe the layer in an adapter (see docs/extending.md, 'A new model')"
 NO_OBJECTS: tuple[tuple[Any, Verdict, str], ...] = (({}, "honoured", "empty"), ([], "honoured", "empty"))
 TRAINING = Fact(ANY, "refused", "sparse training is not done here; remove it")
 

@@ -1,4 +1,4 @@
-"""How a plugin's author tests it: with the checks of diffprune_plugin.check."""
+"""How a plugin's author tests it: with the checks of diffprune_plugin.testing."""
 
 import pytest
 import torch

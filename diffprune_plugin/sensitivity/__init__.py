@@ -1,1 +1,0 @@
-"""How much each channel matters to the model's output: what a budget is spent by."""
