@@ -114,6 +114,11 @@ class ModelAdapter:
         sizes = {"height": height, "width": width, **dict(self.words)}
         return tuple(sized(self.shapes(model)[self.sample][1:], sizes))
 
+    def channels(self, model: nn.Module) -> tuple[int, int]:
+        """How many channels of a sample the model takes, and how many it gives."""
+        given = self.outputs[0].shape(config_of(model))[1]
+        return self.sample_shape(model)[0], given if isinstance(given, int) else dict(self.words)[given]
+
     def example_inputs(
         self,
         model: nn.Module,

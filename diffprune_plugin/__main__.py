@@ -13,12 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import distributed
-
 from diffprune_plugin.cli import app
 from diffprune_plugin.cli import main as alone
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.utils.distributed import Processes, check_parallel
 from diffprune_plugin.utils.entry_point import run_app
 
 HEAD_START = 1.0  # seconds
@@ -31,6 +28,8 @@ def make_accelerator() -> Any:
     Raises ValueError for what this machine cannot do, BadInput for ways that split the model.
     """
     from accelerate import Accelerator
+
+    from diffprune_plugin.utils.distributed import check_parallel
 
     accelerator = Accelerator()
     check_parallel(accelerator)
@@ -61,6 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def shared(command: str, given: list[str]) -> None:
     """Run a command as one of several processes."""
+    from torch import distributed
+
+    from diffprune_plugin.utils.distributed import Processes
+
     processes = Processes()
     try:
         run_app(lambda words: run(words, STARTS[command]), given, speaks=lambda: processes.is_first)
@@ -76,6 +79,8 @@ def shared(command: str, given: list[str]) -> None:
 
 def run(words: list[str], start: Callable[[], Any]) -> None:
     """The command in this process; typer's own errors and help are written by the first."""
+    from diffprune_plugin.utils.distributed import Processes
+
     try:
         state = start()
     except ValueError as error:

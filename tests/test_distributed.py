@@ -31,7 +31,7 @@ from diffprune_plugin.calibration.settings import Settings
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, DiffPruneError
 from diffprune_plugin.utils import distributed
-from diffprune_plugin.utils.distributed import check_parallel
+from diffprune_plugin.utils.distributed import Processes, check_parallel
 from diffprune_plugin.workflow import config_on, prune, prune_shared
 
 MODULE = ["--dynamo_backend", "no", "-m", "diffprune_plugin", "prune"]
@@ -306,7 +306,7 @@ def test_pruning_alone_among_several_processes_is_refused(monkeypatch) -> None:
 def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_them(rank, monkeypatch, capsys) -> None:
     waited: list[float] = []
     monkeypatch.setitem(launched.STARTS, "prune", lambda: accelerator("cpu"))
-    monkeypatch.setattr(launched.Processes, "is_first", property(lambda _: rank == 0))
+    monkeypatch.setattr(Processes, "is_first", property(lambda _: rank == 0))
     monkeypatch.setattr(launched.time, "sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
     try:

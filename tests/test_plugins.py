@@ -49,6 +49,9 @@ def test_the_command_lists_each_plugin_with_its_package_version_and_offers(run) 
     code, out, _ = run("plugins")
     assert code == 0
     assert "diff_taylor" in out
+    shown = [line.strip() for line in out.splitlines()]
+    assert all(offer in shown for row in rows.values() for offer in row["offers"]), "every name stands whole on a line"
+    assert "example (diffprune-example 0.3.0)" in shown
 
 
 def entry_point(name: str, load) -> SimpleNamespace:

@@ -39,6 +39,7 @@ import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
+from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.workflow import prune
@@ -113,10 +114,8 @@ def lines(store: Store, seeds: int, scale: Scale) -> list[str]:
 def picture(scale: Scale, path: Path) -> None:
     """Digits of the first seed from the same noise, a row a model."""
     pipelines = {DENSE: dense()} | {name: load_pipeline(model(name, 0, scale)) for name in (PRUNED, TAUGHT, SCRATCH)}
-    rows = {
-        name: sample_images(each, 12, seed=1, steps=scale.look.steps, progress=False)
-        for name, each in pipelines.items()
-    }
+    settings = SamplingSettings(count=12, seed=1, steps=scale.look.steps)
+    rows = {name: sample_images(each, settings, progress=False) for name, each in pipelines.items()}
     save_image(image_grid(rows), path)
 
 

@@ -28,6 +28,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
 from diffprune_plugin.evaluation.sampling import sample_images
+from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
@@ -93,7 +94,9 @@ def measure_dense(look: Look) -> Row:
 
 def drawn(pipeline: Any, look: Look) -> Tensor:
     """Images from fixed noise, float (count, 1, height, width) in [0, 1]."""
-    images = sample_images(pipeline, look.count, seed=0, steps=look.steps, batch_size=32, progress=False)
+    images = sample_images(
+        pipeline, SamplingSettings(count=look.count, seed=0, steps=look.steps, batch_size=32), progress=False
+    )
     return torch.stack([torch.from_numpy(np.array(image.convert("L"))) for image in images])[:, None] / 255.0
 
 

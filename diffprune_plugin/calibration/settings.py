@@ -100,7 +100,7 @@ def settle(
     autocast: bool = False,
 ) -> Settings:
     """The settings with what was left open filled in; raises BadInput for what does not fit together."""
-    samples, scheduler = fitting(samples, model, adapter), training_scheduler(scheduler)
+    samples, scheduler = fitting(samples, model, adapter, scheduler), training_scheduler(scheduler)
     sweep = replace(sweep, condition_dropout=settled_dropout(sweep.condition_dropout, samples, "importance"))
     total = int(scheduler.config.num_train_timesteps)
     points = timesteps if timesteps is not None else default_points(sweep, total)

@@ -86,7 +86,7 @@ def stored_calibration(
 ) -> Calibration:
     """A calibration from disk; raises BadInput if it is not what the config asks for, or not of its images."""
     known = config.data is not None and scheduler is not None
-    images = fitting(samples(), model, find_adapter(model)).sha256 if known else None
+    images = fitting(samples(), model, find_adapter(model), scheduler).sha256 if known else None
     calibration = Calibration.load(directory)
     scheduler = training_scheduler(scheduler) if known else None
     points = config.timesteps

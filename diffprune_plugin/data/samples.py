@@ -23,6 +23,7 @@ class Samples:
 
     extra: further inputs by name, a row each. null: by the same names, the one row (1, ...) that stands for no
     condition. captions: texts that are not encoded yet. classes: of how many class folders the labels were made.
+    noised: how many channels, the first ones, get noise; those behind are a condition, clean. None: all of them.
     """
 
     values: Tensor
@@ -30,6 +31,7 @@ class Samples:
     null: dict[str, Tensor] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
     classes: int | None = None
+    noised: int | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -62,9 +64,17 @@ class Samples:
         channels, height, width = self.sample(torch.tensor([0])).shape[1:]
         return channels, height, width
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the noise of one sample."""
+        channels, height, width = self.shape
+        return channels if self.noised is None else self.noised, height, width
+
     @functools.cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256()
+        if self.noise_shape != self.shape:
+            digest.update(str(self.noise_shape).encode())
         further = (part[key] for part in (self.extra, self.null) for key in sorted(part))
         for tensor in (self.values, *further):
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied

@@ -15,6 +15,7 @@ from diffprune_plugin.calibration.plot import plot_curve
 from diffprune_plugin.config.pruning import read_config
 from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
+from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.export.providers import check_distribution
 from diffprune_plugin.planning.report import plan_markdown, size_change
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -76,8 +77,9 @@ def config_for(output: Path, seed: int) -> dict[str, Any]:
 def draw(output: Path, seed: int) -> None:
     """Images of the dense model, after removal, and after compensation, from the same noise."""
     rows: dict[str, list[Image.Image]] = {}
+    settings = SamplingSettings(count=IMAGES, seed=seed)
     for name, folder in (("dense", "dense"), ("pruned", "removed"), ("pruned and compensated", "pruned")):
-        rows[name] = sample_images(load_pipeline(output / folder), IMAGES, seed=seed, progress=False)
+        rows[name] = sample_images(load_pipeline(output / folder), settings, progress=False)
     save_image(image_grid(rows, scale=3), output / "samples.png")
 
 

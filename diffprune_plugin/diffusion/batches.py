@@ -15,11 +15,11 @@ from torch import Tensor
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples, moved
 from diffprune_plugin.errors import BadInput
 
-CURVE, GRADIENTS, FINETUNE = 0, 1, 3  # stages: each has a stream of its own
+CURVE, GRADIENTS, FINETUNE, SENSITIVITY = 0, 1, 3, 4  # stages: each has a stream of its own
 
 
 class Draw(NamedTuple):
-    """A row of the samples, a timestep, a noise (channels, height, width), and whether the condition is dropped."""
+    """A row of the samples, a timestep, noise (noised channels, height, width), whether the condition is dropped."""
 
     row: int
     timestep: int
@@ -43,7 +43,8 @@ def settled_dropout(asked: float | None, samples: Samples, where: str) -> float:
 
 @dataclass(frozen=True)
 class Batch:
-    """Image rows and timesteps (batch,), samples and noise (batch, channels, height, width), further inputs by name."""
+    """Image rows and timesteps (batch,), samples (batch, channels, height, width), noise for their first channels, and
+    further inputs by name."""
 
     rows: Tensor
     timesteps: Tensor
@@ -64,7 +65,7 @@ def draw(
     epoch, position = divmod(index, len(samples))
     source = np.random.default_rng([seed, stage, index, 1])
     generator = torch.Generator().manual_seed(int(source.integers(2**62)))
-    noise = torch.randn(samples.shape, generator=generator)
+    noise = torch.randn(samples.noise_shape, generator=generator)
     row = int(shuffled(len(samples), seed, stage, epoch)[position])
     dropped = bool(np.random.default_rng([seed, stage, index, 2]).random() < dropout)
     return Draw(row, int(source.choice(timesteps)), noise, dropped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,16 @@ from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 
+CONDITION = "condition"  # in the data: what the model takes in the channels behind the noised ones, a row a sample
 
-def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter) -> Samples:
-    """The samples with just the further inputs that the UNet takes.
+
+def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> Samples:
+    """The samples with just the further inputs that the UNet takes, and how many of their channels are noised.
 
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs.
     """
-    expected = adapter.sample_shape(model)
+    expected, noised = adapter.sample_shape(model), noised_channels(model, adapter, scheduler)
+    samples = with_condition(samples, expected, noised)
     if samples.shape != expected:
         raise BadInput(
             f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them"
@@ -39,7 +43,46 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter) -> Sample
         {port.name: typed(part[port.name], port) for port in ports if port.name in part}
         for part in (samples.extra, samples.null)
     )
-    return replace(samples, extra=extra, null=null)
+    return replace(samples, extra=extra, null=null, noised=noised)
+
+
+def with_condition(samples: Samples, expected: tuple[int, ...], noised: int) -> Samples:
+    """The samples with the clean channels, which the UNet takes behind the noised ones, from the data's `CONDITION`.
+
+    Latents may have them already. Raises BadInput for images without, or where the sizes do not add up.
+    """
+    clean, condition, values = expected[0] - noised, samples.extra.get(CONDITION), samples.values
+    whole = samples.noised is not None or (condition is None and values.is_floating_point())
+    if not clean or (whole and samples.shape == expected):
+        return samples
+    height, width = expected[1:]
+    like = "uint8 (count, height, width, channels) or float (count, channels, height, width)"
+    if condition is None or samples.shape[0] != noised:
+        raise BadInput(
+            f"data: samples are {samples.shape} (channels, height, width), the UNet takes {noised} noised channels and "
+            f"behind them {clean} clean ones, a condition; give it by the name {CONDITION!r} in the .npz or "
+            f".safetensors, {like}, or latents of all {expected[0]} channels"
+        )
+    if values.dtype is torch.uint8 is condition.dtype and condition.shape[1:] == (height, width, clean):
+        return replace(samples, values=torch.cat([values, condition], 3))
+    rows = torch.arange(len(samples))
+    behind = Samples(condition).sample(rows) if condition.dtype is torch.uint8 and condition.ndim == 4 else condition
+    if behind.shape[1:] != (clean, height, width):
+        raise BadInput(
+            f"data: {CONDITION} is {condition.dtype} {tuple(condition.shape)}, the UNet takes {clean} channels of "
+            f"{height} x {width} behind the noised ones; give {like}"
+        )
+    return replace(samples, values=torch.cat([samples.sample(rows), behind.float()], 1))
+
+
+def noised_channels(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> int:
+    """How many channels of a sample are noised: the first ones, as many as are predicted; a condition is behind them.
+
+    A scheduler of learned variances says that the second half of the prediction are these.
+    """
+    taken, predicted = adapter.channels(model)
+    learned = str(scheduler.config.get("variance_type")).startswith("learned") and predicted % 2 == 0
+    return min(taken, predicted // 2 if learned else predicted)
 
 
 def typed(values: Tensor, port: Port) -> Tensor:

@@ -27,9 +27,12 @@ def noise_prediction_loss(
 ) -> Tensor:
     """Mean squared error of the model's prediction for each sample, shape (batch,), in float32.
 
-    sample, noise: (batch, channels, height, width); timesteps: (batch,); extra: further inputs by port name. What is
-    predicted is the scheduler's prediction_type: the noise, the velocity, or the sample. Learned variances (twice the
-    channels) are left out. Without an ``adapter`` the model takes noisy samples and timesteps by position.
+    sample: (batch, channels, height, width); noise: likewise, or for the first channels only: those behind are a
+    condition, clean; timesteps: (batch,); extra: further inputs by port name. What is predicted is the scheduler's
+    prediction_type: the noise, the velocity, or the sample. Learned variances, behind the prediction, are left out.
+    Without an ``adapter`` the model takes noisy samples and timesteps by position.
+
+    Raises BadInput where fewer channels are predicted than are noised.
     """
     return squared_error(*predicted(model, scheduler, sample, noise, timesteps, extra, adapter))
 
@@ -43,13 +46,26 @@ def predicted(
     extra: Mapping[str, Any],
     adapter: ModelAdapter | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The model's prediction for noisy samples and what it should be, both (batch, channels, height, width)."""
-    noisy, target = objective_of(adapter)(scheduler, sample, noise, timesteps)
+    """The model's prediction for noisy samples and what it should be, both of the shape of ``noise``."""
+    noisy, target = noised(scheduler, sample, noise, timesteps, adapter)
     if adapter is None:
         prediction = model(noisy, timesteps, **extra, return_dict=False)[0]
     else:
         prediction = adapter.predict(model, noisy, timesteps, extra)
-    return prediction[:, : sample.shape[1]], target
+    if prediction.shape[1] < noise.shape[1]:
+        raise BadInput(
+            f"noise: {noise.shape[1]} channels, the model predicts {prediction.shape[1]}; give noise for these alone"
+        )
+    return prediction[:, : noise.shape[1]], target
+
+
+def noised(
+    scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, adapter: ModelAdapter | None
+) -> tuple[Tensor, Tensor]:
+    """Samples with noise in as many of their first channels as there are in ``noise``, and what is to be predicted."""
+    channels = noise.shape[1]
+    noisy, target = objective_of(adapter)(scheduler, sample[:, :channels], noise, timesteps)
+    return torch.cat([noisy, sample[:, channels:]], 1), target
 
 
 def noise_prediction(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.schedulers import prediction_type, same_noise, training_scheduler
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation.drawing import check_comparably_drawn, completed, drawing_facts
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
 from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import read_prompts
@@ -120,9 +121,9 @@ def evaluate(
     """
     samples = None if reference is None else load_samples(reference)
     pipelines = {"model": pipeline} if against is None else {"against": against, "model": pipeline}
-    drawing = (drawing or Drawing()).settled(pipeline, samples)
+    drawing = completed(drawing or Drawing(), pipeline, samples)
     check(pipelines, samples, features, drawing)
-    facts: dict[str, Any] = {"drawing": drawing.facts(pipeline)}
+    facts: dict[str, Any] = {"drawing": drawing_facts(drawing, pipeline)}
     real = None
     if features is not None and samples is not None:
         real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
@@ -152,7 +153,7 @@ def evaluate(
 def check(pipelines: dict[str, Any], samples: Samples | None, features: Features | None, drawing: Drawing) -> None:
     """Raises BadInput for what could not be measured, before anything is drawn."""
     need("torchmetrics")
-    drawing.check(pipelines.get("against", pipelines["model"]), pipelines["model"])
+    check_comparably_drawn(drawing, pipelines.get("against", pipelines["model"]), pipelines["model"])
     shapes = {role: sample_shape(pipeline) for role, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
         raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")
@@ -189,7 +190,7 @@ def measure(role: str, pipeline: Any, samples: Samples | None, drawing: Drawing,
     """The losses first: they find out cheaply whether the images fit."""
     model = model_of(pipeline)
     losses = None if samples is None else losses_of(pipeline, samples, drawing, progress)
-    pictures = sample_images(pipeline, **drawing.options(), progress=progress) if drawing.count else []
+    pictures = sample_images(pipeline, drawing, progress=progress) if drawing.count else []
     params = sum(parameter.numel() for parameter in model.parameters())
     macs = total_macs(model, find_adapter(model))
     checked = getattr(pipeline, "safety_checker", None) is not None

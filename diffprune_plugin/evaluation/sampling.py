@@ -17,7 +17,8 @@ from PIL import Image
 from diffprune_plugin.diffusion.schedulers import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.images import pil_images
-from diffprune_plugin.evaluation.prompts import Size, call_arguments, check_drawable, check_fitting, scales_noise
+from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
+from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.plugins import denoiser_of
 from diffprune_plugin.utils.progress import progress_bar
 
@@ -26,48 +27,30 @@ SKIPS = ("uniform", "quad")
 
 
 def sample_images(
-    pipeline: Any,
-    count: int = 16,
-    *,
-    seed: int = 0,
-    steps: int = 50,
-    scheduler: str = "ddim",
-    skip: str = "uniform",
-    batch_size: int | None = None,
-    prompts: Sequence[str] = (),
-    guidance_scale: float | None = None,
-    size: Size | None = None,
-    progress: bool = True,
+    pipeline: Any, settings: SamplingSettings | None = None, *, progress: bool = True
 ) -> list[Image.Image]:
-    """``count`` images; the same seed gives every model the same noise. DDIM without added noise unless told otherwise.
-
-    ``scheduler``: a short name, or any diffusers scheduler that the pipeline's own is compatible with. ``skip``:
-    ``uniform`` spaces the timesteps as that scheduler does, ``quad`` by `quadratic`. ``batch_size``: images a pass,
-    all at once by default; samplers that add noise (DDPM) draw other images at another batch size, the rest the same.
-
-    Of pipelines that draw from prompts only: ``prompts``, taken in turn, image i from prompt i; ``guidance_scale`` and
-    ``size`` (height, width), by default the pipeline's own.
+    """Images as `SamplingSettings` says.
 
     Raises BadInput for an unknown scheduler or spacing, a pipeline that needs prompts and has none, or the reverse;
     CheckFailed for an image that is not finite.
     """
-    check_fitting(pipeline, prompts, guidance_scale, size)
-    check_drawable(pipeline, prompts)
-    batch_size = count if batch_size is None else batch_size
-    if count < 1 or steps < 1 or batch_size < 1:
-        raise BadInput(f"--count {count}, --steps {steps} and --batch-size {batch_size} have to be at least 1")
+    asked = settings or SamplingSettings()
+    check_fitting(pipeline, asked.prompts, asked.guidance_scale, asked.size)
+    check_drawable(pipeline, asked.prompts)
     before, (_, model) = pipeline.scheduler, denoiser_of(pipeline)
-    pipeline.scheduler = sampler(before, scheduler, steps, skip, scales_noise(pipeline))
+    pipeline.scheduler = sampler(before, asked.scheduler, asked.steps, asked.skip, scales_noise(pipeline))
     pipeline.set_progress_bar_config(disable=True)
-    common = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps, "output_type": "np"}
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    generator = torch.Generator().manual_seed(asked.seed)
+    common = {"generator": generator, "num_inference_steps": asked.steps, "output_type": "np"}
+    starts = range(0, asked.count, asked.batch_size)
+    batches = [range(start, min(start + asked.batch_size, asked.count)) for start in starts]
     images: list[Image.Image] = []
-    with progress_bar(progress) as bar, seeded(seed, model.device):
+    with progress_bar(progress) as bar, seeded(asked.seed, model.device):
         task = bar.add_task("sampling", total=len(batches) * len(pipeline.scheduler.timesteps))
         advance = model.register_forward_hook(lambda *_: bar.advance(task))
         try:
             for rows in batches:
-                given = call_arguments(pipeline, rows, prompts, guidance_scale, size)
+                given = call_arguments(pipeline, rows, asked.prompts, asked.guidance_scale, asked.size)
                 drawn = np.asarray(pipeline(**given, **common).images)
                 check_finite(drawn, rows, pipeline)
                 images += pil_images(drawn)

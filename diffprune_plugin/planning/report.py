@@ -1,18 +1,14 @@
-"""Plans, curves and images for people to look at."""
+"""Plans for people to look at."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from rich.markup import escape
-from rich.table import Table
 
 from diffprune_plugin.planning.plan import GroupPlan, PruningPlan
 
-if TYPE_CHECKING:
-    pass
-
+SHOWN = 2  # of the layers coupled to one
+INDENT = " " * 14
 COLUMNS = ("layer", "before", "after", "coupled to it", "left as it is, or less, because")
 
 
@@ -27,16 +23,30 @@ def channels(group: GroupPlan) -> tuple[str, str]:
 
 def coupled(layers: Sequence[str]) -> str:
     """The first layers by name, and how many more."""
-    shown = ", ".join(layers[:2])
-    return f"{shown} and {len(layers) - 2} more" if len(layers) > 2 else shown
+    shown, more = shortened(layers)
+    return " and ".join(filter(None, [", ".join(shown), more]))
 
 
-def plan_table(plan: PruningPlan) -> Table:
-    """The plan for a terminal."""
-    table = Table(*COLUMNS, title=summary(plan))
-    for row in plan_rows(plan):
-        table.add_row(*map(escape, row))
-    return table
+def shortened(layers: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The first layers, and in words how many more."""
+    return layers[:SHOWN], f"{len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
+
+
+def plan_text(plan: PruningPlan, width: int) -> str:
+    """The plan for a terminal: a line a name, which nothing breaks; what is coupled and why below each root layer."""
+    lines = [summary(plan), "", "before after  layer, + what is coupled to it, and why it stays or loses less"]
+    for group in plan.groups:
+        before, after = channels(group)
+        shown, more = shortened(group.layers[1:])
+        below = [f"+ {name}" for name in (*shown, more) if name]
+        lines.append(f"{before:>6} {after:>5}  {group.root}")
+        lines += [INDENT + line for line in [*below, *whole_words(group.reason, width - len(INDENT))]]
+    return "\n".join(lines)
+
+
+def whole_words(text: str, width: int) -> list[str]:
+    """A text in lines of a width; a word that is longer, a layer's name say, has a longer line."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def plan_markdown(plan: PruningPlan) -> str:

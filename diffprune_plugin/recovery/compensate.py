@@ -86,7 +86,7 @@ def compensate_(
     started = time.monotonic()
     adapter, data = adapter or find_adapter(dense), load_samples(images)
     check_models(model, dense, plan)
-    data, scheduler = fitting(data, dense, adapter), training_scheduler(scheduler)
+    data, scheduler = fitting(data, dense, adapter, scheduler), training_scheduler(scheduler)
     if passes not in get_args(Passes) or batch_size < 1:
         raise BadInput(f"compensate: passes {passes!r} is not one or layer, or batch_size {batch_size} is below 1")
     total = int(scheduler.config.num_train_timesteps)

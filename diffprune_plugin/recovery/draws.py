@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.timesteps import share
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples, moved
+from diffprune_plugin.diffusion.loss import noised
 from diffprune_plugin.errors import BadInput
 
 FOLD = 8  # every eighth image is held out
@@ -50,9 +51,9 @@ def draw(
     fold = min(FOLD, len(data), count)
     rows = torch.from_numpy(rng.permutation(len(data))[image])
     chosen = torch.tensor([int(rng.choice(share(timesteps, int(i), count))) for i in rng.permutation(count)])
-    noise = torch.randn((count, *data.shape), generator=torch.Generator().manual_seed(seed))
-    noisy = scheduler.add_noise(data.sample(rows), noise, chosen).to(like)
+    noise = torch.randn((count, *data.noise_shape), generator=torch.Generator().manual_seed(seed))
+    noisy, _ = noised(scheduler, data.sample(rows), noise, chosen, adapter)
     dropped = torch.from_numpy(np.random.default_rng([seed, 2]).random(count) < CONDITION_DROPOUT)
     extra = moved(data.inputs(rows, dropped), like)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
-    return Draws(noisy, chosen.to(like.device), extra, held_out, adapter)
+    return Draws(noisy.to(like), chosen.to(like.device), extra, held_out, adapter)

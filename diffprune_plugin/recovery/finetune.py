@@ -167,7 +167,8 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
     adapter = find_adapter(model)
     model.to(accelerator.device)
-    samples = fitting(encode(pipeline, config.data, config.resolution, whole=True), model, adapter)
+    data = encode(pipeline, config.data, config.resolution, whole=True)
+    samples = fitting(data, model, adapter, pipeline.scheduler)
     settled_dropout(config.condition_dropout, samples, "fine-tune")
     scheduler = training_scheduler(pipeline.scheduler)
     teacher = teacher_of(config, model, accelerator) if config.teacher else None

@@ -35,3 +35,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for model, training in zip(models, before, strict=True):
             model.train(training)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Autograd reaches activations and no parameter, in eval mode; afterwards the model is as it was."""
+    with differentiable(model):  # which remembers what required gradients, and puts it back
+        model.requires_grad_(False)
+        yield

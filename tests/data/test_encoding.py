@@ -180,10 +180,10 @@ def sdxl_tensors(**changes: Any) -> dict[str, torch.Tensor]:
 def test_a_tensor_that_is_missing_or_of_another_shape_is_named(changes, words, tmp_path) -> None:
     unet = make_conditional(SDXL)
     save_file(sdxl_tensors(), tmp_path / "good.safetensors")
-    fitting(load_samples(tmp_path / "good.safetensors"), unet, find_adapter(unet))
+    fitting(load_samples(tmp_path / "good.safetensors"), unet, find_adapter(unet), DDPMScheduler())
     save_file(sdxl_tensors(**changes), tmp_path / "bad.safetensors")
     with pytest.raises(BadInput, match=words):
-        fitting(load_samples(tmp_path / "bad.safetensors"), unet, find_adapter(unet))
+        fitting(load_samples(tmp_path / "bad.safetensors"), unet, find_adapter(unet), DDPMScheduler())
 
 
 def test_a_damaged_safetensors_file_is_named(tmp_path) -> None:

@@ -17,7 +17,7 @@ import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.evaluate import evaluate
 from diffprune_plugin.evaluation.sampling import sample_images
-from diffprune_plugin.evaluation.settings import Drawing
+from diffprune_plugin.evaluation.settings import Drawing, SamplingSettings
 
 QUICK = Drawing(count=5, steps=2, batch_size=3, loss_samples=2)
 PROMPTS = ("bars and bars", "nothing")
@@ -64,10 +64,10 @@ def test_image_i_of_both_models_comes_from_the_same_prompt_and_noise(prompted: A
     small = pruned(prompted)
     drawing = Drawing(count=3, steps=2, loss_samples=2, prompts=PROMPTS, guidance_scale=2.0)
     result = evaluate(small, against=prompted, reference=folder, drawing=drawing, progress=False)
-    options = {"steps": 2, "prompts": [PROMPTS[0], PROMPTS[1], PROMPTS[0]], "guidance_scale": 2.0, "progress": False}
+    settings = SamplingSettings(count=3, steps=2, prompts=[PROMPTS[0], PROMPTS[1], PROMPTS[0]], guidance_scale=2.0)
     for name, pipeline in (("against", prompted), ("model", small)):
         row = result.rows[result.facts["models"][name]["name"]]
-        for image, by_hand in zip(row, sample_images(pipeline, 3, **options), strict=True):
+        for image, by_hand in zip(row, sample_images(pipeline, settings, progress=False), strict=True):
             assert np.array_equal(np.asarray(image), np.asarray(by_hand))
     assert result.facts["drawing"]["prompts_sha256"] == hash_of(PROMPTS), "they go before the captions"
     assert result.facts["compared"]["SSIM"] < 0.99

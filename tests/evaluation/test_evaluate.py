@@ -25,7 +25,7 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.evaluate import evaluate, stratified_mean
 from diffprune_plugin.evaluation.features import frechet_distance, load_features
 from diffprune_plugin.evaluation.sampling import sample_images
-from diffprune_plugin.evaluation.settings import Drawing
+from diffprune_plugin.evaluation.settings import Drawing, SamplingSettings
 
 QUICK = Drawing(count=4, steps=2, batch_size=3, loss_samples=2)
 
@@ -55,7 +55,7 @@ def test_sizes_are_the_plans_and_psnr_is_the_equation(pipeline: DDPMPipeline, pr
     assert (models["against"]["params"], models["model"]["params"]) == plan.params
     assert (models["against"]["MACs"], models["model"]["MACs"]) == plan.macs
     drawn = [
-        np.stack([np.asarray(i) / 255 for i in sample_images(p, 4, steps=2, progress=False)])
+        np.stack([np.asarray(i) / 255 for i in sample_images(p, SamplingSettings(count=4, steps=2), progress=False)])
         for p in (pruned, pipeline)
     ]
     by_hand = -10 * math.log10(((drawn[0] - drawn[1]) ** 2).mean())
@@ -184,7 +184,7 @@ def test_the_frechet_distance_is_that_of_the_drawn_images(
     features, many = load_features(write_network(tmp_path / "rows.onnx")), np.concatenate([images, images[:4, ::-1]])
     drawing = Drawing(count=18, steps=2, loss_samples=2)
     facts = evaluate(pipeline, reference=many, features=features, drawing=drawing, progress=False).facts
-    drawn = np.stack([np.asarray(image) for image in sample_images(pipeline, 18, steps=2, progress=False)])
+    drawn = np.stack([np.asarray(image) for image in sample_images(pipeline, drawing, progress=False)])
     by_hand = frechet_distance(torch.from_numpy(many.mean(2)[:, :, 0] / 255), torch.from_numpy(drawn.mean(2) / 255))
     assert facts["models"]["model"]["FD (rows)"] == pytest.approx(by_hand, rel=1e-3)
 

@@ -23,6 +23,7 @@ import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.prompts import own_guidance, read_prompts
 from diffprune_plugin.evaluation.sampling import config_of, sample_images, sampler, seeded
+from diffprune_plugin.evaluation.settings import SamplingSettings
 
 PROMPTED = [family for family in PIPELINES if family != "ddim"]
 COMPATIBLE = sorted(cls.__name__ for cls in DDIMScheduler(100).compatibles if cls.__name__ != "DPMSolverSDEScheduler")
@@ -38,7 +39,7 @@ def prompted(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 def drawn(pipeline: Any, count: int, **options: Any) -> np.ndarray:
     """int (count, height, width, 3), from 0 to 255."""
-    images = sample_images(pipeline, count, **{"steps": 2, "progress": False, **options})
+    images = sample_images(pipeline, SamplingSettings(count=count, **{"steps": 2, **options}), progress=False)
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 

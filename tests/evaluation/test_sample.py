@@ -14,6 +14,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.sampling import AnyStepDDIM, quadratic, sample_images, sampler
+from diffprune_plugin.evaluation.settings import SamplingSettings
+
+
+def draw(pipeline: Any, **asked: Any) -> list[Any]:
+    return sample_images(pipeline, SamplingSettings(**asked), progress=False)
 
 
 def arrays(images: list[Any]) -> np.ndarray:
@@ -49,7 +54,7 @@ def test_ddim_is_the_equation_over_the_spacing(pipeline: DDPMPipeline, skip: str
     timesteps = [80, 60, 40, 20, 0] if skip == "uniform" else quadratic(100, 5)
     noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
     expected = (ddim_by_hand(pipeline, timesteps, noise) / 2 + 0.5).clamp(0, 1)[:, 0].numpy()
-    drawn = arrays(sample_images(pipeline, 2, seed=3, steps=5, skip=skip, progress=False))
+    drawn = arrays(draw(pipeline, count=2, seed=3, steps=5, skip=skip))
     assert np.abs(drawn / 255 - expected).max() < 0.51 / 255 + 1e-4
 
 
@@ -68,9 +73,7 @@ def test_any_step_ddim_with_equal_steps_is_diffusers_own() -> None:
 def test_a_sampler_that_adds_no_noise_draws_the_same_images_at_any_batch_size(
     pipeline: DDPMPipeline, name: str
 ) -> None:
-    drawn = [
-        arrays(sample_images(pipeline, 3, steps=4, scheduler=name, batch_size=size, progress=False)) for size in (3, 2)
-    ]
+    drawn = [arrays(draw(pipeline, count=3, steps=4, scheduler=name, batch_size=size)) for size in (3, 2)]
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
 
 
@@ -78,14 +81,14 @@ def test_a_sampler_that_adds_no_noise_draws_the_same_images_at_any_batch_size(
 def test_quadratic_timesteps_reach_every_scheduler_that_takes_its_own(pipeline: DDPMPipeline, name: str) -> None:
     seen: list[int] = []
     hook = pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
-    sample_images(pipeline, 1, steps=6, scheduler=name, skip="quad", progress=False)
+    draw(pipeline, count=1, steps=6, scheduler=name, skip="quad")
     hook.remove()
     assert seen == quadratic(100, 6)
 
 
 def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
     before = pipeline.scheduler
-    sample_images(pipeline, 1, steps=2, skip="quad", progress=False)
+    draw(pipeline, count=1, steps=2, skip="quad")
     assert pipeline.scheduler is before
     assert not pipeline.unet._forward_hooks
 
@@ -104,7 +107,7 @@ def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
 )
 def test_what_cannot_be_sampled_is_one_line(pipeline: DDPMPipeline, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
-        sample_images(pipeline, 1, **{"steps": 4, "progress": False, **asked})
+        draw(pipeline, count=1, **{"steps": 4, **asked})
 
 
 def test_an_image_that_is_not_finite_is_no_black_one(pipeline: DDPMPipeline, run: Any, tmp_path: Path) -> None:
@@ -119,4 +122,4 @@ def test_an_image_that_is_not_finite_is_no_black_one(pipeline: DDPMPipeline, run
 
 def test_another_pipeline_class_samples_too(pipeline: DDPMPipeline) -> None:
     ddim = DDIMPipeline(pipeline.unet, sampler(pipeline.scheduler, "ddim", 4, "uniform"))
-    assert len(sample_images(ddim, 1, steps=3, skip="quad", progress=False)) == 1
+    assert len(draw(ddim, count=1, steps=3, skip="quad")) == 1

@@ -1,0 +1,90 @@
+"""Commands that look at what a model draws: sample, evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffprune_plugin.cli.console import console, say
+from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile, takes
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
+from diffprune_plugin.export.cli import Overwrite
+
+COLUMNS = 8  # of the picture
+
+
+@takes(SamplingSettings)
+def sample(
+    *,
+    directory: Pipeline,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file with the images.")],
+    settings: SamplingSettings,
+    prompts: PromptsFile = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw images; the same seed gives every model the same noise."""
+    from diffprune_plugin.evaluation.images import image_grid, save_image
+    from diffprune_plugin.evaluation.prompts import read_prompts
+    from diffprune_plugin.evaluation.sampling import sample_images
+    from diffprune_plugin.pruning.loading import load_pipeline
+    from diffprune_plugin.utils.device import check_device
+
+    check_device(device)
+    if output.exists() and not overwrite:
+        raise BadInput(f"{output} exists; use --overwrite or another file")
+    if prompts:
+        settings = replace(settings, prompts=read_prompts(prompts))
+    images = sample_images(load_pipeline(directory).to(device), settings)
+    rows = {" " * start: images[start : start + COLUMNS] for start in range(0, len(images), COLUMNS)}
+    rows = {f"{directory}, seed {settings.seed}": rows.pop(""), **rows}
+    save_image(image_grid(rows, scale=2 if images[0].width < 128 else 1), output)
+    say(f"wrote {output}")
+
+
+@takes(Drawing)
+def evaluate(
+    *,
+    directory: Pipeline,
+    against: Annotated[Path | None, typer.Option(help="Dense pipeline directory to compare with.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Real images: a folder (captions: metadata.jsonl) or .npz.")
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Height and width to which real images are resized and cropped.", min=1, max=LARGEST),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Feature network (.onnx), or Inception's weights (.safetensors).")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the result.")] = Path("evaluation"),
+    settings: Drawing,
+    prompts: PromptsFile = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Measure a model: size, loss per timestep, distance to real images, likeness to the dense model's images."""
+    from diffprune_plugin.evaluation.evaluate import run
+
+    result = run(
+        directory,
+        output,
+        against=against,
+        reference=reference,
+        features=features,
+        prompts=prompts,
+        resolution=resolution,
+        drawing=settings,
+        device=device,
+        overwrite=overwrite,
+    )
+    if json:
+        console.print_json(data=result.facts)
+        return
+    say(result.markdown())
+    say(f"wrote {output}")

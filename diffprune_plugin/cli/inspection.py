@@ -1,0 +1,78 @@
+"""Commands that only read: inspect, plugins. They answer without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from diffprune_plugin.cli.console import console, say
+from diffprune_plugin.cli.options import Json
+
+if TYPE_CHECKING:
+    from diffprune_plugin.planning.plan import PruningPlan
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Pruned pipeline or UNet directory, or an exported .onnx file.")],
+    json: Json = False,
+) -> None:
+    """Show what was removed from a pruned model and why what stayed stayed, or where an ONNX file comes from."""
+    if path.suffix == ".onnx":
+        show_provenance(path, json)
+        return
+    from diffprune_plugin.pruning.directory import read_plan
+
+    show_plan(read_plan(path), json)
+
+
+def show_plan(plan: PruningPlan, json: bool) -> None:
+    """The plan as a table, or as JSON; what fell short on standard error."""
+    from diffprune_plugin.planning.report import plan_text
+
+    if json:
+        console.print_json(plan.model_dump_json())
+    else:
+        say(plan_text(plan, console.width))
+    for line in plan.shortfalls():
+        Console(stderr=True).print(f"[yellow]fell short:[/] {escape(line)}", soft_wrap=True)
+
+
+def show_provenance(path: Path, json: bool) -> None:
+    """What was written into an exported file about the model that it was made from."""
+    from diffprune_plugin.export.integrity import read_provenance
+
+    provenance = read_provenance(path)
+    if json:
+        console.print_json(data=provenance)
+        return
+    widest = max(map(len, provenance), default=0)
+    for key, value in provenance.items():
+        say(f"{key:<{widest}}  {value}")
+
+
+def plugins(json: Json = False) -> None:
+    """List criteria, timestep weights and adapters, the packages they come from, and what failed to load and why."""
+    from diffprune_plugin.plugins import adapters, criteria, plugin_manager, timestep_weights
+
+    found = plugin_manager()
+    offers: dict[str, list[str]] = {}
+    kinds = {"criterion": criteria, "timestep weights": timestep_weights, "adapter": adapters}
+    for kind, entries in ((kind, collect(found)) for kind, collect in kinds.items()):
+        for name, entry in entries.items():
+            offers.setdefault(entry.plugin, []).append(f"{kind} {name}")
+    rows: list[dict[str, Any]] = [
+        {"plugin": p.name, "package": p.package, "version": p.version, "hooks": list(p.hooks)}
+        | {"offers": offers.get(p.name, []), "failure": p.failure}
+        for p in found.found
+    ]
+    if json:
+        console.print_json(data=rows)
+        return
+    for row in rows:
+        say(f"{row['plugin']} ({row['package']} {row['version']})")
+        for line in [*row["offers"], *(["failed to load: " + row["failure"]] if row["failure"] else [])]:
+            say(f"  {line}")

@@ -1,0 +1,143 @@
+"""Commands that make models smaller, and train them further: prune, finetune, config, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from diffprune_plugin.cli.console import console, say
+from diffprune_plugin.cli.inspection import show_plan
+from diffprune_plugin.cli.options import ConfigFile, Data, FromFlags, Json, Model, Seed, SetKeys
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.cli import Overwrite
+
+if TYPE_CHECKING:
+    from diffprune_plugin.config.dialects.table import Listing
+    from diffprune_plugin.config.finetuning import FinetuneConfig
+    from diffprune_plugin.config.pruning import PruningConfig
+    from diffprune_plugin.recovery.compensate import CompensationReport
+
+
+def prune(
+    context: typer.Context,
+    config: ConfigFile = None,
+    flags: FromFlags = None,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[str | None, typer.Option(help="Where the pruned model goes; overrides the config's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    keys: SetKeys = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
+    from diffprune_plugin.config.dialects import read, settle
+    from diffprune_plugin.utils.distributed import Processes
+    from diffprune_plugin.workflow import prune_shared
+
+    def given() -> tuple[Listing, PruningConfig]:
+        listing = read(config, flags)
+        return listing, settle(listing, keys or [], model=model, data=data, output=output)
+
+    accelerator = context.obj  # of accelerate launch
+    processes = Processes(accelerator and accelerator.device)
+    listing, settled = processes.on_all(given)
+    if listing.dialect != "native" and processes.is_first:
+        Console(stderr=True).print(f"{listing.summary()}; diffprune config lists them", markup=False, soft_wrap=True)
+    try:
+        result = prune_shared(settled, accelerator, overwrite=overwrite, dry_run=dry_run)
+    except BadInput as error:
+        raise listing.located(error) from None
+    if result is None:  # the first process speaks for all
+        return
+    show_plan(result.plan, json)
+    if accelerator and not json:
+        say(f"processes: {processes.count} ({accelerator.device.type})")
+    if not json and not dry_run:
+        console.print(compensation_line(result.compensation))
+        say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
+        say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
+
+
+def compensation_line(report: CompensationReport | None) -> str:
+    """In one line whether the layers behind the cuts were refitted."""
+    if report is None:
+        return "not compensated: fine-tune it, or set 'compensate: true' (needs data and a pipeline)"
+    refitted = sum(repair.refitted for repair in report.repairs)
+    return f"compensated: {refitted} of {len(report.repairs)} regressions improved on held-out samples and were taken"
+
+
+def finetune(
+    config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
+    model: Annotated[str | None, typer.Option(help="Pruned pipeline directory; overrides the config's.")] = None,
+    output: Annotated[str | None, typer.Option(help="Where the trained model goes; overrides the config's.")] = None,
+    keys: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train a pruned model further, on one device or, under accelerate launch, on several."""
+    from diffprune_plugin.config.base import read_as
+    from diffprune_plugin.config.finetuning import FinetuneConfig
+    from diffprune_plugin.recovery.finetune import finetune as run
+    from diffprune_plugin.utils.distributed import Processes
+
+    def given() -> FinetuneConfig:
+        return read_as(FinetuneConfig, config, keys or [], model=model, output=output)
+
+    processes = Processes.of_accelerate()
+    settled = processes.on_all(given)
+    report = run(settled, overwrite=overwrite)
+    if not processes.is_first:  # the first process speaks for all
+        return
+    if json:
+        console.print_json(data=report.as_dict())
+        return
+    first, last = report.ends()
+    say(f"{report.steps} steps in {report.seconds:.0f} s on {report.processes} processes ({report.device}): ", end="")
+    say(f"loss {first:.4f} -> {last:.4f} (means of the first and last tenth)")
+    say(f"wrote {settled.output}: the moving average of the weights, and the loss curve in finetune.json")
+
+
+def config(
+    config: ConfigFile = None,
+    flags: FromFlags = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the native config to this file.")] = None,
+    model: Model = None,
+    data: Data = None,
+    keys: SetKeys = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Translate a config to the native form, and list what becomes of each of its keys and why."""
+    import yaml
+
+    from diffprune_plugin.config.dialects import read, translated
+    from diffprune_plugin.utils.files import write_text
+
+    if output and output.exists() and not overwrite:
+        raise BadInput(f"{output} exists; use --overwrite or another file")
+    listing = read(config, flags)
+    if json:
+        console.print_json(data=listing.as_dict(), default=str)
+    else:
+        console.print(listing.table())
+    native = yaml.safe_dump(translated(listing, keys or [], model=model, data=data), sort_keys=False)
+    if output:
+        write_text(output, native)
+    if not json:
+        say(f"wrote {output}" if output else native)
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("diffprune-demo"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prune the model inside the package, draw beside the dense one, and write report.md."""
+    from diffprune_plugin.demo import run
+
+    report = run(output, seed=seed, overwrite=overwrite, console=console)
+    say(f"wrote {report}")

@@ -1,0 +1,265 @@
+"""The linear estimate: what the output loses with each channel, from backward passes of random probes.
+
+A removed channel takes its values x_c from the inputs of the layers behind it. To first order the output y moves by
+dy = -sum J x_c, and for v ~ N(0, 1) of y's shape E[(v . dy)^2] = |dy|^2: one backward pass of v . y gives it for every
+channel at once, as the square of sum_positions (x_c - mean x_c) grad_c. The mean is left out, since in the compensation
+the bias of the layer behind takes it over. Not in it: the changed statistics of norms. The estimator is Hutchinson's
+(Communications in Statistics 18, 1989).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.calibration.timesteps import share
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
+from diffprune_plugin.diffusion.batches import SENSITIVITY, batch_of, draw
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.loss import objective_of
+from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.recovery.ridge import by_position
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.utils.distributed import Processes
+from diffprune_plugin.utils.files import new_file
+from diffprune_plugin.utils.modes import frozen
+from diffprune_plugin.utils.progress import progress_bar
+from diffprune_plugin.utils.tensors import load_tensors, save_tensors, weights_hash
+
+SAMPLES, PROBES = 64, 8
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    scheduler: Any,
+    images: Any,
+    *,
+    samples: int = SAMPLES,
+    probes: int = PROBES,
+    batch_size: int = 16,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 15.0,
+    progress: bool = True,
+    adapter: ModelAdapter | None = None,
+) -> Sensitivity:
+    """The error of each unit's removal by ``probes`` backward passes over noisy samples at timesteps spread evenly.
+
+    ``images``: whatever `load_samples` takes. With ``checkpoint`` (a directory) an interrupted call goes on and gives
+    identical bits. Where torch.distributed is initialized all processes have to make the same call, and share the
+    passes. The model is left as it was.
+
+    Raises BadInput for images that do not fit, CheckFailed for gradients that are not finite.
+    """
+    adapter = adapter or find_adapter(model)
+    data, scheduler = fitting(load_samples(images), model, adapter), training_scheduler(scheduler)
+    if min(samples, probes, batch_size) < 1:
+        raise BadInput(f"sensitivity: samples {samples}, probes {probes} and batch_size {batch_size} are at least 1")
+    processes = Processes(next(model.parameters()).device)
+    groups = trace_groups(model, adapter)
+    run = Run(model, adapter, groups, Noisy(data, scheduler, samples, seed, adapter), batch_size, seed, processes)
+    if checkpoint is not None:
+        facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, probes, batch_size, seed]
+        run.resume(Path(checkpoint), facts, checkpoint_seconds)
+    with frozen(model), progress_bar(progress and processes.is_first) as bar:
+        run.means()
+        run.passes(probes, bar)
+    found = run.result(probes)
+    run.forget()
+    return Sensitivity(
+        scores={root: tuple(values.tolist()) for root, values in found.items()},
+        power=run.power(),
+        samples=samples,
+        probes=probes,
+        seed=seed,
+        weights=weights_hash(model),
+        images=data.sha256,
+        scheduler=trained_for(scheduler),
+    )
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """The samples to look at: ``count`` of them, image, timestep and noise by the seed and their index alone."""
+
+    data: Samples
+    scheduler: Any
+    count: int
+    seed: int
+    adapter: ModelAdapter
+
+    def batch(self, rows: Sequence[int], like: Tensor) -> dict[str, Tensor]:
+        """The model's inputs, by name, for these samples."""
+        total = np.arange(int(self.scheduler.config.num_train_timesteps))
+        dropout = CONDITION_DROPOUT if self.data.null else 0.0
+        draws = [draw(self.data, self.seed, SENSITIVITY, i, share(total, i, self.count), dropout) for i in rows]
+        batch = batch_of(self.data, draws).to(like)
+        make = objective_of(self.adapter)
+        noisy, _ = make(self.scheduler, batch.sample, batch.noise, batch.timesteps)
+        return {self.adapter.sample: noisy, self.adapter.timestep: batch.timesteps, **batch.extra}
+
+
+@dataclass
+class Run:
+    """One measurement under way; ``sums`` and ``done`` are all that a resumed one needs."""
+
+    model: nn.Module
+    adapter: ModelAdapter
+    groups: Sequence[CoupledGroup]
+    noisy: Noisy
+    batch_size: int
+    seed: int
+    processes: Processes
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    centres: dict[str, Tensor] = field(default_factory=dict)
+    done: int = 0
+    file: Path | None = None
+    every: float = 0.0
+    saved_at: float = field(default_factory=time.monotonic)
+    squares: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = {group.root: torch.zeros(group.channels, dtype=torch.float64) for group in self.groups}
+        self.layers = sorted({m.layer for group in self.groups for m in group.members if m.side == "in"})
+
+    def rows(self) -> list[range]:
+        count, size = self.noisy.count, self.batch_size
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+    @torch.no_grad()
+    def means(self) -> None:
+        """The mean of each channel that goes into a layer, over all samples and positions; and the output's power."""
+        totals: dict[str, Tensor] = {}
+
+        def note(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                mean = by_position(args[0]).mean(1).double().sum(0)
+                totals[name] = totals[name] + mean if name in totals else mean
+
+            return hook
+
+        for rows in self.rows():
+            with contextlib.ExitStack() as hooks:
+                for name in self.layers:
+                    handle = self.model.get_submodule(name).register_forward_pre_hook(note(name))
+                    hooks.callback(handle.remove)
+                output = self.adapter.denoise(self.model, self.noisy.batch(rows, next(self.model.parameters())))
+            self.squares.append(float(output.double().square().mean()) * len(rows))
+        self.centres = {name: (total / self.noisy.count).float() for name, total in totals.items()}
+
+    def power(self) -> float:
+        return sum(self.squares) / self.noisy.count
+
+    def passes(self, probes: int, bar: Any) -> None:
+        """A backward pass for each batch and probe, shared out over the processes."""
+        jobs = [(rows, probe) for rows in self.rows() for probe in range(probes)]
+        task = bar.add_task("sensitivity", total=len(jobs), completed=self.done)
+        step = self.processes.count
+        while self.done < len(jobs):
+            for rows, probe in self.processes.part_of(jobs[self.done : self.done + step]):
+                self.add(rows, probe)
+            self.done = min(self.done + step, len(jobs))
+            bar.update(task, completed=self.done)
+            self.save(now=False)
+
+    def add(self, rows: range, probe: int) -> None:
+        """One backward pass: the squared sums of its samples for each unit."""
+        like = next(self.model.parameters())
+        with self.watched() as found:
+            output = self.adapter.denoise(self.model, self.noisy.batch(rows, like))
+            noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
+            (noise * output).sum().backward()  # type: ignore[no-untyped-call]
+        for group in self.groups:
+            moved = torch.zeros(len(rows), group.channels)
+            for member in group.members:
+                if member.side == "in" and member.layer in found:
+                    at = torch.as_tensor(member.roots), torch.as_tensor(member.channels)
+                    moved.index_add_(1, at[0], found[member.layer][:, at[1]])
+            self.sums[group.root] += moved.double().square().sum(0) / output[0].numel()
+
+    def noise(self, row: int, probe: int, shape: Sequence[int]) -> Tensor:
+        """v for one sample, by its number and the probe's alone."""
+        source = np.random.default_rng([self.seed, SENSITIVITY, row, probe])
+        return torch.from_numpy(source.standard_normal(tuple(shape), dtype=np.float32))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[dict[str, Tensor]]:
+        """For each layer, after a backward inside: sum over positions of (x - mean) grad, shape (batch, channels)."""
+        found: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                given = args[
+                    0
+                ]  # a leaf where nothing that can be removed comes before; else the gradient by this way alone
+                own = given.view_as(given) if given.requires_grad else given.detach().requires_grad_(True)
+                centred = by_position(own.detach()) - self.centres[name].to(own)
+
+                def back(gradient: Tensor) -> None:
+                    moved = (centred * by_position(gradient)).sum(1).float().cpu()
+                    found[name] = found[name] + moved if name in found else moved
+
+                own.register_hook(back)
+                return (own, *args[1:])
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for name in self.layers:
+                hooks.callback(self.model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
+            yield found
+
+    def result(self, probes: int) -> dict[str, Any]:
+        """By root the mean over samples and probes, folded over paired channels; raises CheckFailed if not finite."""
+        found = {}
+        for group in self.groups:
+            total = self.processes.reduce(self.sums[group.root]) / (self.noisy.count * probes)
+            if not bool(torch.isfinite(total).all()):
+                raise CheckFailed(f"sensitivity: {group.root} has a gradient that is not finite; check the weights")
+            found[group.root] = total.reshape(group.pairs, group.units).sum(0).numpy()
+        return found
+
+    def resume(self, folder: Path, facts: list[Any], every: float) -> None:
+        """Take up the progress stored in a folder, if it is of these facts, and store progress there."""
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.file, self.every = folder / f"sensitivity-{digest}.safetensors", every
+        file = self.file
+        tensors = self.processes.on_all(lambda: load_tensors(file)[0] if file.exists() else None)
+        if tensors is not None:
+            self.done = int(tensors.pop("done"))
+            if self.processes.is_first:  # what is stored is the sum over processes
+                self.sums = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.processes.check_same(self.done, file)
+
+    def save(self, now: bool) -> None:
+        """Store the progress if the last time is long enough ago; the first process writes."""
+        if self.file is None or not self.processes.broadcast(now or time.monotonic() - self.saved_at >= self.every):
+            return
+        tensors = {root: self.processes.reduce(total) for root, total in self.sums.items()}
+        tensors["done"] = torch.tensor(self.done)
+        self.processes.on_first(lambda: self.write(tensors))
+        self.saved_at = time.monotonic()
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        assert self.file is not None
+        with new_file(self.file) as temporary:
+            save_tensors(tensors, temporary)
+
+    def forget(self) -> None:
+        if self.file is not None and self.processes.is_first:
+            self.file.unlink(missing_ok=True)

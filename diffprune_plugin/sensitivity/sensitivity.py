@@ -1,0 +1,64 @@
+"""A sensitivity: for each unit of each coupled group, how far its removal moves the model's output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.utils.files import write_text
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """By root layer the error of removing each unit alone, to first order, after what a bias can mend.
+
+    scores: shape (units,), >= 0: the mean squared change of a value of the model's output. power: the mean square of
+        such a value, to compare with. samples, probes, seed: what it was measured with.
+    weights, images: SHA-256 of the model's parameters and of the samples; scheduler: the noise and the prediction.
+    """
+
+    scores: dict[str, tuple[float, ...]]
+    power: float
+    samples: int
+    probes: int
+    seed: int
+    weights: str
+    images: str
+    scheduler: dict[str, Any]
+
+    def error(self, root: str, units: Collection[int]) -> float:
+        """The error of removing these units together: their own added up."""
+        return float(np.asarray(self.scores[root])[list(units)].sum())
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """As JSON with its hash, atomically."""
+        write_text(Path(path), json.dumps({**asdict(self), "sha256": self.sha256}) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """What `save` wrote; raises BadInput if it is missing, damaged or was altered."""
+        try:
+            content = json.loads(Path(path).read_text())
+            stated = content.pop("sha256")
+            content["scores"] = {root: tuple(map(float, values)) for root, values in content["scores"].items()}
+            found = cls(**content)
+            same = found.sha256 == stated
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(f"{path}: not a sensitivity, or damaged: {first_line(error)}; measure again") from None
+        if not same:
+            raise BadInput(f"{path}: altered since it was written (its sha256 differs); measure again")
+        return found
