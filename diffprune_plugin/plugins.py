@@ -17,7 +17,7 @@ from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.criteria import timestep_weights as built_in_weights
-from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.errors import BadInput, DiffPruneError, first_line, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
 
@@ -157,8 +157,11 @@ def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = 
     check_options(name, factory, options)
     try:
         return factory(**options)
-    except TypeError as error:
-        raise BadInput(f"importance: {name} cannot be made with {sorted(options)}: {error}") from None
+    except DiffPruneError:
+        raise
+    except Exception as error:  # of a plugin
+        plugin, given = known[name].plugin, sorted(options)
+        raise BadInput(f"importance: {name} ({plugin}) cannot be made with {given}: {first_line(error)}") from error
 
 
 def check_options(name: str, factory: CriterionFactory, options: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.planning.planner import check_asked, check_patterns, make_plan
+from diffprune_plugin.planning.planner import check_patterns, plan_with
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load_model
@@ -37,23 +37,6 @@ from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import check_absent, check_apart
 from diffprune_plugin.utils.memory import out_of_memory
-
-# Keys of the config that are options of make_plan.
-PLANNING = (
-    "pruning_ratio",
-    "pruning_ratio_dict",
-    "macs_target",
-    "params_target",
-    "max_pruning_ratio",
-    "head_pruning_ratio",
-    "ignored_layers",
-    "target_layers",
-    "global_pruning",
-    "isomorphic",
-    "round_to",
-    "halves",
-    "strict",
-)
 
 
 @dataclass(frozen=True)
@@ -143,23 +126,15 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     if isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(model)
-    check_asked(asked(config))
-    check_patterns(
-        model, **{key: getattr(config, key) for key in ("pruning_ratio_dict", "ignored_layers", "target_layers")}
-    )
+    check_patterns(model, config)
     samples = functools.cache(lambda: encode(loaded, config.data, config.resolution))
     return Job(config, criterion, loaded, model, wants_compensation(config, loaded), samples)
-
-
-def asked(config: PruningConfig) -> dict[str, Any]:
-    """The options of make_plan."""
-    return {key: getattr(config, key) for key in PLANNING}
 
 
 def plan_of(job: Job, calibration: Calibration | None) -> PruningPlan:
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    return make_plan(job.model, job.criterion, **asked(job.config), description=describe(job.criterion, job.config))
+    return plan_with(job.config, job.model, job.criterion, description=describe(job.criterion, job.config))
 
 
 def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwrite: bool, progress: bool) -> Pruned:

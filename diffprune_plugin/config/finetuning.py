@@ -7,58 +7,105 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from diffprune_plugin.config.base import Config, Number, Place, Seed
+from diffprune_plugin.config.base import PathText
+from diffprune_plugin.utils.checked import Checked, Seed
 
 POLYNOMIAL_END = 1e-7  # the rate that diffusers' polynomial schedule ends at
+LONGEST = 100_000_000  # steps
 
 
-class FinetuneConfig(Config):
-    """How to train a pruned model further. Paths are relative to the working directory.
+class FinetuneConfig(Checked):
+    """How to train a pruned model further. Paths are relative to the working directory."""
 
-    model, output: directories of the pruned model (a pipeline) and of the result; data, resolution: as for pruning.
-    condition_dropout: share of samples trained without their condition, for classifier-free guidance; by default 0.1
-        where the data says what stands for none (the empty caption), else 0.
-    steps: optimizer steps; batch_size: samples a step, over all processes and accumulated passes together, so that the
-        same config trains the same on any number of processes.
-    learning_rate, lr_scheduler, warmup_steps (by default a twentieth of the steps), weight_decay: of AdamW.
-    max_grad_norm: gradients are clipped to it; null does not clip.
-    ema_decay: of the moving average of the weights, which is what is saved; 0 saves the last weights.
-    snr_gamma: min-SNR weights (arXiv 2303.09556), 5 in the paper; by default all timesteps weigh the same.
-    timestep_sampling: ``uniform``, each sample on its own, or ``stratified``, a batch spread evenly over the timesteps.
-    teacher: directory of the dense model; task_weight, output_weight, feature_weight: weights of the noise-prediction
-        loss, of the distance to the teacher's prediction, and of that between features (arXiv 2305.15798).
-    mixed_precision: by default what ``accelerate launch`` was told, else ``no``. gradient_checkpointing: less memory,
-        more time.
-    checkpoint_every: steps; num_workers: processes that load data; tracker: where the curve is followed, in
-        ``OUTPUT.logs``.
-    """
-
-    model: Place
-    output: Place = "finetuned"
-    data: Place
-    resolution: int | None = Field(default=None, ge=1)
-    condition_dropout: Number | None = Field(default=None, ge=0, le=1)
-    steps: int = Field(ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: Number = Field(default=2e-4, gt=0)
-    lr_scheduler: Literal["cosine", "linear", "constant", "polynomial"] = "cosine"
-    warmup_steps: int | None = Field(default=None, ge=0)
-    weight_decay: Number = Field(default=0.0, ge=0)
-    max_grad_norm: Number | None = Field(default=1.0, gt=0)
-    ema_decay: Number = Field(default=0.999, ge=0, lt=1)
-    snr_gamma: Number | None = Field(default=None, gt=0)
-    timestep_sampling: Literal["uniform", "stratified"] = "uniform"
-    teacher: Place | None = None
-    task_weight: Number = Field(default=1.0, ge=0)
-    output_weight: Number | None = Field(default=None, ge=0)
-    feature_weight: Number | None = Field(default=None, ge=0)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = Field(default=500, ge=1)
-    num_workers: int = Field(default=0, ge=0)
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
-    seed: Seed = 0
+    model: PathText = Field(description="Directory of the pruned model, a pipeline.")
+    output: PathText = Field(default="finetuned", description="Directory of the result.")
+    data: PathText = Field(
+        description="Images to train on: a folder, an .npz with images, or a .safetensors with latents."
+    )
+    resolution: int | None = Field(
+        default=None,
+        ge=1,
+        le=16384,
+        description="Image files are resized and cropped to so many pixels a side; without it they stay as they are.",
+    )
+    condition_dropout: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the samples that are trained without their condition, for classifier-free guidance; by "
+        "default 0.1 where the data says what stands for none (the empty caption), else 0.",
+    )
+    steps: int = Field(ge=1, le=LONGEST, description="Optimizer steps.")
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        le=65536,
+        description="Samples a step, over all processes and accumulated passes together, so that the same config "
+        "trains the same on any number of processes.",
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, le=65536, description="Passes that the samples of a step are split into."
+    )
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Of AdamW, at its highest.")
+    lr_scheduler: Literal["cosine", "linear", "constant", "polynomial"] = Field(
+        default="cosine", description="How the learning rate goes on after the warm-up."
+    )
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        le=LONGEST,
+        description="Steps in which the learning rate rises from 0; by default a twentieth of the steps.",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=100, description="Of AdamW.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, le=1e6, description="Gradients are clipped to this norm; null does not clip."
+    )
+    ema_decay: float = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="Of the moving average of the weights, which is what is saved; 0 saves the last weights.",
+    )
+    snr_gamma: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Min-SNR weights of the timesteps (arXiv 2303.09556), 5 in the paper; by default all weigh the "
+        "same.",
+    )
+    timestep_sampling: Literal["uniform", "stratified"] = Field(
+        default="uniform",
+        description="uniform: each sample's timestep is drawn on its own; stratified: a batch is spread evenly over "
+        "the timesteps.",
+    )
+    teacher: PathText | None = Field(
+        default=None, description="Directory of the dense model, to learn its predictions from."
+    )
+    task_weight: float = Field(default=1.0, ge=0, le=1e6, description="Weight of the noise-prediction loss.")
+    output_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1e6,
+        description="Weight of the distance to the teacher's prediction; by default 1 if there is a teacher.",
+    )
+    feature_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1e6,
+        description="Weight of the distance to the teacher's features (arXiv 2305.15798); by default 0.",
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        default=None, description="What passes are computed in; by default what accelerate launch was told, else no."
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
+    checkpoint_every: int = Field(
+        default=500, ge=1, le=LONGEST, description="Steps between checkpoints, from which an interrupted run goes on."
+    )
+    num_workers: int = Field(default=0, ge=0, le=1024, description="Processes that load data.")
+    tracker: Literal["tensorboard", "none"] = Field(
+        default="tensorboard", description="Where the loss curve can be followed, in OUTPUT.logs."
+    )
+    seed: Seed = Field(default=0, description="Of all that is drawn at random.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -37,7 +37,7 @@ class RandomImportance:
     """Uniform scores that depend on the seed and the root layer's name only, not on the order of the groups."""
 
     def __init__(self, seed: int = 0) -> None:
-        check_option("seed", seed, int)
+        check_option("seed", seed, int, 0, 2**63 - 1)
         self.seed = seed
 
     def __call__(self, group: Any) -> Tensor:
@@ -54,7 +54,7 @@ class GroupMagnitudeImportance:
     """
 
     def __init__(self, p: int = 2) -> None:
-        check_option("p", p, int)
+        check_option("p", p, int, 1, 10)
         self.p = p
 
     def __call__(self, group: Any) -> Tensor | None:

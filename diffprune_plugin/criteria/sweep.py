@@ -49,23 +49,15 @@ class Sweep:
     timestep_weights: str = "uniform"
 
     def __post_init__(self) -> None:
-        for key, expected in OPTION_TYPES.items():
-            check_option(key, getattr(self, key), expected)
-        if self.condition_dropout is not None:
-            check_option("condition_dropout", self.condition_dropout, float)
-            if not 0 <= self.condition_dropout <= 1:
-                raise BadInput(f"importance: condition_dropout {self.condition_dropout} is outside [0, 1]")
-        if not 0 <= self.threshold <= 1:
-            raise BadInput(f"importance: threshold {self.threshold} is outside [0, 1]; useful values are 0.01 to 0.1")
+        for key, (expected, *ends) in OPTIONS.items():
+            if getattr(self, key) is not None or key != "condition_dropout":
+                check_option(key, getattr(self, key), expected, *ends)
         if self.sampling not in SAMPLINGS:
             hint = nearest(str(self.sampling), SAMPLINGS)
             raise BadInput(f"importance: sampling {self.sampling!r} is none of {', '.join(SAMPLINGS)}{hint}")
         if self.accumulate not in POWERS:
             hint = nearest(str(self.accumulate), POWERS)
             raise BadInput(f"importance: accumulate {self.accumulate!r} is none of {', '.join(POWERS)}{hint}")
-        for key in ("samples", "curve_samples", "micro_batch"):
-            if getattr(self, key) < 1:
-                raise BadInput(f"importance: {key} {getattr(self, key)} is below 1")
         if self.accumulate != "sum" and self.micro_batch > self.samples:
             raise BadInput(f"importance: micro_batch {self.micro_batch} is more than samples {self.samples}")
 
@@ -82,19 +74,25 @@ class Sweep:
         return asdict(self)
 
 
-OPTION_TYPES = {
-    "threshold": float,
-    "include_last": bool,
-    "samples": int,
-    "curve_samples": int,
-    "micro_batch": int,
-    "accumulate": str,
-    "timestep_weights": str,
+# The type of each option, and the least and the largest value of a number.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "threshold": (float, 0, 1),
+    "include_last": (bool,),
+    "samples": (int, 1, 10_000_000),
+    "curve_samples": (int, 1, 65536),
+    "condition_dropout": (float, 0, 1),
+    "micro_batch": (int, 1, 65536),
+    "accumulate": (str,),
+    "timestep_weights": (str,),
 }
 
 
-def check_option(key: str, value: Any, expected: type) -> None:
-    """Raises BadInput unless an option has the type it needs; a whole number is a float too, a truth value neither."""
+def check_option(key: str, value: Any, expected: type, least: float | None = None, most: float | None = None) -> None:
+    """Raises BadInput unless an option has the type it needs and lies in [least, most]; a whole number is a float too,
+    a truth value neither.
+    """
     fits = isinstance(value, (int, float) if expected is float else expected)
     if not fits or (isinstance(value, bool) and expected is not bool):
         raise BadInput(f"importance: {key} {value!r} is no {expected.__name__}")
+    if least is not None and most is not None and not least <= value <= most:
+        raise BadInput(f"importance: {key} {value} is outside [{least}, {most}]")

@@ -62,9 +62,7 @@ class TaylorImportance:
         check_option("power", power, int)
         check_option("norms", norms, bool)
         if round_to is not None:
-            check_option("round_to", round_to, int)
-            if round_to < 1:
-                raise BadInput(f"importance: round_to {round_to} is below 1")
+            check_option("round_to", round_to, int, 1, 65536)
         if halves not in ("together", "apart", None):
             raise BadInput(f"importance: halves {halves!r} is neither 'together' nor 'apart'")
         if power not in (1, 2):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
+
+
+class Size(NamedTuple):
+    """Parameters, and multiply-accumulates for one sample."""
+
+    params: int
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,12 @@ class LayerCost:
     weights: int
     positions: int
 
-    def after(self, removed_in: int, removed_out: int) -> tuple[int, int]:
-        """(params, MACs) of the layer when these many channels are gone."""
+    def after(self, removed_in: int, removed_out: int) -> Size:
+        """Size of the layer when these many channels are gone."""
         left_in = 1 - removed_in / max(self.channels_in, 1)
         left_out = 1 - removed_out / max(self.channels_out, 1)
         params = round(self.weights * left_in * left_out) + round((self.params - self.weights) * left_out)
-        return params, params * self.positions
+        return Size(params, params * self.positions)
 
 
 def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]:
@@ -60,7 +67,7 @@ def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]
 
 def total_macs(model: nn.Module, adapter: ModelAdapter) -> int:
     """MACs of one sample of the config's size, counted as `layer_costs` does."""
-    return sum(cost.after(0, 0)[1] for cost in layer_costs(model, adapter).values())
+    return sum(cost.after(0, 0).macs for cost in layer_costs(model, adapter).values())
 
 
 def layer_cost(module: nn.Module, positions: int) -> LayerCost:

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from diffprune_plugin.graph.groups import CoupledGroup
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import GroupPlan
-
-Scores = npt.NDArray[np.float64]
-Halves = Literal["together", "apart"]
+from diffprune_plugin.planning.scores import Scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How units are counted, ranked and rounded: the options of `make_plan`."""
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a group: a ratio of its own, None for the common one; or it ``stays``, for the reason given."""
 
-    global_pruning: bool = False
-    isomorphic: bool = False
-    round_to: int = 1
-    max_pruning_ratio: float = 1.0
-    halves: Halves = "together"
+    ratio: float | None = None
+    stays: str = ""
 
 
 @dataclass(frozen=True)
 class AskedGroup:
     """A coupled group with what is asked of it.
 
-    ``asked``: its ratio; None for the common one; or in words why it stays as it is. ``scores``: one for each unit,
-    shape (units,). ``heads``: name of the attention whose whole heads are its units' fate, or nothing. ``scope``: it
-    is ranked together with those of the same scope only. ``gone``: units that it lost before, of which ratios count.
+    ``scores``: one for each unit, shape (units,). ``heads``: name of the attention whose whole heads are its units'
+    fate, or nothing. ``scope``: it is ranked together with those of the same scope only. ``gone``: units that it lost
+    before, of which ratios count.
     """
 
     group: CoupledGroup
-    asked: float | str | None
+    request: Request
     scores: Scores
     heads: str = ""
     scope: str = ""
@@ -49,28 +43,30 @@ class AskedGroup:
         """Units before the first was removed."""
         return self.group.units + self.gone
 
-    def ratio(self, common: float, rules: Rules) -> float | None:
+    def ratio(self, common: float, options: PlanOptions) -> float | None:
         """The share of its units that is asked to go; None if it stays or loses heads.
 
         Halves that are ranked apart leave a unit only where both stay: 1 - (1 - ratio) ** pairs of the units go.
         """
-        if isinstance(self.asked, str) or self.heads:
+        if self.request.stays or self.heads:
             return None
-        ratio = common if self.asked is None else self.asked
-        return 1 - (1 - ratio) ** self.group.pairs if rules.halves == "apart" else ratio
+        ratio = common if self.request.ratio is None else self.request.ratio
+        return 1 - (1 - ratio) ** self.group.pairs if options.halves == "apart" else ratio
 
 
-def select(groups: Sequence[AskedGroup], common: float, head_ratio: float | None, rules: Rules) -> list[GroupPlan]:
+def select(groups: Sequence[AskedGroup], common: float, options: PlanOptions) -> list[GroupPlan]:
     """The plan of every group, ``common`` being the ratio of those that have none of their own."""
-    counts = requested_units(groups, common, rules)
-    chosen = chosen_heads(groups, head_ratio, rules) if head_ratio is not None else {}
+    counts = requested_units(groups, common, options)
+    chosen = {name: chosen_heads(own, options) for name, own in attentions(groups).items()}
     return [
-        plan_heads(item, *chosen[item.heads]) if item.heads else plan_group(item, counts.get(item.group.root, 0), rules)
+        plan_heads(item, chosen[item.heads])
+        if item.heads
+        else plan_group(item, counts.get(item.group.root, 0), options)
         for item in groups
     ]
 
 
-def requested_units(groups: Sequence[AskedGroup], common: float, rules: Rules) -> dict[str, int]:
+def requested_units(groups: Sequence[AskedGroup], common: float, options: PlanOptions) -> dict[str, int]:
     """How many of its C dense units each group is asked to have lost: C - int(C * (1 - ratio)).
 
     With ``global_pruning`` the groups of one ratio and scope (and with ``isomorphic`` of one family) are ranked
@@ -79,13 +75,13 @@ def requested_units(groups: Sequence[AskedGroup], common: float, rules: Rules) -
     counts = {}
     shared: dict[object, list[AskedGroup]] = {}
     for item in groups:
-        ratio = item.ratio(common, rules)
+        ratio = item.ratio(common, options)
         if ratio is not None:
             counts[item.group.root] = asked_of(item.dense, ratio)
-            family = item.group.family if rules.isomorphic and not item.scope else ()
+            family = item.group.family if options.isomorphic and not item.scope else ()
             shared.setdefault((ratio, item.scope, family), []).append(item)
-    for ranked in shared.values() if rules.global_pruning else ():
-        ratio = ranked[0].ratio(common, rules)
+    for ranked in shared.values() if options.global_pruning else ():
+        ratio = ranked[0].ratio(common, options)
         total = asked_of(sum(item.dense for item in ranked), ratio or 0.0) - sum(item.gone for item in ranked)
         owner = np.repeat(np.arange(len(ranked)), [len(item.scores) for item in ranked])
         order = np.argsort(np.concatenate([item.scores for item in ranked]), kind="stable")
@@ -99,63 +95,79 @@ def asked_of(units: int, ratio: float) -> int:
     return units - int(units * (1 - ratio))
 
 
-def plan_group(item: AskedGroup, requested: int, rules: Rules) -> GroupPlan:
+def plan_group(item: AskedGroup, requested: int, options: PlanOptions) -> GroupPlan:
     """Choose the units that go: in each part those with the lowest scores."""
-    group = item.group
-    step = math.lcm(group.parts, rules.round_to)
-    if isinstance(item.asked, str):
-        return group_plan(group, group.parts, step, 0, [], item.asked)
-    allowed = min(requested, int(item.dense * rules.max_pruning_ratio))
+    group, multiple = item.group, options.round_to or 1
+    step = math.lcm(group.parts, multiple)
+    if item.request.stays:
+        return group_plan(group, group.parts, step, 0, [], item.request.stays)
+    allowed = min(requested, int(item.dense * options.max_pruning_ratio))
     kept = min(max(math.ceil((item.dense - allowed) / step), 1) * step, group.units)
     size = group.units // group.parts
     order = np.argsort(item.scores.reshape(group.parts, size), axis=1, kind="stable")
     lowest = order[:, : (group.units - kept) // group.parts] + np.arange(group.parts)[:, None] * size
     removed = sorted(lowest.ravel().tolist())
-    limits = [f"max_pruning_ratio {rules.max_pruning_ratio}"] if allowed < requested else []
-    reason = why_fewer(requested - (item.dense - kept), group, rules.round_to, step, limits)
+    limits = [f"max_pruning_ratio {options.max_pruning_ratio}"] if allowed < requested else []
+    reason = why_fewer(requested - (item.dense - kept), group, multiple, step, limits)
     return group_plan(group, group.parts, step, requested, removed, reason)
 
 
-def chosen_heads(groups: Sequence[AskedGroup], ratio: float, rules: Rules) -> dict[str, tuple[int, list[int], str]]:
-    """For each attention how many heads are asked, of H dense heads H - int(H * (1 - ratio)), those that go, and what
-    kept the rest.
+@dataclass(frozen=True)
+class ChosenHeads:
+    """How many heads of an attention were asked to go, which do, and in words what keeps the others."""
 
-    One at least stays, and what `Rules` keep: ``max_pruning_ratio``, and multiples of ``round_to`` channels. A head's
-    score is the sum over its queries, keys and values, each group's divided by the group's mean.
-    """
-    totals: dict[str, Scores] = {}
-    gone: dict[str, int] = {}
-    sizes: dict[str, set[int]] = {}
+    asked: int
+    removed: tuple[int, ...]
+    limit: str
+
+
+def attentions(groups: Sequence[AskedGroup]) -> dict[str, list[AskedGroup]]:
+    """The groups of each attention whose whole heads go: its queries and keys, its values."""
+    found: dict[str, list[AskedGroup]] = {}
     for item in groups:
         if item.heads:
-            gone[item.heads] = item.gone * item.group.parts // item.group.units
-            sizes.setdefault(item.heads, set()).add(item.group.units // item.group.parts)
-            score = item.scores.reshape(item.group.parts, -1).sum(1) / max(item.scores.mean(), 1e-300)
-            totals[item.heads] = totals.get(item.heads, np.zeros(1)) + score
-    chosen = {}
-    for name, score in totals.items():
-        heads, dense = len(score), len(score) + gone[name]
-        asked = max(asked_of(dense, ratio) - gone[name], 0)
-        limits = {
-            f"max_pruning_ratio {rules.max_pruning_ratio}": int(dense * rules.max_pruning_ratio) - gone[name],
-            "one head has to stay": heads - 1,
-        }
-        count = max(min(asked, *limits.values()), 0)
-        while count and any((heads - count) * size % rules.round_to for size in sizes[name]):
-            limits[f"round_to {rules.round_to}"] = count = count - 1
-        bound = [limit for limit, most in limits.items() if most <= count < asked]
-        chosen[name] = asked, sorted(np.argsort(score, kind="stable")[:count].tolist()), " and ".join(bound)
-    return chosen
+            found.setdefault(item.heads, []).append(item)
+    return found
 
 
-def plan_heads(item: AskedGroup, asked: int, heads: Sequence[int], limit: str) -> GroupPlan:
-    """The same whole heads of every group of one attention, of which as many were asked."""
+def chosen_heads(groups: Sequence[AskedGroup], options: PlanOptions) -> ChosenHeads:
+    """Of one attention's H dense heads H - int(H * (1 - head_pruning_ratio)) are asked to go; those of lowest score do.
+
+    A head's score is the sum over its queries, keys and values, each group's divided by the group's mean.
+    """
+    heads = groups[0].group.parts
+    gone = groups[0].gone * heads // groups[0].group.units
+    asked = max(asked_of(heads + gone, options.head_pruning_ratio or 0.0) - gone, 0)
+    limits = head_limits(groups, heads, gone, options)
+    allowed = [n for n in range(asked + 1) if not n or all(fits(n) for fits in limits.values())]
+    count = allowed[-1]
+    bound = [limit for limit, fits in limits.items() if count < asked and not fits(count + 1)]
+    score = sum(item.scores.reshape(heads, -1).sum(1) / max(item.scores.mean(), 1e-300) for item in groups)
+    return ChosenHeads(asked, tuple(sorted(np.argsort(score, kind="stable")[:count].tolist())), " and ".join(bound))
+
+
+def head_limits(
+    groups: Sequence[AskedGroup], heads: int, gone: int, options: PlanOptions
+) -> dict[str, Callable[[int], bool]]:
+    """What has to hold where so many of the heads that are left go, by its words."""
+    sizes, multiple = {item.group.units // heads for item in groups}, options.round_to or 1
+    return {
+        f"max_pruning_ratio {options.max_pruning_ratio}": lambda n: (
+            gone + n <= int((heads + gone) * options.max_pruning_ratio)
+        ),
+        "one head has to stay": lambda n: n < heads,
+        f"round_to {multiple}": lambda n: all((heads - n) * size % multiple == 0 for size in sizes),
+    }
+
+
+def plan_heads(item: AskedGroup, chosen: ChosenHeads) -> GroupPlan:
+    """The same whole heads of every group of one attention."""
     size = item.group.units // item.group.parts
-    removed = [head * size + place for head in heads for place in range(size)]
-    reason = f"{limit}: {size} at a time" if limit else ""
-    if not asked and not item.gone:
+    removed = [head * size + place for head in chosen.removed for place in range(size)]
+    reason = f"{chosen.limit}: {size} at a time" if chosen.limit else ""
+    if not chosen.asked and not item.gone:
         reason = f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
-    return group_plan(item.group, 1, size, item.gone + asked * size, removed, reason)
+    return group_plan(item.group, 1, size, item.gone + chosen.asked * size, removed, reason)
 
 
 def group_plan(

@@ -15,6 +15,7 @@ from diffprune_plugin.utils.files import write_text
 
 PLAN_FILE = "pruning_plan.json"
 WITHIN = 0.01  # a target is met within this share of it
+TARGETS = {"macs_target": "macs", "params_target": "params"}  # and the size that each is a share of
 
 
 class Frozen(BaseModel):
@@ -86,7 +87,7 @@ class PruningPlan(Frozen):
             return [f"{g.root}: {len(g.removed)} of {g.requested} went: {g.reason}" for g in self.groups if g.short]
         lines = []
         for key, share in self.target.items():
-            before, after = self.macs if key == "macs_target" else self.params
+            before, after = getattr(self, TARGETS[key])
             if abs(after - share * before) > WITHIN * share * before:
                 lines.append(f"{key}: asked {share}, got {after / before:.4f}: the groups' steps allow no nearer size")
         return lines

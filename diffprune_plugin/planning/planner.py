@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
@@ -16,88 +15,70 @@ from diffprune_plugin.graph.costs import layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.planning.channels import AskedGroup, Halves, Rules, Scores, head_groups, select
+from diffprune_plugin.planning.channels import AskedGroup, Request, head_groups, select
+from diffprune_plugin.planning.options import PATTERNS, PlanOptions
 from diffprune_plugin.planning.plan import GroupPlan, PruningPlan, architecture_hash
+from diffprune_plugin.planning.scores import unit_scores
 from diffprune_plugin.planning.target import searched, sizes
 from diffprune_plugin.plugins import find_adapter, importance
-
-DEFAULT_RATIO = 0.3
-TARGETS = ("macs_target", "params_target")
 
 
 def make_plan(
     model: nn.Module,
     criterion: Criterion | str,
     *,
-    pruning_ratio: float | None = None,
-    pruning_ratio_dict: Mapping[str, float] | None = None,
-    macs_target: float | None = None,
-    params_target: float | None = None,
-    max_pruning_ratio: float = 1.0,
-    head_pruning_ratio: float | None = None,
-    ignored_layers: Sequence[str] = (),
-    target_layers: Sequence[str] = (),
-    global_pruning: bool = False,
-    isomorphic: bool = False,
-    round_to: int | None = None,
-    halves: Halves | None = None,
-    strict: bool = False,
+    adapter: ModelAdapter | None = None,
+    description: dict[str, Any] | None = None,
+    **options: Any,
+) -> PruningPlan:
+    """Decide which channels go, without touching the model; ``options`` are the fields of `PlanOptions`.
+
+    ``criterion``: an importance or its name; ``adapter``: by default that of the model's class; ``description``: what
+    the plan says of the criterion. Counts follow the published rule: of C channels n = C - int(C * (1 - ratio)) are
+    asked to go and floor(n / parts) go from each part (norm group, head), ranked inside it.
+
+    Raises BadInput for an unknown option or a value out of range, a target that cannot be reached or a pattern that
+    matches nothing; CheckFailed for a criterion that fails, and with ``strict`` if a group or target is missed.
+    """
+    return plan_with(PlanOptions.make(options, "make_plan"), model, criterion, adapter, description)
+
+
+def plan_with(
+    options: PlanOptions,
+    model: nn.Module,
+    criterion: Criterion | str,
     adapter: ModelAdapter | None = None,
     description: dict[str, Any] | None = None,
 ) -> PruningPlan:
-    """Decide which channels go, without touching the UNet.
-
-    ``pruning_ratio`` (0.3) is the share of each group's channels asked to go, ``pruning_ratio_dict`` the same by
-    pattern of layer names; groups with a layer in ``ignored_layers``, or with one outside ``target_layers`` if there
-    are any, stay. Counts follow the published rule: of C channels n = C - int(C * (1 - ratio)) are asked to go and
-    floor(n / parts) go from each part, ranked inside it.
-    ``macs_target`` or ``params_target``, the share of the dense UNet's that is to be left, searches for the ratio.
-    ``max_pruning_ratio`` bounds the share that a group loses. ``head_pruning_ratio``: attention loses this share of
-    its heads, whole, instead of dimensions inside them. ``global_pruning`` ranks all groups together, ``isomorphic``
-    those alike. ``round_to`` makes what is kept a multiple of it, never removing more than asked. ``halves="apart"``
-    asks each half of a GEGLU to lose the ratio on its own: a pair stays where both stay. Deduced from the published
-    size of LDM-4, not read in the authors' code.
-
-    Raises BadInput for a ratio out of range, a target that cannot be reached or a pattern that matches nothing;
-    CheckFailed with ``strict`` if a group or target is missed.
-    """
-    target = check_asked(locals())
+    """As `make_plan`, with its options in one object."""
     adapter = adapter or find_adapter(model)
     if isinstance(criterion, str):
         criterion = importance(criterion)
-    rules = Rules(
-        global_pruning=global_pruning,
-        isomorphic=isomorphic,
-        round_to=round_to or getattr(criterion, "round_to", None) or 1,
-        max_pruning_ratio=max_pruning_ratio,
-        halves=halves or getattr(criterion, "halves", None) or "together",
-    )
+    options = options.with_wishes_of(criterion)
     groups = trace_groups(model, adapter)
-    asked = requested_ratios(groups, model, adapter, pruning_ratio_dict or {}, ignored_layers, target_layers)
-    heads = {} if head_pruning_ratio is None else head_groups(groups, adapter.head_layers(model))
-    asked = asked_of_heads(asked, heads)
-    items = [asked_group(g, asked[g.root], criterion, heads.get(g.root, "")) for g in groups]
+    heads = {} if options.head_pruning_ratio is None else head_groups(groups, adapter.head_layers(model))
+    requests = requests_of_heads(requested(groups, model, adapter, options), heads)
+    items = [asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups]
     costs = layer_costs(model, adapter)
-    ratio = DEFAULT_RATIO if pruning_ratio is None else float(pruning_ratio)
-    if target:
-        ratio, planned = searched(items, costs, target, head_pruning_ratio, rules)
+    if options.pruning_ratio is None:
+        ratio, planned = searched(items, costs, options)
     else:
-        planned = select(items, ratio, head_pruning_ratio, rules)
-    layers, params, macs = sizes(groups, planned, costs)
+        ratio, planned = options.pruning_ratio, select(items, options.pruning_ratio, options)
+    layers, before, after = sizes(groups, planned, costs)
     plan = PruningPlan(
         model_class=adapter.model_class,
         architecture=architecture_hash(model),
         criterion=description or {"name": type(criterion).__name__},
         pruning_ratio=ratio,
-        target=target,
+        target=options.target,
         groups=tuple(planned),
         heads=heads_left(heads, planned, groups),
         layers=layers,
-        params=params,
-        macs=macs,
+        params=(before.params, after.params),
+        macs=(before.macs, after.macs),
         versions=library_versions(),
     )
-    if strict and plan.shortfalls():
+    if options.strict and plan.shortfalls():
         raise CheckFailed("strict: " + "; ".join(plan.shortfalls()))
     return plan
 
@@ -108,108 +89,66 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def check_asked(options: Mapping[str, Any]) -> dict[str, float]:
-    """The target among the options of `make_plan`, if any; raises BadInput for what is out of range or contradicts."""
-    given = {key: options[key] for key in ("pruning_ratio", *TARGETS) if options.get(key) is not None}
-    if len(given) > 1:
-        listed = " and ".join(f"{key} {value}" for key, value in given.items())
-        raise BadInput(f"{listed} ask for different things; give one of them (null takes back the other)")
-    for key in ("pruning_ratio", "head_pruning_ratio"):
-        if options.get(key) is not None:
-            check_ratio(options[key], key)
-    for key in (*TARGETS, "max_pruning_ratio"):
-        if options.get(key) is not None and not 0 < options[key] <= 1:
-            raise BadInput(f"{key}: {options[key]} is outside (0, 1]; 0.5 is one half")
-    if options.get("isomorphic") and not options.get("global_pruning"):
-        raise BadInput("isomorphic: true ranks like groups together and needs global_pruning: true; set it too")
-    if options.get("halves") not in (*get_args(Halves), None):
-        raise BadInput(f"halves: {options['halves']!r} is none of {', '.join(get_args(Halves))}")
-    return {key: float(value) for key, value in given.items() if key in TARGETS}
-
-
-def check_ratio(ratio: float, key: str) -> None:
-    if not 0 <= ratio < 1:
-        raise BadInput(f"{key}: {ratio} is outside [0, 1); 0.3 removes 30 % of the channels")
-
-
-def check_patterns(model: nn.Module, **patterns: Iterable[str]) -> None:
+def check_patterns(model: nn.Module, options: PlanOptions) -> None:
     """Raises BadInput for a pattern that matches no layer: before a long calibration rather than after it."""
     names = layer_names(model)
-    for key, given in patterns.items():
-        for pattern in given:
+    for key in PATTERNS:
+        for pattern in getattr(options, key):
             matching(pattern, names, key)
 
 
-def requested_ratios(
-    groups: Sequence[CoupledGroup],
-    model: nn.Module,
-    adapter: ModelAdapter,
-    ratio_dict: Mapping[str, float],
-    ignored: Sequence[str],
-    targets: Sequence[str],
-) -> dict[str, float | str | None]:
-    """For each group its own ratio, None for the common one, or in words why it stays as it is."""
+def requested(
+    groups: Sequence[CoupledGroup], model: nn.Module, adapter: ModelAdapter, options: PlanOptions
+) -> dict[str, Request]:
+    """What is asked of each group, by its root."""
     names = layer_names(model)
     stays = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
-    wanted = {name for pattern in targets for name in matching(pattern, names, "target_layers")}
-    if targets:
+    wanted = {name for pattern in options.target_layers for name in matching(pattern, names, "target_layers")}
+    if options.target_layers:
         stays |= {name: "outside target_layers" for name, also in names.items() if also and name not in wanted}
-    for pattern in ignored:
+    for pattern in options.ignored_layers:
         stays |= dict.fromkeys(matching(pattern, names, "ignored_layers"), f"ignored_layers: {pattern}")
     special: dict[str, tuple[float, str]] = {}
-    for pattern, value in ratio_dict.items():
-        check_ratio(value, f"pruning_ratio_dict[{pattern!r}]")
-        special |= dict.fromkeys(matching(pattern, names, "pruning_ratio_dict"), (float(value), pattern))
-    return {group.root: requested_ratio(group, special, stays) for group in groups}
+    for pattern, value in options.pruning_ratio_dict.items():
+        special |= dict.fromkeys(matching(pattern, names, "pruning_ratio_dict"), (value, pattern))
+    return {group.root: request_of(group, special, stays) for group in groups}
 
 
-def requested_ratio(
-    group: CoupledGroup, special: Mapping[str, tuple[float, str]], stays: Mapping[str, str]
-) -> float | str | None:
-    """The ratio of one group, or why it stays; raises BadInput where two patterns ask different things of it."""
+def request_of(group: CoupledGroup, special: Mapping[str, tuple[float, str]], stays: Mapping[str, str]) -> Request:
+    """What is asked of one group; raises BadInput where two patterns ask different things of it."""
     for layer in group.layers:
         if layer in stays:
-            return stays[layer] if layer == group.root else f"{stays[layer]} (coupled to {layer})"
+            return Request(stays=stays[layer] if layer == group.root else f"{stays[layer]} (coupled to {layer})")
+    if group.units % group.parts:
+        return Request(stays=f"its norm groups and heads call for {group.parts} equal parts of {group.units} channels")
     asked = dict(special[layer] for layer in group.layers if layer in special)
     if len(asked) > 1:
         wishes = " and ".join(f"{pattern!r} asks {value}" for value, pattern in asked.items())
         message = f"pruning_ratio_dict: the group of {group.root} is coupled, but {wishes}; give it one ratio"
         raise BadInput(message, key="pruning_ratio_dict", value=next(iter(asked.values())))
-    return next(iter(asked), None)
+    return Request(next(iter(asked), None))
 
 
-def asked_of_heads(asked: Mapping[str, float | str | None], heads: Mapping[str, str]) -> dict[str, float | str | None]:
+def requests_of_heads(requests: Mapping[str, Request], heads: Mapping[str, str]) -> dict[str, Request]:
     """What is asked of each group, where attentions lose whole heads: if one group of an attention stays, all do.
 
     Raises BadInput for a group of heads with a ratio of its own.
     """
-    stays = {heads[root]: why for root, why in asked.items() if root in heads and isinstance(why, str)}
-    for root, why in asked.items():
-        if root in heads and isinstance(why, float):
-            raise BadInput(f"pruning_ratio_dict: {root} gets {why}, but head_pruning_ratio takes whole heads; drop one")
-    return {root: stays.get(heads.get(root, ""), why) for root, why in asked.items()}
+    of_heads = {root: request for root, request in requests.items() if root in heads}
+    for root, request in of_heads.items():
+        if request.ratio is not None:
+            raise BadInput(
+                f"pruning_ratio_dict: {root} gets {request.ratio}, but head_pruning_ratio takes whole heads; drop one"
+            )
+    staying = {heads[root]: request for root, request in of_heads.items() if request.stays}
+    return {root: staying.get(heads.get(root, ""), request) for root, request in requests.items()}
 
 
-def asked_group(group: CoupledGroup, asked: float | str | None, criterion: Criterion, heads: str) -> AskedGroup:
+def asked_group(group: CoupledGroup, request: Request, criterion: Criterion, heads: str) -> AskedGroup:
     """A group with its scores, unless it stays."""
-    if isinstance(asked, str):
-        return AskedGroup(group, asked, np.zeros(group.units))
-    return AskedGroup(group, asked, unit_scores(group, criterion), heads)
-
-
-def unit_scores(group: CoupledGroup, criterion: Criterion) -> Scores:
-    """Score of each unit, shape (units,): the criterion's score of its channels, summed over paired halves.
-
-    Raises CheckFailed for a score of the wrong length, or one that is negative or not finite.
-    """
-    score = criterion(group.graph_group)
-    if score is None or tuple(score.shape) != (group.channels,):
-        shape = None if score is None else tuple(score.shape)
-        raise CheckFailed(f"{type(criterion).__name__} scored {group.root} with shape {shape}, not ({group.channels},)")
-    if not bool(torch.isfinite(score).all()) or bool((score < 0).any()):
-        raise CheckFailed(f"{type(criterion).__name__} gave {group.root} a score that is negative or not finite")
-    folded: Scores = score.detach().double().cpu().numpy().reshape(group.pairs, group.units).sum(0)
-    return folded
+    if request.stays:
+        return AskedGroup(group, request, np.zeros(group.units))
+    return AskedGroup(group, request, unit_scores(group, criterion), heads)
 
 
 def heads_left(

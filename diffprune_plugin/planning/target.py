@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
-
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.graph.costs import LayerCost
+from diffprune_plugin.graph.costs import LayerCost, Size
 from diffprune_plugin.graph.groups import CoupledGroup, removed_channels
-from diffprune_plugin.planning.channels import AskedGroup, Rules, select
-from diffprune_plugin.planning.plan import GroupPlan, LayerSize
+from diffprune_plugin.planning.channels import AskedGroup, select
+from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.plan import TARGETS, GroupPlan, LayerSize
 
-Size = Callable[[Sequence[GroupPlan]], int]
+Measure = Callable[[Sequence[GroupPlan]], int]
 
 
 def nearest_to(
-    wanted: float, groups: Sequence[AskedGroup], head_ratio: float | None, rules: Rules, size: Size, steps: int = 24
+    wanted: float, groups: Sequence[AskedGroup], options: PlanOptions, size: Measure, steps: int = 24
 ) -> tuple[float, list[GroupPlan]]:
     """The common ratio, and the plans, whose ``size``, which falls with the ratio, is nearest to ``wanted``.
 
@@ -27,9 +26,9 @@ def nearest_to(
     low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
-        above = size(select(groups, middle, head_ratio, rules)) > wanted
+        above = size(select(groups, middle, options)) > wanted
         low, high = (middle, high) if above else (low, middle)
-    before, after = (select(groups, ratio, head_ratio, rules) for ratio in (low, high))
+    before, after = (select(groups, ratio, options) for ratio in (low, high))
     order, best = by_harm(groups, before, after), list(before)
     last: list[GroupPlan] = []
     while best != last:
@@ -54,41 +53,40 @@ def by_harm(groups: Sequence[AskedGroup], before: Sequence[GroupPlan], after: Se
 
 
 def searched(
-    items: Sequence[AskedGroup],
-    costs: Mapping[str, LayerCost],
-    target: Mapping[str, float],
-    head_ratio: float | None,
-    rules: Rules,
+    items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], options: PlanOptions
 ) -> tuple[float, list[GroupPlan]]:
-    """The common ratio, and the plans, that come nearest to the target.
+    """The common ratio, and the plans, that come nearest to the target of the options.
 
     Raises BadInput if the target is less than what is left when every group loses all it can.
     """
-    ((key, share),) = target.items()
+    ((key, share),) = options.target.items()
     groups = [item.group for item in items]
 
     def size(plans: Sequence[GroupPlan]) -> int:
-        _, params, macs = sizes(groups, plans, costs)
-        return (macs if key == "macs_target" else params)[1]
+        return int(getattr(sizes(groups, plans, costs)[2], TARGETS[key]))
 
-    dense = sum(cost.after(0, 0)[key == "macs_target"] for cost in costs.values())
-    least = size(select(items, 1.0, head_ratio, rules))
+    dense = size([])
+    least = size(select(items, 1.0, options))
     if least > share * dense:
         raise BadInput(f"{key}: {share} is below {least / dense:.3f}, all that these settings can reach; raise it")
-    return nearest_to(share * dense, items, head_ratio, rules, size)
+    return nearest_to(share * dense, items, options, size)
 
 
 def sizes(
     groups: Sequence[CoupledGroup], planned: Iterable[GroupPlan], costs: Mapping[str, LayerCost]
-) -> tuple[dict[str, LayerSize], tuple[int, int], tuple[int, int]]:
-    """Layers that change, and params and MACs before and after."""
+) -> tuple[dict[str, LayerSize], Size, Size]:
+    """Layers that change, and the size of the whole model before and after."""
     gone = removed_channels(groups, {group.root: list(group.removed) for group in planned})
-    layers, before, after = {}, np.zeros(2, np.int64), np.zeros(2, np.int64)
+    layers, before, after = {}, [], []
     for name, cost in costs.items():
         less = (len(gone.get((name, "in"), ())), len(gone.get((name, "out"), ())))
-        before += cost.after(0, 0)
-        after += cost.after(*less)
+        before.append(cost.after(0, 0))
+        after.append(cost.after(*less))
         if any(less):
             width = (cost.channels_in, cost.channels_out)
             layers[name] = LayerSize(before=width, after=(width[0] - less[0], width[1] - less[1]))
-    return layers, (int(before[0]), int(after[0])), (int(before[1]), int(after[1]))
+    return layers, total(before), total(after)
+
+
+def total(layers: Sequence[Size]) -> Size:
+    return Size(sum(size.params for size in layers), sum(size.macs for size in layers))

@@ -13,8 +13,10 @@ from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.criteria.sweep import POWERS
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.hookspecs import Criterion
+from diffprune_plugin.planning.options import check_ratio
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.planning.planner import check_ratio, make_plan
+from diffprune_plugin.planning.planner import make_plan
+from diffprune_plugin.planning.scores import channel_scores
 from diffprune_plugin.plugins import importance, with_calibration
 from diffprune_plugin.pruning.masked_layers import KeptQuery, stock_
 from diffprune_plugin.pruning.masks import MaskReport, fold_, mask_
@@ -112,10 +114,8 @@ class Nested:
             for group in (plan.groups if plan else ())
         }
 
-    def __call__(self, group: Any) -> Tensor | None:
-        score = self.criterion(group)
-        if score is None:
-            return None
+    def __call__(self, group: Any) -> Tensor:
+        score = channel_scores(self.criterion, group)
         score = score.clamp_min(torch.finfo(score.dtype).tiny)
         score[self.gone.get(group._DG._module2name[group[0].dep.target.module], [])] = 0
         return score

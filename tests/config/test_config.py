@@ -9,6 +9,7 @@ import pytest
 import diffprune_plugin as dp
 from diffprune_plugin.config.pruning import read_config
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.utils.checked import HIGH, LOW, facts
 
 
 def test_a_config_is_the_same_in_yaml_json_and_toml(tmp_path) -> None:
@@ -48,8 +49,8 @@ def test_a_setting_may_be_a_number_in_any_notation_or_a_pattern_with_dots(tmp_pa
     [
         ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'"),
         ({}, "model is missing; add 'model: ...'"),
-        ({"pruning_ratio": 1.0}, "pruning_ratio: 1.0: input should be less than 1"),
-        ({"pruning_ratio": -0.1}, "greater than or equal to 0"),
+        ({"pruning_ratio": 1.0}, "pruning_ratio: 1.0 is outside [0, 1)"),
+        ({"pruning_ratio": -0.1}, "pruning_ratio: -0.1 is outside [0, 1)"),
         ({"pruning_ratio": "much"}, "pruning_ratio: 'much'"),
         ({"pruning_ratio": True}, "pruning_ratio: True"),
         ({"importance": 3}, "neither a criterion's name nor a mapping"),
@@ -123,3 +124,47 @@ def test_a_config_cannot_be_changed() -> None:
     config = dp.PruningConfig.make({"model": "dense"})
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
+
+
+NUMBERS = [
+    (kind, key)
+    for kind in (dp.PruningConfig, dp.FinetuneConfig)
+    for key, schema in kind.model_json_schema()["properties"].items()
+    if {"number", "integer"} & {part["type"] for part in schema.get("anyOf", [schema])}
+]
+
+
+@pytest.mark.parametrize("kind", [dp.PruningConfig, dp.FinetuneConfig])
+def test_every_key_says_what_it_is(kind) -> None:
+    assert not [key for key, field in kind.model_fields.items() if not field.description]
+
+
+@pytest.mark.parametrize(("kind", "key"), NUMBERS)
+@pytest.mark.parametrize("value", [10**30, float("inf"), float("nan"), -1])
+def test_every_number_has_a_range_and_its_key_is_named(kind, key, value) -> None:
+    stated = facts(kind.model_json_schema()["properties"][key])
+    assert {*LOW} & {*stated}
+    assert {*HIGH} & {*stated}
+    others = {"model": "m", "data": "d"} | ({"steps": 9} if kind is dp.FinetuneConfig else {})
+    with pytest.raises(BadInput, match=f"config: {key}: {value}"):
+        kind.make(others | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("importance", "words"),
+    [
+        ({"name": "diff_taylor", "samples": 10**30}, "samples 1" + "0" * 30 + " is outside [1, 10000000]"),
+        ({"name": "diff_taylor", "curve_samples": 10**30}, "is outside [1, 65536]"),
+        ({"name": "fisher", "micro_batch": 10**30}, "is outside [1, 65536]"),
+        ({"name": "diff_taylor", "round_to": 10**30}, "is outside [1, 65536]"),
+        ({"name": "diff_taylor", "threshold": float("nan")}, "threshold nan is outside [0, 1]"),
+        ({"name": "diff_taylor", "condition_dropout": float("inf")}, "condition_dropout inf is outside [0, 1]"),
+        ({"name": "magnitude", "p": 10**30}, "is outside [1, 10]"),
+        ({"name": "magnitude", "p": -1}, "p -1 is outside [1, 10]"),
+        ({"name": "random", "seed": -1}, "seed -1 is outside [0, 9223372036854775807]"),
+    ],
+)
+def test_every_number_of_a_criterion_has_a_range(importance, words) -> None:
+    with pytest.raises(BadInput) as caught:
+        dp.importance(**importance)
+    assert words in str(caught.value)

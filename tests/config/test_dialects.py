@@ -31,7 +31,8 @@ from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import CoupledGroup
 from diffprune_plugin.graph.patterns import layer_names, matching
-from diffprune_plugin.planning.channels import AskedGroup, Rules, asked_of, plan_group
+from diffprune_plugin.planning.channels import AskedGroup, Request, asked_of, plan_group
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.plugins import criteria, plugin_manager
 from diffprune_plugin.workflow import prune
 
@@ -143,7 +144,7 @@ def test_filter_norm_scores_as_nncf_does() -> None:
 @pytest.mark.parametrize(("count", "level", "kept"), GOLDEN["kept_of_count_at_level"])
 def test_kept_counts_are_multiples_of_8_as_nncfs_or_one_step_less(count, level, kept) -> None:
     group = CoupledGroup("layer", count, 1, 1, (), None)
-    plan = plan_group(AskedGroup(group, None, np.arange(count)), asked_of(count, level), Rules(round_to=8))
+    plan = plan_group(AskedGroup(group, Request(), np.arange(count)), asked_of(count, level), PlanOptions(round_to=8))
     ours = count - len(plan.removed)
     assert ours % 8 == 0
     assert ours in ((kept,) if math.isclose(count * level % 1, 0, abs_tol=1e-9) else (kept, kept - 8))
@@ -412,7 +413,7 @@ def test_every_verdict_of_every_dialect_has_its_reason() -> None:
         ("f.txt", "--pruning_ratio 1", "--pruning_ratio: 1: is not a number in [0, 1)"),
         ("f.txt", "--load_pruned_model x.pth", "a pickle"),
         ("c.yaml", "modle: x", "unknown key; did you mean 'model'"),
-        ("c.yaml", "model: x\npruning_ratio: 1.3", "pruning_ratio: 1.3: input should be less than 1"),
+        ("c.yaml", "model: x\npruning_ratio: 1.3", "pruning_ratio: 1.3 is outside [0, 1)"),
     ],
 )
 def test_bad_input_is_one_line_with_the_path_of_the_key_and_exit_code_2(name, text, message, run, tmp_path) -> None:

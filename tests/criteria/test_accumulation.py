@@ -199,7 +199,7 @@ def test_gradients_of_one_kind_are_never_scored_as_another(images: np.ndarray, s
         ({"accumulate": "squares"}, "did you mean 'square'"),
         ({"accumulate": "square", "power": 2}, "power 2 is for accumulate 'sum'"),
         ({"accumulate": "square", "samples": 4}, "micro_batch 8 is more than samples 4"),
-        ({"micro_batch": 0}, "micro_batch 0 is below 1"),
+        ({"micro_batch": 0}, r"micro_batch 0 is outside \[1, 65536\]"),
         ({"micro_batch": True}, "micro_batch True is no int"),
         ({"timestep_weights": 3}, "timestep_weights 3 is no str"),
     ],

@@ -15,7 +15,7 @@ import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.errors import BadInput, MissingGradients
-from diffprune_plugin.integrations import torch_pruning as module
+from diffprune_plugin.integrations import torch_pruning_arguments as module
 
 SMALL = Sweep(samples=8, curve_samples=2)
 QUICK = {"name": "diff_taylor", "samples": 8, "curve_samples": 2}

@@ -14,7 +14,8 @@ from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.costs import meta_copy
 from diffprune_plugin.graph.groups import CoupledGroup, Member
-from diffprune_plugin.planning.channels import AskedGroup, Rules, plan_group
+from diffprune_plugin.planning.channels import AskedGroup, Request, plan_group
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 
 
@@ -24,8 +25,8 @@ def group_of(units: int, parts: int, pairs: int = 1) -> CoupledGroup:
 
 
 def kept(units: int, parts: int, requested: int, round_to: int = 1) -> int:
-    item = AskedGroup(group_of(units, parts), None, np.arange(float(units)))
-    plan = plan_group(item, requested, Rules(round_to=round_to))
+    item = AskedGroup(group_of(units, parts), Request(), np.arange(float(units)))
+    plan = plan_group(item, requested, PlanOptions(round_to=round_to))
     return plan.units - len(plan.removed)
 
 
@@ -50,8 +51,8 @@ def test_counts_follow_the_published_rule_and_rounding_never_removes_more_than_a
 
 
 def test_each_part_loses_its_own_lowest_channels() -> None:
-    item = AskedGroup(group_of(6, 2), None, np.array([5.0, 1.0, 2.0, 8.0, 7.0, 9.0]))
-    assert plan_group(item, 2, Rules()).removed == (1, 4)
+    item = AskedGroup(group_of(6, 2), Request(), np.array([5.0, 1.0, 2.0, 8.0, 7.0, 9.0]))
+    assert plan_group(item, 2, PlanOptions()).removed == (1, 4)
 
 
 def test_paired_halves_go_together() -> None:
@@ -155,11 +156,40 @@ def test_a_pattern_that_matches_nothing_offers_the_nearest_layer(unet) -> None:
         (lambda group: None, "shape None"),
         (lambda group: torch.full((len(group[0].idxs),), -1.0), "negative or not finite"),
         (lambda group: torch.full((len(group[0].idxs),), float("nan")), "negative or not finite"),
+        (lambda group: torch.ones(len(group[0].idxs), dtype=torch.complex64), "complex"),
+        (lambda group: [1.0] * len(group[0].idxs), "with a list, not a tensor"),
+        (lambda group: np.ones(len(group[0].idxs)), "with a ndarray, not a tensor"),
+        (lambda group: {}["two\nlines"], r"failed on \S+: KeyError: 'two.*lines'$"),
     ],
 )
 def test_a_criterion_that_scores_nonsense_is_named(unet, score, words) -> None:
-    with pytest.raises(CheckFailed, match=words):
+    with pytest.raises(CheckFailed, match=words) as caught:
         dp.make_plan(unet, score)
+    assert str(caught.value).startswith("test_plan.<lambda> ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_whose_norms_have_no_common_step_stays_and_the_rest_is_pruned(unet) -> None:
+    """A norm of 3 groups over 48 channels, 32 and 16 of two groups that norms of 8 groups divide too."""
+    unet.up_blocks[0].resnets[1].norm1 = torch.nn.GroupNorm(3, 48)
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    stay = {group.units: group.reason for group in plan.groups if "up_blocks.0.resnets.1.norm1" in group.layers}
+    assert stay == {n: f"its norm groups and heads call for 24 equal parts of {n} channels" for n in (16, 32)}
+    assert sum(bool(group.removed) for group in plan.groups) > 10
+    dp.remove_(unet, plan)
+    assert output_of(unet).shape == (2, 1, 16, 16)
+
+
+def test_an_unknown_option_offers_the_nearest(unet) -> None:
+    with pytest.raises(BadInput, match="make_plan: unknown key 'prunning_ratio'; did you mean 'pruning_ratio'"):
+        dp.make_plan(unet, "magnitude", prunning_ratio=0.5)
+
+
+def test_what_a_criterion_asks_for_is_checked_like_an_option(unet) -> None:
+    criterion = dp.importance("magnitude")
+    criterion.round_to = 0
+    with pytest.raises(BadInput, match=r"GroupMagnitudeImportance: round_to: 0 is outside \[1, 65536\]"):
+        dp.make_plan(unet, criterion)
 
 
 def test_the_plan_survives_json_and_alteration_is_noticed(unet, tmp_path) -> None:

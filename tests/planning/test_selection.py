@@ -15,8 +15,8 @@ from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.planning.channels import AskedGroup, Rules, select
-from diffprune_plugin.planning.planner import check_asked
+from diffprune_plugin.planning.channels import AskedGroup, Request, select
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.target import nearest_to
 from diffprune_plugin.plugins import find_adapter
 
@@ -50,11 +50,11 @@ def test_groups_of_one_width_jump_together_but_a_target_lets_only_some_of_them()
     """Two equal groups of 4 channels in 2 parts: sizes 8, 4 and nothing between, unless one of them jumps alone."""
     other = dataclasses.replace(group_of(4, 2), root="other")
     items = [
-        AskedGroup(other, None, np.array([5.0, 9, 9, 9])),
-        AskedGroup(group_of(4, 2), None, np.array([1.0, 9, 9, 9])),
+        AskedGroup(other, Request(), np.array([5.0, 9, 9, 9])),
+        AskedGroup(group_of(4, 2), Request(), np.array([1.0, 9, 9, 9])),
     ]
-    assert {sum(len(g.removed) for g in select(items, r / 10, None, Rules())) for r in range(10)} == {0, 4}
-    _, plans = nearest_to(6, items, None, Rules(), lambda plans: 8 - sum(len(g.removed) for g in plans))
+    assert {sum(len(g.removed) for g in select(items, r / 10, PlanOptions())) for r in range(10)} == {0, 4}
+    _, plans = nearest_to(6, items, PlanOptions(), lambda plans: 8 - sum(len(g.removed) for g in plans))
     assert [len(plan.removed) for plan in plans] == [0, 2]  # the second loses the lower share of its score
 
 
@@ -72,7 +72,7 @@ def test_groups_of_one_width_jump_together_but_a_target_lets_only_some_of_them()
 )
 def test_what_contradicts_itself_is_refused(options, words) -> None:
     with pytest.raises(BadInput, match=words):
-        check_asked(options)
+        PlanOptions.make(options)
 
 
 def test_no_group_loses_more_than_the_bound_and_the_plan_names_it(unet) -> None:
@@ -164,9 +164,9 @@ def test_heads_that_were_asked_and_stay_are_counted_with_the_reason(options, ask
 
 
 def test_halves_ranked_apart_leave_a_pair_only_where_both_stay() -> None:
-    item = AskedGroup(group_of(100, 1, pairs=2), None, np.arange(100.0))
-    (together,) = select([item], 0.3, None, Rules())
-    (apart,) = select([item], 0.3, None, Rules(halves="apart"))
+    item = AskedGroup(group_of(100, 1, pairs=2), Request(), np.arange(100.0))
+    (together,) = select([item], 0.3, PlanOptions())
+    (apart,) = select([item], 0.3, PlanOptions(halves="apart"))
     assert (len(together.removed), len(apart.removed)) == (30, 51)
     assert dp.importance("diff_taylor", preset="ldm").halves == "apart"
 
@@ -187,6 +187,6 @@ def test_a_ratio_for_a_layer_whose_whole_heads_go_is_refused(unet) -> None:
 
 def test_among_equal_scores_a_common_ranking_takes_no_more_than_asked() -> None:
     """All scores equal: the ratio of all units goes, where a limit with "at most" would take every one."""
-    items = [AskedGroup(dataclasses.replace(group_of(10, 1), root=f"{i}"), None, np.ones(10)) for i in range(2)]
-    plans = select(items, 0.3, None, Rules(global_pruning=True))
+    items = [AskedGroup(dataclasses.replace(group_of(10, 1), root=f"{i}"), Request(), np.ones(10)) for i in range(2)]
+    plans = select(items, 0.3, PlanOptions(global_pruning=True))
     assert sum(len(plan.removed) for plan in plans) == 6

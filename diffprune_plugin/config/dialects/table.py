@@ -13,9 +13,9 @@ from rich.table import Table
 
 from diffprune_plugin.config.documents import join, leaves
 from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.planning.options import PATTERNS
 
 Verdict = Literal["honoured", "approximated", "ignored", "refused"]
-PATTERNS = ("ignored_layers", "target_layers", "pruning_ratio_dict")  # native keys that hold patterns of layers
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 60
 

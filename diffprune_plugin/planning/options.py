@@ -1,0 +1,111 @@
+"""What is asked of a plan: how much goes, from where, and how it is counted. A new option is one field here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
+
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.plan import TARGETS
+from diffprune_plugin.utils.checked import Checked
+
+DEFAULT_RATIO = 0.3
+PATTERNS = ("pruning_ratio_dict", "ignored_layers", "target_layers")  # options that hold patterns of layer names
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Ratios = Annotated[
+    dict[str, Ratio], BeforeValidator(lambda value: dict(value) if isinstance(value, Mapping) else value)
+]
+
+
+class PlanOptions(Checked):
+    """The options of `make_plan`, which a config has as keys.
+
+    ``pruning_ratio`` is 0.3 unless it or a target is given. Raises pydantic's ValidationError, and with `make`
+    BadInput, for a value out of its range, or options that contradict each other.
+    """
+
+    pruning_ratio: Ratio | None = Field(
+        default=None,
+        description="Share of each group's channels that is asked to go; 0.3 unless a target is given.",
+    )
+    pruning_ratio_dict: Ratios = Field(
+        default_factory=dict,
+        description="Ratio by pattern of layer names; the last pattern that matches a layer counts.",
+    )
+    macs_target: Share | None = Field(
+        default=None,
+        description="Instead of a ratio: the share of the dense model's MACs that is to be left, met within 1 %.",
+    )
+    params_target: Share | None = Field(
+        default=None,
+        description="Instead of a ratio: the share of the dense model's parameters that is to be left, met within 1 %.",
+    )
+    max_pruning_ratio: Share = Field(default=1.0, description="No group loses a larger share of its channels.")
+    head_pruning_ratio: Ratio | None = Field(
+        default=None,
+        description="Attention loses this share of its heads, whole, instead of dimensions inside them.",
+    )
+    ignored_layers: Patterns = Field(
+        default=(), description="Patterns of layers that stay as they are, with what is coupled to them."
+    )
+    target_layers: Patterns = Field(
+        default=(), description="Patterns that all layers of a group must match; the other groups stay as they are."
+    )
+    global_pruning: bool = Field(
+        default=False, description="Rank the channels of all groups together instead of each group by itself."
+    )
+    isomorphic: bool = Field(
+        default=False, description="Rank only groups of the same structure together; needs global_pruning."
+    )
+    round_to: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="What is kept of a group is a multiple of it; never removes more than asked. By default what the "
+        "criterion asks for, else 1.",
+    )
+    halves: Literal["together", "apart"] | None = Field(
+        default=None,
+        description="apart: each half of a GEGLU is asked to lose the ratio on its own, and a pair stays where both "
+        "stay (deduced from the published size of LDM-4). By default what the criterion asks for, else together.",
+    )
+    strict: bool = Field(
+        default=False, description="A group that loses nothing, or a whole step less than asked, is an error."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio(cls, values: Any) -> Any:
+        sized = {"pruning_ratio", *TARGETS} & {key for key, value in values.items() if value is not None}
+        return values if sized else {**values, "pruning_ratio": DEFAULT_RATIO}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        given = {key: getattr(self, key) for key in ("pruning_ratio", *TARGETS) if getattr(self, key) is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{key} {value}" for key, value in given.items())
+            raise ValueError(f"{listed} ask for different things; give one of them (null takes back the other)")
+        if self.isomorphic and not self.global_pruning:
+            raise ValueError("isomorphic: true ranks like groups together and needs global_pruning: true; set it too")
+        return self
+
+    @property
+    def target(self) -> dict[str, float]:
+        """The target by its key, if there is one."""
+        return {key: getattr(self, key) for key in TARGETS if getattr(self, key) is not None}
+
+    def with_wishes_of(self, criterion: Any) -> Self:
+        """With the criterion's ``round_to`` and ``halves`` where there are none; raises BadInput for wrong ones."""
+        wishes = {key: getattr(criterion, key, None) for key in ("round_to", "halves") if getattr(self, key) is None}
+        return self.make(self.model_dump() | wishes, type(criterion).__name__)
+
+
+def check_ratio(ratio: float, key: str) -> None:
+    """Raises BadInput for a ratio of a schedule that is outside [0, 1)."""
+    if not 0 <= ratio < 1:
+        raise BadInput.of(key, ratio, "is outside [0, 1); 0.3 removes 30 % of the channels")

@@ -1,0 +1,68 @@
+"""Values that people set: frozen, checked when made; a mistake is one line with the key, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from diffprune_plugin.errors import BadInput, nearest
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch takes
+LOW, HIGH = {"minimum": "[", "exclusiveMinimum": "("}, {"maximum": "]", "exclusiveMaximum": ")"}
+OUTSIDE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+
+
+class Checked(BaseModel):
+    """A frozen set of values; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+        """The values of a mapping; raises BadInput with the place, the value and the remedy for what is wrong."""
+        for key in values:
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise BadInput(f"{where}: unknown key {key!r}{nearest(str(key), cls.model_fields)}; known: {known}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise BadInput(f"{where}: {'; '.join(explain(item, cls) for item in error.errors())}") from None
+
+
+def explain(error: Any, kind: type[BaseModel]) -> str:
+    """One pydantic error as key, value and what is expected."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{key} is missing; add '{key}: ...'" + (" or give --model" if key == "model" else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(message)
+    stated = facts(kind.model_json_schema()["properties"][error["loc"][0]])
+    if error["type"] in OUTSIDE:
+        return f"{key}: {error['input']} is outside {interval(stated)}"
+    if error["type"] == "literal_error" and "enum" in stated:
+        return f"{key}: {error['input']!r} is none of {', '.join(stated['enum'])}"
+    return f"{key}: {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def facts(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What a field's JSON schema says of one value, be that all of it, an alternative to null or inside a mapping."""
+    return {key: value for part in parts(schema) for key, value in part.items()}
+
+
+def parts(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """A schema and all that are nested in it."""
+    if isinstance(schema, Mapping):
+        yield schema
+    for inner in schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ():
+        yield from parts(inner)
+
+
+def interval(stated: Mapping[str, Any]) -> str:
+    """The range of a number, as in [0, 1), by the words of JSON schema."""
+    low, high = (next(key for key in ends if key in stated) for ends in (LOW, HIGH))
+    return f"{LOW[low]}{stated[low]}, {stated[high]}{HIGH[high]}"
