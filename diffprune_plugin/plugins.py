@@ -20,6 +20,8 @@ from diffprune_plugin.criteria import timestep_weights as built_in_weights
 from diffprune_plugin.errors import BadInput, DiffPruneError, first_line, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
+DENOISERS = ("transformer", "unet", "prior")  # where pipelines of diffusers keep what denoises
+
 
 @dataclass(frozen=True)
 class Plugin:
@@ -204,9 +206,12 @@ def adapter_for(unet_class: type, plugins: Plugins | None = None) -> ModelAdapte
             return adapter
         if class_name in built_in_adapters.REFUSED:
             raise BadInput(f"{class_name} cannot be pruned: {built_in_adapters.REFUSED[class_name]}")
-    raise BadInput(
-        f"no adapter for {unet_class.__name__}; have {', '.join(sorted(known))}; see docs/extending.md, 'A new model'"
-    )
+    raise BadInput(no_adapter(unet_class.__name__, known))
+
+
+def no_adapter(class_name: str, known: Iterable[str]) -> str:
+    """That no adapter describes a class, and which classes have one."""
+    return f"no adapter for {class_name}; have {', '.join(sorted(known))}; see docs/extending.md, 'A new model'"
 
 
 def components(plugins: Plugins | None = None) -> tuple[str, ...]:
@@ -222,10 +227,18 @@ def denoiser_of(pipeline: Any) -> tuple[str, Any]:
     for name in names:
         if isinstance(model := getattr(pipeline, name, None), nn.Module):
             return name, model
-    kind, have = type(pipeline).__name__, ", ".join(getattr(pipeline, "components", ()))
+    kind, parts = type(pipeline).__name__, getattr(pipeline, "components", {})
     where = getattr(pipeline, "name_or_path", "") or kind
-    called = " or ".join("UNet" if name == "unet" else name for name in names)
-    raise BadInput(f"{where}: {kind} has no {called} (it has {have})")
+    raise no_denoiser(where, kind, {name: type(part).__name__ for name, part in parts.items()})
+
+
+def no_denoiser(where: Any, kind: str, parts: Mapping[str, str]) -> BadInput:
+    """The error for a pipeline that holds no model which an adapter describes; ``parts``: its classes by component."""
+    called = " or ".join("UNet" if name == "unet" else name for name in components())
+    denoiser = next((name for name in DENOISERS if name in parts), None)
+    known = adapters(plugin_manager())
+    why = f"; its {denoiser}: {no_adapter(parts[denoiser], known)}" if denoiser and parts[denoiser] not in known else ""
+    return BadInput(f"{where}: {kind} has no {called} (it has {', '.join(parts)}){why}")
 
 
 def class_names(cls: type) -> Iterable[str]:

@@ -31,7 +31,8 @@ def prediction_type(scheduler: Any) -> str:
     """What is predicted; raises BadInput for what is unknown."""
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
-        raise BadInput(f"scheduler: prediction_type {kind!r} is none of {', '.join(PREDICTION_TYPES)}")
+        flow = "; flow matching is not supported yet" if kind == "flow_prediction" else ""
+        raise BadInput(f"scheduler: prediction_type {kind!r} is none of {', '.join(PREDICTION_TYPES)}{flow}")
     return str(kind)
 
 
@@ -43,6 +44,7 @@ def training_scheduler(scheduler: Any) -> Any:
     Raises BadInput for a scheduler without alphas (variance exploding, flow matching), with other alphas than those of
     its betas, or of an unknown prediction_type.
     """
+    check_no_flow(scheduler)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BadInput(
             f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; save the pipeline with a DDPM or DDIM"
@@ -57,6 +59,14 @@ def training_scheduler(scheduler: Any) -> Any:
             "pipeline with the DDPM or DDIM that the model was trained with"
         )
     return same
+
+
+def check_no_flow(scheduler: Any) -> None:
+    """Raises BadInput for a scheduler that is, or is set, for flow matching."""
+    name = type(scheduler).__name__
+    signs = {"no alphas_cumprod": "Flow" in name, "use_flow_sigmas": scheduler.config.get("use_flow_sigmas")}
+    for sign in (sign for sign, there in signs.items() if there):
+        raise BadInput(f"scheduler: {name} has {sign}: it is for flow matching, which is not supported yet")
 
 
 def same_noise(first: Any, second: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from diffprune_plugin.diffusion.schedulers import config_of
+from diffprune_plugin.diffusion.schedulers import check_no_flow, config_of
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
@@ -87,8 +87,9 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
 
     ``sigmas``: whether the pipeline works with samplers that scale its noise (see `scales_noise`).
 
-    Raises BadInput for an unknown scheduler, or one that cannot be set so or does not fit the pipeline.
+    Raises BadInput for an unknown scheduler, one that cannot be set so or does not fit the pipeline, and flow matching.
     """
+    check_no_flow(own)
     total = own.config.num_train_timesteps
     if skip not in SKIPS:
         raise BadInput(f"--skip {skip!r}{nearest(skip, SKIPS)}; known: {', '.join(SKIPS)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
-from diffprune_plugin.plugins import components
+from diffprune_plugin.plugins import adapters, components, no_adapter, no_denoiser, plugin_manager
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "diffprune.yaml"
@@ -32,19 +32,32 @@ def model_folder(directory: Path) -> Path:
 
 
 def component_in(directory: Path) -> str:
-    """The component of a pipeline directory that denoises; the first there could be if it has none."""
-    names = components()
-    return next((name for name in names if (directory / name).is_dir()), names[0])
+    """The component of a pipeline directory that denoises; raises BadInput, saying what is there, for none known."""
+    index, names = read_json(directory / "model_index.json"), components()
+    parts = {name: str(part[-1]) for name, part in index.items() if isinstance(part, list) and part and part[-1]}
+    found = next((name for name in names if name in parts or (directory / name).is_dir()), None)
+    if found is None:
+        raise no_denoiser(directory, str(index.get("_class_name")), parts)
+    return found
 
 
 def read_plan(directory: Path) -> PruningPlan:
     """The plan of a pruned pipeline or UNet directory; raises BadInput if it has none."""
     folder = model_folder(directory)
     if not (folder / PLAN_FILE).exists():
+        check_described(folder)
         raise BadInput(
             f"{directory}: not pruned (no {PLAN_FILE}); prune it with: diffprune prune CONFIG --model {directory}"
         )
     return PruningPlan.read(folder / PLAN_FILE)
+
+
+def check_described(folder: Path) -> None:
+    """Raises BadInput, saying what it is, for a model whose class, in its config, no adapter describes."""
+    name = str(read_json(folder / "config.json").get("_class_name", "a model of no named class"))
+    known = adapters(plugin_manager())
+    if name.removeprefix("Pruned") not in known:
+        raise BadInput(f"{folder}: {no_adapter(name, known)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
