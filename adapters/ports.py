@@ -96,6 +96,11 @@ def two_pixels_at_the_bottom(config: Config) -> tuple[int, int]:
     return side, side
 
 
+def any_timestep(_: Config) -> range:
+    """Of a model that computes its time embedding, which has no end: those that schedulers have."""
+    return range(1000)
+
+
 def is_set(key: str) -> Callable[[Config], bool]:
     """For ``when``: the config has a value for the key."""
     return lambda config: bool(config.get(key))

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffprune_plugin.adapters.ports import Config, Port, config_of, configured_size, sized, two_pixels_at_the_bottom
+from diffprune_plugin.adapters.ports import (
+    Config,
+    Port,
+    any_timestep,
+    config_of,
+    configured_size,
+    sized,
+    two_pixels_at_the_bottom,
+)
 from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput
 
@@ -78,7 +86,7 @@ class ModelAdapter:
 
     component: the attribute of a pipeline that holds the model. sample, timestep: names of the inputs that hold the
         noisy sample (batch, channels, ...) and its timesteps (batch,).
-    size, smallest: of a config, the (height, width) of a sample, and the smallest that passes through every layer.
+    size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; timesteps: taken.
     objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`. module: where the class is imported from.
     """
 
@@ -98,6 +106,7 @@ class ModelAdapter:
     timestep: str = "timestep"
     size: Callable[[Config], tuple[int, int]] = configured_size
     smallest: Callable[[Config], tuple[int, int]] = two_pixels_at_the_bottom
+    timesteps: Callable[[Config], range] = any_timestep
     objective: str = "noise_prediction"
 
     def ports(self, model: nn.Module) -> tuple[Port, ...]:
@@ -145,7 +154,7 @@ class ModelAdapter:
         import torch
 
         generator, config = torch.Generator().manual_seed(seed), config_of(model)
-        height, width = size or self.size(config)
+        steps, (height, width) = self.timesteps(config), size or self.size(config)
         parameter = next(model.parameters())
         sizes = {"batch": batch, "height": height, "width": width, **dict(self.words), **(words or {})}
         inputs = {}
@@ -154,7 +163,7 @@ class ModelAdapter:
             if port.integers_below:
                 tensor = torch.randint(0, port.classes(config), shape, generator=generator, dtype=port.torch_dtype)
             elif port.torch_dtype is torch.int64:
-                tensor = torch.arange(1, batch + 1)
+                tensor = torch.tensor([steps[(i + 1) % len(steps)] for i in range(batch)])
             else:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
             inputs[port.name] = tensor.to(parameter.device)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from diffprune_plugin.adapters.ports import Port, is_set
+from diffprune_plugin.adapters.ports import Config, Port, any_timestep, is_set
 from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
+
+
+def timesteps(config: Config) -> range:
+    """Those that a learned time embedding has a row for."""
+    learned = config.get("time_embedding_type") == "learned"
+    return range(config["num_train_timesteps"]) if learned else any_timestep(config)
+
 
 UNET_2D = ModelAdapter(
     model_class="UNet2DModel",
@@ -18,6 +25,7 @@ UNET_2D = ModelAdapter(
             integers_below=("num_class_embeds",),
         ),
     ),
+    timesteps=timesteps,
     known=(Known("class_embed_type", (None,)),),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=("conv_out",),

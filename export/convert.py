@@ -1,4 +1,4 @@
-"""From a diffusers UNet to an ONNX file that says where it came from."""
+"""From a denoiser to an ONNX file that says where it came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, first_line, nearest
 from diffprune_plugin.export.integrity import PREFIX, Files, check_output, new_model, read_manifest
-from diffprune_plugin.graph.costs import total_macs
+from diffprune_plugin.graph.costs import meta_copy, total_macs
 from diffprune_plugin.planning.plan import architecture_hash
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.loading import load
@@ -30,6 +30,7 @@ from diffprune_plugin.utils.optional import need
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 OPSETS = range(18, 25)  # what torch's exporter writes; past 20 GroupNormalization has no kernel and is slower
+IMAGE = ("height", "width")  # axes that a model halves on its way down
 INLINE_LIMIT = 1_500_000_000  # bytes of weights; a protobuf ends at 2 GiB
 PACKAGES = ("diffprune-plugin", "torch", "diffusers", "onnx", "onnxscript")
 
@@ -46,7 +47,7 @@ class ExportReport:
 
 
 class Flat(nn.Module):
-    """A UNet with its inputs in a row and one tensor out: what the graph's names and order come from."""
+    """A model with its inputs in a row and one tensor out: what the graph's names and order come from."""
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ def to_onnx(
     external_data: bool | None = None,
     adapter: ModelAdapter | None = None,
 ) -> ExportReport:
-    """Write a UNet, dense or pruned, live or from a pipeline or UNet directory, as an ONNX file with its manifest.
+    """Write a model, dense or pruned, live or from a pipeline or model directory, as an ONNX file with its manifest.
 
     ``dynamic`` names the axes left open; the others have the config's size. ``external_data``: weights in one file of
     their own (None: where they would not fit a protobuf). The same input gives the same bytes.
@@ -84,14 +85,15 @@ def to_onnx(
     live = model_in(model, dtype)
     adapter = adapter or find_adapter(live)
     check_dynamic(live, adapter, dynamic)
-    program = traced(live, adapter, opset, tuple(dynamic))
-    options = {"opset": str(opset), "dtype": dtype, "dynamic": ",".join(dynamic)}
+    multiples = allowed_multiples(live, adapter, dynamic)
+    program = traced(live, adapter, opset, tuple(dynamic), irregular_size(live, adapter, multiples))
+    options = {"opset": str(opset), "dtype": dtype, "dynamic": ",".join(dynamic), "multiples": multiples}
     facts = provenance(live, adapter, options)
     strip_(program.model)
     program.model.producer_name, program.model.producer_version = "diffprune", facts["versions"]["diffprune-plugin"]
     written = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in facts.items()}
     program.model.metadata_props.update({PREFIX + key: written[key] for key in sorted(written)})
-    with new_model(path) as temporary:
+    with new_model(path, overwrite, {"multiples": multiples} if multiples else {}) as temporary:
         save(program.model, temporary, live, external_data, written)
     nodes = sum(1 for _ in program.model.graph.all_nodes())
     return ExportReport(path, read_manifest(path)["files"], nodes, time.perf_counter() - start, written)
@@ -105,7 +107,7 @@ def check_options(opset: int, dtype: str) -> None:
 
 
 def model_in(model: Any, dtype: str = "fp32") -> nn.Module:
-    """The UNet of a directory, a pipeline or a module, in eval mode and this dtype; a live one is not changed."""
+    """The model of a directory, a pipeline or a module, in eval mode and this dtype; a live one is not changed."""
     if isinstance(model, (str, Path)):
         loaded: nn.Module = load(model, torch_dtype=DTYPES[dtype])
         return loaded
@@ -117,7 +119,7 @@ def model_in(model: Any, dtype: str = "fp32") -> nn.Module:
 
 
 def dense_twin(model: Any) -> nn.Module | None:
-    """The architecture that a pruned UNet came from, with random weights; None for one that is not pruned."""
+    """The architecture that a pruned model came from, with random weights; None for one that is not pruned."""
     plan = getattr(model, "pruning_plan", None)
     if plan is None:
         return None
@@ -135,16 +137,52 @@ def check_dynamic(model: nn.Module, adapter: ModelAdapter, dynamic: Sequence[str
     )
     for word in dynamic:
         if word not in known:
-            raise BadInput(f"--dynamic {word!r}{nearest(word, known)}: this UNet's axes are {', '.join(known)}")
+            raise BadInput(f"--dynamic {word!r}{nearest(word, known)}: this model's axes are {', '.join(known)}")
 
 
-def traced(model: nn.Module, adapter: ModelAdapter, opset: int, dynamic: tuple[str, ...]) -> Any:
-    """The UNet as an ONNX program.
+def allowed_multiples(model: nn.Module, adapter: ModelAdapter, dynamic: Sequence[str]) -> dict[str, int]:
+    """For each dynamic image axis the number that its size has to be a multiple of, as PyTorch tells (meta device)."""
+    bare, sides = meta_copy(model), dict(zip(IMAGE, adapter.trace_size(model), strict=True))
+
+    def computes(changed: dict[str, int]) -> bool:
+        size = changed["height"], changed["width"]
+        try:
+            with torch.no_grad():
+                return adapter.denoise(bare, adapter.flat_inputs(bare, size=size)).shape[-2:] == size
+        except (RuntimeError, ValueError, AssertionError):  # of two branches that do not fit each other
+            return False
+
+    def smallest(axis: str) -> int:
+        side = sides[axis]
+        steps = (2**k for k in range(side.bit_length()))
+        return next((step for step in steps if step < side and computes({**sides, axis: side + step})), side)
+
+    return {axis: smallest(axis) for axis in IMAGE if axis in dynamic}
+
+
+def irregular_size(model: nn.Module, adapter: ModelAdapter, multiples: Mapping[str, int]) -> tuple[int, int]:
+    """The config's (height, width), where an axis is dynamic an odd multiple of what it has to be a multiple of.
+
+    From an even one the exporter writes a file that says dynamic and fails at odd ones: models may take a way of their
+    own for sizes that they cannot halve often enough.
+    """
+    sizes = dict(zip(IMAGE, adapter.size(config_of(model)), strict=True))
+    height, width = (sizes | {axis: odd_multiple(sizes[axis], step) for axis, step in multiples.items()}).values()
+    return height, width
+
+
+def odd_multiple(size: int, step: int) -> int:
+    """The size as an odd multiple of a step, at most one step larger."""
+    return (size // step | 1) * step
+
+
+def traced(model: nn.Module, adapter: ModelAdapter, opset: int, dynamic: tuple[str, ...], size: tuple[int, int]) -> Any:
+    """The model as an ONNX program, from an example of this (height, width).
 
     The example batch is 2: with 1 the exporter writes a file that says dynamic and works at batch 1 only.
     """
     ports = adapter.ports(model)
-    inputs = adapter.flat_inputs(model, batch=2 if "batch" in dynamic else 1)
+    inputs = adapter.flat_inputs(model, batch=2 if "batch" in dynamic else 1, size=size)
     config = config_of(model)
     shapes = tuple({i: word for i, word in port.words(config).items() if word in dynamic} for port in ports)
     with quiet():
@@ -168,26 +206,30 @@ def traced(model: nn.Module, adapter: ModelAdapter, opset: int, dynamic: tuple[s
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's advice to its own developers off the user's screen."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.utils._sympy.interp")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def provenance(model: Any, adapter: ModelAdapter, options: dict[str, str]) -> dict[str, Any]:
+def provenance(model: Any, adapter: ModelAdapter, options: dict[str, Any]) -> dict[str, Any]:
     """Everything that the file says about where it came from; MACs for one sample of the config's size."""
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    steps = adapter.timesteps(config_of(model))
     facts: dict[str, Any] = {
         "format": "1",
         "model_class": adapter.model_class,
         "config": json.loads(json.dumps(config, default=list)),
         "source_config_sha256": architecture_hash(model),
         "axes": default_axes(model, adapter),
+        "timesteps": [steps[0], steps[-1]],
         "inputs": {"sample": adapter.sample, "timestep": adapter.timestep},
         "params": str(sum(p.numel() for p in model.parameters())),
         "macs": str(total_macs(model, adapter)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.export.integrity import parse, read_provenance
+from diffprune_plugin.export.integrity import parse, read_fact, read_provenance
 from diffprune_plugin.utils.optional import need
 
-INPUTS = {"sample": "sample", "timestep": "timestep"}  # of files that do not say what theirs are called
+# Of files that do not say what theirs are.
+INPUTS = {"sample": "sample", "timestep": "timestep"}
+TIMESTEPS = [0, 999]
 Feeds = dict[str, npt.NDArray[Any]]
 
 
@@ -28,8 +29,27 @@ def input_shapes(path: Path) -> dict[str, list[str | int]]:
 
 def input_names(facts: Mapping[str, str]) -> dict[str, str]:
     """What the inputs ``sample`` and ``timestep`` are called in a file with this provenance."""
-    names: dict[str, str] = json.loads(facts["inputs"]) if "inputs" in facts else INPUTS
-    return names
+    return INPUTS | read_fact(facts, "inputs")
+
+
+def timesteps(facts: Mapping[str, str]) -> range:
+    """Those that the model of a file with this provenance takes."""
+    first, last = read_fact(facts, "timesteps") or TIMESTEPS
+    return range(first, last + 1)
+
+
+def multiples(facts: Mapping[str, str]) -> dict[str, int]:
+    """The number that the size of a dynamic axis has to be a multiple of, by its word; 1 for those not listed."""
+    found: dict[str, int] = read_fact(facts, "multiples")
+    return found
+
+
+def check_multiple(path: Path, word: str, size: int, step: int) -> None:
+    """Raises BadInput, naming sizes near by, for a size of a dynamic axis that the file does not compute."""
+    if size % step:
+        below = [size // step * step] if size > step else []
+        near = " and ".join(map(str, [*below, -(-size // step) * step]))
+        raise BadInput(f"{path}: {word} {size}: it computes multiples of {step}, next {near}; pad or resize the sample")
 
 
 def input_types(path: Path) -> dict[str, np.dtype[Any]]:
@@ -43,7 +63,8 @@ def fixed_dims(path: str | Path, **asked: int) -> dict[str, int]:
     Raises BadInput for a size below 1 or one that the file has fixed to another.
     """
     path = Path(path)
-    defaults: dict[str, int] = json.loads(read_provenance(path)["axes"])
+    facts = read_provenance(path)
+    defaults: dict[str, int] = read_fact(facts, "axes")
     words = {axis for shape in input_shapes(path).values() for axis in shape if isinstance(axis, str)}
     for word, size in asked.items():
         if word not in defaults:
@@ -52,12 +73,14 @@ def fixed_dims(path: str | Path, **asked: int) -> dict[str, int]:
             raise BadInput(f"{word} {size}: at least 1 is needed")
         if word not in words and size != defaults[word]:
             raise BadInput(f"{path}: {word} is fixed to {defaults[word]}, not {size}; export with --dynamic {word}")
+        check_multiple(path, word, size, multiples(facts).get(word, 1))
     return {word: asked.get(word, defaults[word]) for word in defaults if word in words}
 
 
 def example_feeds(path: str | Path, dims: Mapping[str, int]) -> Feeds:
     """Seeded inputs: normal noise, the middle timestep, index 0 of what is an index."""
-    generator, timestep = np.random.default_rng(0), input_names(read_provenance(Path(path)))["timestep"]
+    generator, facts = np.random.default_rng(0), read_provenance(Path(path))
+    timestep, steps = input_names(facts)["timestep"], timesteps(facts)
     feeds: Feeds = {}
     types = input_types(Path(path))
     for name, axes in input_shapes(Path(path)).items():
@@ -65,5 +88,5 @@ def example_feeds(path: str | Path, dims: Mapping[str, int]) -> Feeds:
         if types[name].kind == "f":
             feeds[name] = generator.standard_normal(shape).astype(types[name])
         else:
-            feeds[name] = np.full(shape, 500 if name == timestep else 0, types[name])
+            feeds[name] = np.full(shape, steps[len(steps) // 2] if name == timestep else 0, types[name])
     return feeds

@@ -8,18 +8,22 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.utils.files import check_place, disk_errors, sync, write_text
+from diffprune_plugin.utils.files import alone_in, check_place, disk_errors, sync, write_text
 from diffprune_plugin.utils.optional import need
 
 PREFIX = "diffprune."
 MANIFEST = ".manifest.json"
+VERDICT = ".verdict.json"
 REJECTED = ".rejected"
 Files = dict[str, dict[str, Any]]
+# What must be in an ONNX file of ours, and the kinds of those values that are JSON.
+REQUIRED = ("axes", "config", "dtype", "macs", "opset")
+KINDS = {"axes": dict, "config": dict, "inputs": dict, "multiples": dict, "timesteps": list}
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
@@ -39,24 +43,29 @@ def manifest_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_model(path: Path) -> Iterator[Path]:
+def new_model(path: Path, overwrite: bool = False, notes: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """Where to write an ONNX file, its data beside it; both take their places with their manifest at the end.
 
-    Killed at any moment it leaves nothing at ``path``, or the old file with all that belongs to it.
+    Killed at any moment it leaves nothing at ``path``, or the old file with all that belongs to it. ``notes`` go into
+    the manifest. Raises BadInput if by then another export has written there, unless ``overwrite``.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield scratch / path.name
-            put_in_place(scratch, path)
+            with alone_in(path.parent):
+                check_output(path, overwrite)
+                put_in_place(scratch, path, notes or {})
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def put_in_place(scratch: Path, path: Path) -> None:
+def put_in_place(scratch: Path, path: Path, notes: Mapping[str, Any]) -> None:
     """Move the written files beside ``path``, the model last; until then the manifest vouches for the old ones too."""
+    path.with_name(path.name + VERDICT).unlink(missing_ok=True)  # of the old file: nothing is proved of the new one
     files = {file.name: fingerprint(file) for file in sorted(scratch.iterdir())}
+    files[path.name] |= notes
     old, known = old_files(path)
     for name in known - old.keys() - files.keys():  # of an overwrite that was interrupted
         path.with_name(name).unlink(missing_ok=True)
@@ -103,12 +112,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = manifest_path(path)
     try:
         content = json.loads(manifest.read_text())
-        names = [*content["files"], *content.get("previous", {})]
-        entries = [*content["files"].values(), *content.get("previous", {}).values()]
-        sound = all(is_plain(n) for n in names) and all({"bytes", "sha256"} <= set(e) for e in entries)
+        entries = [*content["files"].items(), *content.get("previous", {}).items()]
+        sound = all(is_plain(name) and is_fingerprint(entry) for name, entry in entries)
     except FileNotFoundError:
         raise BadInput(f"{path}: its manifest {manifest.name} is missing; restore it or export again") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise BadInput(f"{manifest}: not a manifest; restore it or export again")
@@ -118,6 +126,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def is_plain(location: str) -> bool:
     """Whether a location is a bare file name: not absolute, on any system, and without a way upwards."""
     return location not in ("", "..") and PurePosixPath(location).name == PureWindowsPath(location).name == location
+
+
+def is_fingerprint(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 
 
 def check_files(path: str | Path) -> dict[str, str]:
@@ -187,7 +199,20 @@ def read_provenance(path: str | Path) -> dict[str, str]:
     ours = {key.removeprefix(PREFIX): value for key, value in properties.items() if key.startswith(PREFIX)}
     if not ours:
         raise BadInput(f"{path}: not written by diffprune-export (no {PREFIX}* metadata); export the model with it")
+    for key in dict.fromkeys((*REQUIRED, *KINDS)):
+        if (key in REQUIRED and key not in ours) or not isinstance(read_fact(ours, key), KINDS.get(key, object)):
+            raise BadInput(f"{path}: its {PREFIX}{key} is missing or damaged; export again")
     return ours
+
+
+def read_fact(facts: Mapping[str, str], key: str) -> Any:
+    """A value of the provenance: as JSON where it is that, an empty one for a key that older files lack."""
+    kind = KINDS.get(key)
+    if kind is None or key not in facts:
+        return facts.get(key, kind and kind())
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(facts[key])
+    return None
 
 
 def external_tensors(onnx: Any, model: Any) -> Iterator[Any]:
@@ -204,9 +229,14 @@ def check_tensor(onnx: Any, path: Path, tensor: Any) -> None:
     content, file = read_manifest(path), path.with_name(location)
     if location not in content["files"] | content.get("previous", {}) or not file.is_file():
         raise BadInput(f"{path}: {tensor.name} points to {location!r}, which the manifest does not list; export again")
-    offset, size = int(entry.get("offset", 0)), file.stat().st_size
-    expected = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    length = int(entry.get("length", size - offset))
+    size = file.stat().st_size
+    try:
+        offset = int(entry.get("offset", 0))
+        length = int(entry.get("length", size - offset))
+        expected = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (ValueError, KeyError):
+        told = ", ".join(f"{key} {value!r}" for key, value in entry.items())
+        raise BadInput(f"{path}: {tensor.name} cannot be read: type {tensor.data_type}, {told}; export again") from None
     if length != expected or offset < 0 or offset + length > size:
         raise BadInput(
             f"{path}: {tensor.name} wants {expected} bytes, its entry says {length} at {offset} of {size} in "

@@ -1,9 +1,9 @@
-"""An ONNX file in the place of a UNet."""
+"""An ONNX file in the place of a denoiser."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.export.convert import DTYPES
-from diffprune_plugin.export.feeds import input_names, input_types
+from diffprune_plugin.export.feeds import check_multiple, input_names, input_shapes, input_types, multiples
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.providers import PROVIDERS, open_session
 from diffprune_plugin.utils.memory import out_of_memory
@@ -45,7 +45,8 @@ class OrtDenoiser:
 class ORTUNet(nn.Module):
     """An ONNX file of ours as the ``model`` of a diffusers pipeline: ``DDIMPipeline(model=ORTUNet(path), ...)``.
 
-    Raises BadInput for a damaged file, a device or dtype other than the session's, or an argument that the graph lacks.
+    Raises BadInput for a damaged file, a device or dtype other than the session's, an argument that the graph lacks,
+    or a size that it does not compute.
     """
 
     def __init__(self, path: str | Path, *, provider: str = "cpu", threads: int = 1) -> None:
@@ -56,7 +57,7 @@ class ORTUNet(nn.Module):
         self.config = FrozenDict(json.loads(facts["config"]))
         self.dtype = DTYPES[facts["dtype"]]
         self.device = torch.device("cpu")
-        self.names = input_names(facts)
+        self.facts, self.names, self.shapes = facts, input_names(facts), input_shapes(self.path)
         self.denoiser = OrtDenoiser(self.path, provider, threads)
         # Stable Diffusion XL reads this width from the module instead of the config.
         width = self.config.get("projection_class_embeddings_input_dim")
@@ -73,6 +74,9 @@ class ORTUNet(nn.Module):
                 f"{self.path}: the graph takes {', '.join(names)}; "
                 + "; ".join([*(f"it has no {name}" for name in unknown), *(f"{name} is missing" for name in missing)])
             )
+        for word, step in multiples(self.facts).items():
+            for size in sizes_of(word, self.shapes, given):
+                check_multiple(self.path, word, size, step)
         sample, timestep = given[self.names["sample"]], given[self.names["timestep"]]
         rows = torch.as_tensor(timestep).reshape(-1).expand(sample.shape[0])
         if rows.is_floating_point() and bool((rows != rows.round()).any()):
@@ -92,6 +96,11 @@ class ORTUNet(nn.Module):
                 "or export with another --dtype, instead of .to()"
             )
         return self
+
+
+def sizes_of(word: str, shapes: Mapping[str, list[str | int]], given: Mapping[str, torch.Tensor]) -> Iterator[int]:
+    """The sizes that the inputs have on a dynamic axis."""
+    return (given[name].shape[axes.index(word)] for name, axes in shapes.items() if word in axes)
 
 
 def flattened(named: Mapping[str, Any]) -> dict[str, Any]:

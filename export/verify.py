@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.export.convert import model_in
-from diffprune_plugin.export.feeds import input_shapes
+from diffprune_plugin.export.convert import IMAGE, model_in, odd_multiple
+from diffprune_plugin.export.feeds import input_shapes, multiples
 from diffprune_plugin.export.integrity import check_files, reject
 from diffprune_plugin.export.ort_unet import OrtDenoiser, RunFailed
 from diffprune_plugin.plugins import find_adapter
@@ -118,7 +118,7 @@ def verify_onnx(
     else:
         session = OrtDenoiser(path, provider, threads)
         with torch.no_grad():
-            for name, inputs in all_cases(subject, path, batches):
+            for name, inputs in all_cases(subject, path, batches, multiples(facts)):
                 result.cases.append(compared(name, session, subject, inputs, result.tolerance))
             try:
                 result.cases += dependence(session, subject, result.tolerance)
@@ -128,7 +128,7 @@ def verify_onnx(
                 result.cases.append(failed(f"batch 1 again: {error}"))
         del session
     if not result.passed:
-        result.rejected = [str(renamed) for renamed in reject(path)]
+        result.rejected = [renamed.name for renamed in reject(path)]
     return result
 
 
@@ -143,6 +143,11 @@ class Subject:
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
         return self.adapter.flat_inputs(self.model, batch=batch, size=self.size, seed=seed)
 
+    def taken(self, timestep: int) -> int:
+        """The timestep, or the nearest that the model takes."""
+        steps = self.adapter.timesteps(config_of(self.model))
+        return max(steps[0], min(timestep, steps[-1]))
+
     def denoise(self, inputs: Inputs) -> torch.Tensor:
         return self.adapter.denoise(self.model, inputs)
 
@@ -152,34 +157,35 @@ class Subject:
         return ((p.name, i, word) for p in self.adapter.ports(self.model) for i, word in p.words(config).items())
 
 
-def all_cases(subject: Subject, path: Path, batches: Sequence[int]) -> Iterator[tuple[str, Inputs]]:
-    """Every batch with every timestep, as many in one run as fit; then every other dynamic axis at two other sizes."""
+def all_cases(
+    subject: Subject, path: Path, batches: Sequence[int], steps: Mapping[str, int]
+) -> Iterator[tuple[str, Inputs]]:
+    """Every batch with every timestep, as many in one run as fit; then every other dynamic axis at other sizes.
+
+    ``steps``: what the file says that their sizes have to be multiples of.
+    """
     dynamic = {axis for shape in input_shapes(path).values() for axis in shape if isinstance(axis, str)}
-    name, top = subject.adapter.timestep, max_timestep(subject.model)
+    name = subject.adapter.timestep
     for batch in batches if "batch" in dynamic else (1,):
         for start in range(0, len(TIMESTEPS), batch):
             inputs = subject.example(batch, seed=start)
-            rows = [min(TIMESTEPS[(start + row) % len(TIMESTEPS)], top) for row in range(batch)]
+            rows = [subject.taken(TIMESTEPS[(start + row) % len(TIMESTEPS)]) for row in range(batch)]
             inputs[name] = torch.tensor(rows, device=inputs[name].device)
             yield f"batch {batch}, timestep {', '.join(map(str, rows))}", inputs
     for word in sorted(dynamic - {"batch"}):
-        for size in other_sizes(subject, word):
+        for size in other_sizes(subject, word, steps.get(word)):
             yield f"{word} {size}", resized(subject, word, size)
 
 
-def max_timestep(model: nn.Module) -> int:
-    """The last timestep that the model takes: it may look them up in a table."""
-    tables = [m.num_embeddings for n, m in model.named_modules() if n == "time_proj" and isinstance(m, nn.Embedding)]
-    return min([TIMESTEPS[-1], *(rows - 1 for rows in tables)])
-
-
-def other_sizes(subject: Subject, word: str) -> list[int]:
-    """Two other sizes for an axis, one larger, one smaller where there is room; images in steps of the whole depth."""
+def other_sizes(subject: Subject, word: str, multiple: int | None) -> list[int]:
+    """Other sizes for an axis, one larger, one smaller where there is room; images in steps of the whole depth, and
+    one that is as odd as the file allows."""
     example = subject.example()
     now = next(example[name].shape[i] for name, i, axis in subject.axes() if axis == word)
-    steps = dict(zip(("height", "width"), subject.adapter.trace_size(subject.model), strict=True))
-    step = steps.get(word, 1)
-    return [now + step, now // 2 // step * step or now + 2 * step]
+    depths = dict(zip(IMAGE, subject.adapter.trace_size(subject.model), strict=True))
+    step = depths.get(word, 1)
+    sizes = [now + step, now // 2 // step * step or now + 2 * step]
+    return sizes + ([odd_multiple(now + step, multiple)] if multiple and multiple < step else [])
 
 
 def resized(subject: Subject, word: str, size: int) -> Inputs:
@@ -220,7 +226,7 @@ def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> 
     """Whether the file's output changes with each input that PyTorch's output changes with."""
     inputs, others = subject.example(), subject.example(seed=1)
     name = subject.adapter.timestep
-    others[name] = torch.full_like(inputs[name], max_timestep(subject.model))
+    others[name] = torch.full_like(inputs[name], subject.taken(TIMESTEPS[-1]))
     found, expected = session(inputs), subject.denoise(inputs)
     for name, tensor in others.items():
         if bool((tensor == inputs[name]).all()):
@@ -251,7 +257,7 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
 def sample(result: Verification, session: OrtDenoiser, subject: Subject, ddim: Any) -> None:
     """DDIM from the same noise: a case for each prediction on PyTorch's trajectory, and the error of a free run.
 
-    Where the UNet takes more channels than it gives (inpainting), those behind stay what they are.
+    Where the model takes more channels than it gives (inpainting), those behind stay what they are.
     """
     names, inputs = subject.adapter, subject.example()
     ours = theirs = inputs[subject.adapter.sample]

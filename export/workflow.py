@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from typing import Any
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
-from diffprune_plugin.export.feeds import example_feeds, fixed_dims
-from diffprune_plugin.export.integrity import check_output
+from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
+from diffprune_plugin.export.integrity import VERDICT, check_output
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.proofs import best_provider, device_proof, prove
 from diffprune_plugin.export.providers import PROVIDERS, check_distribution, check_dtype, known_provider
@@ -23,7 +24,6 @@ from diffprune_plugin.utils.files import check_place, write_text
 from diffprune_plugin.utils.memory import out_of_memory
 from diffprune_plugin.utils.optional import need
 
-VERDICT = ".verdict.json"
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
 
 
@@ -84,10 +84,12 @@ def run(
     Raises BadInput, CheckFailed or HardwareUnproved; a verdict with that failure is written before, if a file was.
     """
     check_before(model, output, options)
-    verdict = Verdict({"passed": False, "model": str(model), "file": str(output)})
+    verdict = Verdict({"passed": False, "model": told(model), "file": told(output)})
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with memory_errors():
+            if options.verdict:  # of an older file, which this one replaces at some moment
+                path.unlink(missing_ok=True)
             to_file(verdict, model, output, options, say)
             verdict.content["failure"] = "interrupted before all of it was proved"
             write_json(path, verdict.content)
@@ -98,12 +100,18 @@ def run(
         verdict.content["passed"] = True
         del verdict.content["failure"]
     except DiffPruneError as error:
-        verdict.content["failure"] = str(error)
+        paths = [path for path in (model, output, options.baseline) if path]
+        verdict.content["failure"] = functools.reduce(lambda text, p: text.replace(str(p), told(p)), paths, str(error))
         raise
     finally:
         if "export" in verdict.content:
             write_json(path, verdict.content)
     return verdict
+
+
+def told(path: Path) -> str:
+    """A path for an artifact that others read: where it lies on this machine is left out."""
+    return path.name if path.is_absolute() else str(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -148,9 +156,12 @@ def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: 
         dtype=options.dtype,
         overwrite=options.overwrite,
     )
-    verdict.content["export"] = asdict(report) | {"path": str(report.path)}
+    verdict.content["export"] = asdict(report) | {"path": told(report.path)}
     size = sum(file["bytes"] for file in report.files.values())
     say(f"exported {output}: {size / 1e6:.1f} MB, {report.nodes} nodes, {report.seconds:.0f} s")
+    for word, step in multiples(report.provenance).items():
+        if step > 1:
+            say(f"{word}: multiples of {step}, as in PyTorch")
 
 
 def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
@@ -233,7 +244,7 @@ def verify(
     content["verify"] = result.as_dict()
     if options.dtype not in PROVIDERS[provider].dtypes:
         content["verify"]["note"] = (
-            f"{provider} computes {options.dtype} models in fp32: graph and weights are checked, not {options.dtype} itself"
+            f"{provider} computes {options.dtype} models in fp32: graph and weights are checked, not the type itself"
         )
     if not result.passed:
         raise CheckFailed(f"{output} does not compute what {model} does: {summary(result)}; renamed *.rejected")

@@ -42,16 +42,19 @@ def show_plan(plan: PruningPlan, json: bool) -> None:
 
 
 def show_provenance(path: Path, json: bool) -> None:
-    """What was written into an exported file about the model that it was made from."""
-    from diffprune_plugin.export.integrity import read_provenance
+    """What was written into an exported file about where it comes from; raises BadInput if it is damaged."""
+    from diffprune_plugin.export.integrity import check_files, read_provenance
 
     provenance = read_provenance(path)
     if json:
         console.print_json(data=provenance)
-        return
-    widest = max(map(len, provenance), default=0)
-    for key, value in provenance.items():
-        say(f"{key:<{widest}}  {value}")
+    else:
+        widest = max(map(len, provenance), default=0)
+        for key, value in provenance.items():
+            say(f"{key:<{widest}}  {value}")
+    check_files(path)
+    if not json:
+        say(f"{path}: undamaged, its files have the manifest's SHA-256")
 
 
 def plugins(json: Json = False) -> None:

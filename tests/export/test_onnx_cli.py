@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from diffprune_plugin.cli import run_app
-from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.errors import BadInput, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export import check_files, cli, integrity, workflow
 
 
@@ -59,7 +59,7 @@ def exported(models, monkeypatch):
     def copy_instead(model: object, path: Path, **options: object) -> object:
         from diffprune_plugin.export.convert import ExportReport
 
-        with integrity.new_model(path) as temporary:
+        with integrity.new_model(path, options["overwrite"]) as temporary:
             shutil.copy(models.pruned_onnx, temporary)
         return ExportReport(path, integrity.read_manifest(path)["files"], 1, 0.0, {})
 
@@ -138,6 +138,19 @@ def test_while_nothing_is_proved_yet_the_verdict_says_so(exported, tmp_path, mon
     assert (seen[0]["passed"], seen[0]["failure"]) == (False, "interrupted before all of it was proved")
 
 
+def test_no_path_of_the_machine_is_left_in_the_verdict(models, exported, tmp_path):
+    """Of an export that passed, and of one whose error names its files."""
+    workflow.run(exported, tmp_path / "m.onnx", workflow.Options(latency=False, verify=False))
+    with pytest.raises(DiffPruneError, match=str(tmp_path)):
+        workflow.run(models.dense, tmp_path / "m.onnx", workflow.Options(latency=False, overwrite=True))
+    for path in tmp_path.glob("*.json*"):
+        text = path.read_text()
+        assert str(tmp_path) not in text
+        assert str(models.dense.parent) not in text
+    verdict = json.loads((tmp_path / "m.onnx.verdict.json").read_text())
+    assert verdict["failure"].startswith("m.onnx does not compute what dense does")
+
+
 def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsys):
     assert exit_code(tmp_path / "m.onnx", "--model", models.pruned, "--provider", "cuda") == 3
     assert "cuda is not proved: device:" in capsys.readouterr().err
@@ -200,6 +213,24 @@ def test_bench_times_two_files(models, tmp_path, capsys):
     assert not stop.value.code
     assert json.loads((tmp_path / "l.json").read_text())["provider"] == "cpu"
     assert (tmp_path / "l.png").stat().st_size > 1000
+
+
+def test_inspect_tells_a_damaged_file_from_a_whole_one(copy, capsys):
+    from diffprune_plugin.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(copy)])
+    assert not stop.value.code
+    assert "undamaged" in capsys.readouterr().out
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(copy), "--json"])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["model_class"] == "UNet2DModel"
+    assert "its SHA-256 is not the manifest's: changed since it was written" in printed.err
 
 
 def test_help_imports_neither_torch_nor_onnx_runtime():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import check_files, read_provenance
 from diffprune_plugin.export import integrity as files
+from diffprune_plugin.utils.files import alone_in
 
 
 def data_of(path: Path) -> Path:
@@ -78,7 +80,10 @@ def test_data_that_lies_elsewhere_is_refused(mixed_onnx, copied, location):
         check_files(path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("offset", "999999999"), ("length", "4"), ("location", "other.data")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("offset", "999999999"), ("offset", "far"), ("length", "4"), ("length", "1e9"), ("location", "other.data")],
+)
 def test_data_outside_its_file_or_of_another_size_is_refused(mixed_onnx, copied, key, value):
     path = copied(mixed_onnx)
     model = onnx.load(path, load_external_data=False)
@@ -86,7 +91,7 @@ def test_data_outside_its_file_or_of_another_size_is_refused(mixed_onnx, copied,
     next(item for item in tensor.external_data if item.key == key).value = value
     path.write_bytes(model.SerializeToString())
     files.write_manifest(path, files.read_manifest(path)["files"] | {path.name: files.fingerprint(path)})
-    with pytest.raises(BadInput, match=r"its entry says|does not list"):
+    with pytest.raises(BadInput, match=r"its entry says|does not list|cannot be read: type \d+, .*(far|1e9)"):
         check_files(path)
 
 
@@ -123,7 +128,7 @@ def test_an_overwrite_killed_at_any_step_leaves_the_old_file_or_the_new_one_whol
     die_after(moves, monkeypatch)
     new = old_with_note(old)
     try:
-        with files.new_model(copy) as temporary:
+        with files.new_model(copy, overwrite=True) as temporary:
             temporary.write_bytes(new)
     except Killed:
         assert moves < 3
@@ -137,7 +142,7 @@ def test_an_overwrite_killed_before_its_end_keeps_the_old_data_file(mixed_onnx, 
     path = copied(mixed_onnx)
     old = path.read_bytes()
     die_after(2, monkeypatch)
-    with contextlib.suppress(Killed), files.new_model(path) as temporary:
+    with contextlib.suppress(Killed), files.new_model(path, overwrite=True) as temporary:
         temporary.write_bytes(b"the new graph")
         temporary.with_name("mixed.new.data").write_bytes(b"the new weights")
     monkeypatch.undo()
@@ -153,13 +158,13 @@ def test_two_overwrites_killed_one_after_the_other_keep_the_old_files_and_a_thir
     old = path.read_bytes()
     for name in ("first.data", "second.data"):
         die_after(2, monkeypatch)
-        with contextlib.suppress(Killed), files.new_model(path) as temporary:
+        with contextlib.suppress(Killed), files.new_model(path, overwrite=True) as temporary:
             temporary.write_bytes(b"a new graph for " + name.encode())
             temporary.with_name(name).write_bytes(b"new weights")
         monkeypatch.undo()
         assert path.read_bytes() == old
         assert check_files(path)["dtype"] == "fp16"
-    with files.new_model(path) as temporary:
+    with files.new_model(path, overwrite=True) as temporary:
         temporary.write_bytes(old_with_note((path.parent / path.name).read_bytes()))
     left = {file.name for file in path.parent.iterdir()}
     assert left == {path.name, files.manifest_path(path).name}
@@ -176,6 +181,66 @@ def test_a_first_export_killed_before_its_end_leaves_no_model(tmp_path, monkeypa
     with pytest.raises(Killed), files.new_model(tmp_path / "m.onnx") as temporary:
         temporary.write_bytes(b"half")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_first_exports_to_one_path_the_second_to_end_is_refused_and_the_first_stays_whole(copy, tmp_path):
+    content, path = copy.read_bytes(), tmp_path / "m.onnx"
+    with pytest.raises(BadInput, match=r"m\.onnx exists; use --overwrite"), files.new_model(path) as slow:  # noqa: PT012
+        slow.write_bytes(b"the second")
+        with files.new_model(path) as fast:
+            fast.write_bytes(content)
+    assert path.read_bytes() == content
+    check_files(path)
+
+
+def test_one_export_is_put_in_place_at_a_time(tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with alone_in(tmp_path), pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+def test_the_verdict_of_the_old_file_is_gone_before_the_new_file_comes(copy, moves, monkeypatch):
+    old, verdict = copy.read_bytes(), copy.with_name(copy.name + files.VERDICT)
+    verdict.write_text('{"passed": true}')
+    die_after(moves, monkeypatch)
+    with contextlib.suppress(Killed), files.new_model(copy, overwrite=True) as temporary:
+        assert verdict.exists(), "until then it is right"
+        temporary.write_bytes(old_with_note(old))
+    monkeypatch.undo()
+    assert not verdict.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"files": []}',
+        '{"files": {"m.onnx": ["bytes", "sha256"]}}',
+        '{"files": {"m.onnx": {"bytes": "9", "sha256": "0"}}}',
+        '{"files": {"m.onnx": {"bytes": 9, "sha256": null}}}',
+        '{"files": {}, "previous": 3}',
+    ],
+)
+def test_a_manifest_of_another_form_is_one_line(copy, text):
+    files.manifest_path(copy).write_text(text)
+    with pytest.raises(BadInput, match=r"manifest\.json: not a manifest; restore it or export again"):
+        check_files(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("axes", "[" * 100_000), ("axes", "[]"), ("config", "{"), ("timesteps", "{}"), ("dtype", None)]
+)
+def test_metadata_of_another_form_is_one_line(copy, resigned, key, value):
+    model = onnx.load(copy)
+    kept = {p.key: p.value for p in model.metadata_props if p.key != f"diffprune.{key}"}
+    onnx.helper.set_model_props(model, kept | ({f"diffprune.{key}": value} if value else {}))
+    onnx.save(model, copy)
+    resigned(copy)
+    with pytest.raises(BadInput, match=rf"its diffprune\.{key} is missing or damaged; export again"):
+        check_files(copy)
 
 
 def test_a_full_disk_is_one_line(tmp_path):

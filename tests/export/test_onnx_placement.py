@@ -160,7 +160,7 @@ def test_a_provider_is_opened_with_what_its_row_says():
 
 def test_what_a_row_needs_is_set_and_loaded_before_the_provider(monkeypatch):
     loaded: list[str] = []
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("libraries"), raising=False)
     monkeypatch.setattr(providers.importlib, "import_module", loaded.append)
     monkeypatch.setattr(providers, "need", lambda name: onnxruntime)

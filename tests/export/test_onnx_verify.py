@@ -11,11 +11,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from onnx import helper, numpy_helper
+from tiny import make_unet
+from tiny_conditional import SD
+from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import to_onnx, verify_onnx
+from diffprune_plugin.export import ORTUNet, read_provenance, to_onnx, verify_onnx
+from diffprune_plugin.export.feeds import example_feeds, fixed_dims
+from diffprune_plugin.export.integrity import read_manifest
 from diffprune_plugin.export.verify import Tolerance, judged, pipeline_scheduler, summary
+from diffprune_plugin.plugins import find_adapter
 
 
 def test_the_pruned_file_computes_what_pytorch_does_within_a_hundred_thousandth(models):
@@ -35,8 +41,45 @@ def test_the_pruned_file_computes_what_pytorch_does_within_a_hundred_thousandth(
 def test_every_dynamic_axis_is_tried_at_two_other_sizes_and_fp16_has_its_own_tolerance(models, mixed_onnx):
     result = verify_onnx(mixed_onnx, models.pruned)
     assert result.passed, summary(result)
-    assert [c.name for c in result.cases if c.name[0] in "hw"] == ["height 20", "height 8", "width 20", "width 8"]
+    assert [c.name for c in result.cases if c.name[0] in "hw"] == [
+        f"{axis} {size}" for axis in ("height", "width") for size in (20, 8, 22)
+    ]
     assert result.tolerance.relative == 5e-3
+
+
+def test_a_learned_time_embedding_is_fed_the_timesteps_that_it_has_rows_for(tmp_path):
+    unet = make_unet(time_embedding_type="learned", num_train_timesteps=7)
+    to_onnx(unet, tmp_path / "m.onnx")
+    facts = read_provenance(tmp_path / "m.onnx")
+    assert facts["timesteps"] == "[0, 6]"
+    assert example_feeds(tmp_path / "m.onnx", {"batch": 2})["timestep"].tolist() == [3, 3]
+    result = verify_onnx(tmp_path / "m.onnx", unet)
+    assert result.passed, summary(result)
+    assert [c.name for c in result.cases][:4] == [f"batch 1, timestep {t}" for t in (0, 1, 6, 6)]
+
+
+@pytest.mark.parametrize(("make", "step", "odd"), [(lambda: make_conditional(SD), 1, 13), (make_unet, 2, 22)])
+def test_every_size_that_pytorch_computes_is_in_a_file_with_open_height_and_width(make, step, odd, tmp_path):
+    """A UNet2DConditionModel takes any size, a UNet2DModel multiples of its depth: the file says so, and is as good."""
+    unet, path = make(), tmp_path / "m.onnx"
+    to_onnx(unet, path, dynamic=("batch", "height", "width"))
+    promised = {"height": step, "width": step}
+    assert json.loads(read_provenance(path)["multiples"]) == promised
+    assert read_manifest(path)["files"]["m.onnx"]["multiples"] == promised
+    result = verify_onnx(path, unet)
+    assert result.passed, summary(result)
+    assert {f"height {odd}", f"width {odd}"} <= {case.name for case in result.cases}
+    session, adapter = ORTUNet(path), find_adapter(unet)
+    for size in ((16, 16), (13 * step, 16), (11 * step, 7 * step)):
+        inputs = adapter.flat_inputs(unet, size=size)
+        with torch.no_grad():
+            expected = adapter.denoise(unet, inputs)
+        torch.testing.assert_close(session(**inputs).sample, expected, rtol=1e-4, atol=1e-5)
+    if step > 1:
+        with pytest.raises(BadInput, match="width 7: it computes multiples of 2, next 6 and 8; pad or resize"):
+            session(**adapter.flat_inputs(unet, size=(16, 7)))
+        with pytest.raises(BadInput, match="height 1: it computes multiples of 2, next 2; pad"):
+            fixed_dims(path, height=1)
 
 
 def rejected(path: Path) -> bool:
