@@ -1,4 +1,4 @@
-"""A pruned UNet as an ONNX file that is proved right and proved fast."""
+"""A pruned model as an ONNX file that is proved right and proved fast."""
 
 from __future__ import annotations
 

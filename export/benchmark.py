@@ -23,6 +23,7 @@ from diffprune_plugin.export.providers import check_dtype, known_provider
 
 DENSE, PRUNED, AGAIN = "dense", "pruned", "again"
 EAGER = "PyTorch eager"
+NOISE = "A/A: the same model twice"  # the ratio that shows what noise alone does
 PATIENCE = 4  # times as many rounds as the provider's at most, while the interval is wider than WIDTH
 WIDTH = 0.01  # half-width of the interval of the speed-up, as a share of it
 NOISY = 1.5  # p90 / p50 above which a row is called noisy
@@ -256,7 +257,7 @@ def ratios(times: Mapping[str, Sequence[float]], batch: int, macs: float | None)
         ("eager dense / eager pruned", "eager dense", "eager pruned", macs),
         ("eager dense / dense", "eager dense", DENSE, None),
         ("eager pruned / pruned", "eager pruned", PRUNED, None),
-        ("A/A: the same model twice", DENSE if DENSE in times else PRUNED, AGAIN, None),
+        (NOISE, DENSE if DENSE in times else PRUNED, AGAIN, None),
     )
     found = [
         Ratio(name, batch, *interval(times[slow], times[fast]), macs_ratio)

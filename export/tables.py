@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from diffprune_plugin.export.benchmark import AGAIN, DENSE, EAGER, Latency, Ratio, Row
+from diffprune_plugin.export.benchmark import AGAIN, DENSE, EAGER, NOISE, Latency, Ratio, Row
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need
 
 ROWS = ("runs on", "model", "batch", "p50 ms", "p90 ms", "p99 ms", "runs", "peak MB")
 DENSE_COLOR, PRUNED_COLOR = "#b0b7c3", "#2f6fde"
+CLAIMS = {"noise floor": "noise", "faster": "faster", "no win claimed": "no win"}  # as a narrow table has them
 RATIOS = ("ratio", "batch", "speed-up", "95 % interval", "MACs ratio", "realised", "")
 
 
 def row_cells(row: Row) -> tuple[str, ...]:
     memory = "" if row.memory is None else f"{row.memory / 1e6:.0f}"
     times = (f"{ms:.2f}" for ms in (row.p50, row.p90, row.p99))
-    model = "the first again" if row.model == AGAIN else row.model
-    return (runtime(row), model, str(row.batch), *times, f"{row.n}{' (noisy)' if row.noisy else ''}", memory)
+    return (runtime(row), model(row), str(row.batch), *times, runs(row), memory)
+
+
+def model(row: Row) -> str:
+    return "the first again" if row.model == AGAIN else row.model
+
+
+def runs(row: Row) -> str:
+    return f"{row.n}{' (noisy)' if row.noisy else ''}"
 
 
 def runtime(row: Row) -> str:
@@ -30,7 +39,7 @@ def runtime(row: Row) -> str:
 def ratio_cells(ratio: Ratio) -> tuple[str, ...]:
     macs = f"{ratio.macs_ratio:.3f}" if ratio.macs_ratio else ""
     share = f"{ratio.realised:.0%}" if ratio.realised else ""
-    claim = "noise floor" if ratio.name.startswith("A/A") else "faster" if ratio.win else "no win claimed"
+    claim = "noise floor" if ratio.name == NOISE else "faster" if ratio.win else "no win claimed"
     return (
         ratio.name,
         str(ratio.batch),
@@ -54,13 +63,33 @@ def conditions(result: Latency) -> str:
 
 
 def tables(result: Latency) -> list[Table]:
-    """The latency and the ratios for a terminal."""
-    latency, speed = Table(*ROWS, title=conditions(result)), Table(*RATIOS)
+    """The latency and the ratios for a terminal of 80 columns: shorter words and four digits, a row a line."""
+    latency = narrow(("runs on", "model", "batch", "p50 ms", "p90 ms", "p99 ms", "runs", "peak MB"))
+    latency.title = conditions(result)
     for row in result.rows:
-        latency.add_row(*row_cells(row))
+        memory = "" if row.memory is None else f"{row.memory / 1e6:.0f}"
+        times = (short(ms) for ms in (row.p50, row.p90, row.p99))
+        latency.add_row(row.runtime, model(row), str(row.batch), *times, runs(row), memory)
+    speed = narrow(("ratio", "batch", "speed-up", "95 %\ninterval", "MACs\nratio", "realised", ""))
     for ratio in result.ratios:
-        speed.add_row(*ratio_cells(ratio))
+        between = f"[{short(ratio.low)}, {short(ratio.high)}]"
+        macs, share, claim = ratio_cells(ratio)[4:]
+        macs = short(ratio.macs_ratio) if ratio.macs_ratio else macs
+        speed.add_row(ratio.name, str(ratio.batch), f"{short(ratio.median)}x", between, macs, share, CLAIMS[claim])
     return [latency, speed]
+
+
+def narrow(head: Sequence[str]) -> Table:
+    """A table without lines between its columns; no cell is broken."""
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, title_justify="left")
+    for place, name in enumerate(head):
+        table.add_column(name, no_wrap=True, justify="left" if place == 0 else "right")
+    return table
+
+
+def short(value: float) -> str:
+    """A number of four digits, or as many as it has before the point."""
+    return f"{value:.{max(0, 4 - len(str(int(value))))}f}"
 
 
 def markdown(result: Latency) -> str:

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +17,14 @@ from diffprune_plugin.export.convert import check_options, dense_twin, model_in,
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.integrity import VERDICT, check_output
 from diffprune_plugin.export.kernels import TABLES, without_kernel
+from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.proofs import best_provider, device_proof, prove
 from diffprune_plugin.export.providers import PROVIDERS, check_distribution, check_dtype, known_provider
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
-from diffprune_plugin.utils.files import check_place, write_text
+from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.memory import out_of_memory
-from diffprune_plugin.utils.optional import need
 
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command was asked for."""
-
-    opset: int = 20
-    dynamic: tuple[str, ...] = ("batch",)
-    dtype: str = "fp32"
-    overwrite: bool = False
-    verify: bool = True
-    latency: bool = True
-    steps: int = 10
-    baseline: Path | None = None
-    provider: str | None = None
-    batches: tuple[int, ...] = (1,)
-    threads: int = 1
-    rounds: int | None = None
-    budget: float | None = None
-    torch: bool = False
-    max_latency_ms: float | None = None
-    min_speedup: float | None = None
-    check_placement: str | None = None
-    verdict: Path | None = None
 
 
 @dataclass
@@ -122,7 +98,7 @@ def check_before(model: Path, output: Path, options: Options) -> None:
     """Everything that can be refused before minutes of work: paths, options, a provider that is not there."""
     check_output(output, options.overwrite)
     if options.baseline and not options.baseline.is_dir():
-        raise BadInput(f"--baseline {options.baseline}: no such directory; give a pipeline or UNet directory")
+        raise BadInput(f"--baseline {options.baseline}: no such directory; give a pipeline or model directory")
     check_gates(options.max_latency_ms, options.min_speedup)
     if options.verify and (scheduler := pipeline_scheduler(model)) is not None:
         ddim_of(scheduler, options.steps)
@@ -209,16 +185,24 @@ def check_placement(
 def time_it(model: Path, output: Path, options: Options, provider: str) -> Latency:
     """The file against the dense model's, and against PyTorch if asked."""
     with dense_file(model, options) as dense:
-        return measure(
-            output,
-            dense,
-            provider=provider,
-            batches=options.batches,
-            threads=options.threads,
-            rounds=options.rounds,
-            budget=options.budget,
-            eager=eager_models(model, options, provider) if options.torch else None,
-        )
+        eager = eager_models(model, options, provider) if options.torch else None
+        return time_files(output, dense, replace(options, provider=provider), eager)
+
+
+def time_files(
+    pruned: Path, dense: Path | None, options: BenchOptions, eager: Mapping[str, Any] | None = None
+) -> Latency:
+    """The latency of one ONNX file, or of two against each other, as the options have it."""
+    return measure(
+        pruned,
+        dense,
+        provider=options.provider,
+        batches=options.batches,
+        threads=options.threads,
+        rounds=options.rounds,
+        budget=options.budget,
+        eager=eager,
+    )
 
 
 def provider_for(output: Path, options: Options) -> tuple[str | None, dict[str, str]]:
@@ -294,25 +278,3 @@ def memory_errors() -> Iterator[None]:
         if out_of_memory(error):
             raise BadInput("out of memory; use a smaller --batch, a machine with more, or --no-bench") from error
         raise
-
-
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """``1,4`` as numbers; raises BadInput for anything else than whole numbers of at least 1."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise BadInput(f"{option} {text!r}: give whole numbers of at least 1, for example {option} 1,4")
-    return numbers
-
-
-def check_results(json: Path | None, markdown: Path | None, plot: Path | None, overwrite: bool) -> None:
-    """Raises BadInput for a place that a result cannot be written to, or a plot that cannot be drawn."""
-    for path in (json, markdown, plot):
-        if path and path.exists() and not overwrite:
-            raise BadInput(f"{path} exists; use --overwrite or another path")
-        if path:
-            check_place(path)
-    if plot:
-        need("matplotlib")

@@ -12,7 +12,7 @@ from diffprune_plugin.cli.console import console, say
 from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile, takes
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
-from diffprune_plugin.export.cli import Overwrite
+from diffprune_plugin.export.options import Overwrite
 
 COLUMNS = 8  # of the picture
 

@@ -93,7 +93,8 @@ def export(output: Path, console: Console) -> dict[str, Any]:
     """model.onnx of the pruned model with its verdict, latency tables and plot."""
     from diffprune_plugin.export import tables
     from diffprune_plugin.export.benchmark import Latency
-    from diffprune_plugin.export.workflow import Options, run
+    from diffprune_plugin.export.options import Options
+    from diffprune_plugin.export.workflow import run
 
     def keep(latency: Latency) -> None:
         write_text(output / "latency.md", tables.markdown(latency))

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from diffusers import UNet2DModel
 from PIL import Image
+from rich.console import Console
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export import benchmark, measure, tables, to_onnx
 from diffprune_plugin.export.benchmark import (
+    EAGER,
+    NOISE,
     Latency,
     Ratio,
     Row,
@@ -73,6 +77,33 @@ def test_the_report_is_json_markdown_and_a_plot(latency, tmp_path):
     tables.plot(latency, tmp_path / "latency.png")
     assert Image.open(tmp_path / "latency.png").width > 500
     assert [table.row_count for table in tables.tables(latency)] == [6, 4]
+
+
+def test_on_a_terminal_of_80_columns_every_name_and_number_is_whole():
+    """With PyTorch beside it, long names, and numbers of any size."""
+    times = ((0.12345, 0.2, 0.3), (98765.4, 98765.4, 99999.9), (1234.5, 1999.9, 1999.9), (12.345, 23.456, 99.999))
+    named = [("openvino", "the first again"), (EAGER, "pruned"), ("tensorrt", "dense"), (EAGER, "dense")]
+    models = ["again", "pruned", "dense", "dense"]
+    rows = [
+        Row(runtime, model, 128, 4000, *p, p[0], 10, 98765000000)
+        for (runtime, _), model, p in zip(named, models, times, strict=True)
+    ]
+    names = ("dense / pruned", "eager dense / eager pruned", "eager pruned / pruned", NOISE)
+    ratios = [Ratio(name, 128, 12.345, 10.234, 99.876, 2.3456) for name in names]
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    for table in tables.tables(Latency("tensorrt", "fp32", 1, 30, rows, ratios)):
+        console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in console.file.getvalue(), "cut"
+    for words in (
+        ["openvino", "the first again", "128", "0.123", "0.200", "0.300", "4000 (noisy)", "98765"],
+        [EAGER, "pruned", "98765", "100000"],
+        ["tensorrt", "dense", "1234", "2000"],
+        [EAGER, "dense", "12.35", "23.46", "100.00"],
+        *([name, "128", "12.35x", "[10.23, 99.88]", "2.346", "526%"] for name in names),
+    ):
+        assert any(all(word in line for word in words) for line in lines), words
 
 
 def test_a_win_is_claimed_only_where_the_interval_lies_above_1_and_above_the_noise():

@@ -190,6 +190,26 @@ def test_bad_input_exits_with_2_in_one_line_and_writes_nothing(tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "there.onnx"]
 
 
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("", {}),
+        ("--no-verify --no-bench --torch --overwrite", {"verify": False, "latency": False, "torch": True}),
+        ("--dynamic batch,height --batch 1,4 --opset 18", {"dynamic": ("batch", "height"), "batches": (1, 4)}),
+        ("--json v.json --plot l.png --rounds 7 --min-speedup 1.5", {"verdict": Path("v.json"), "rounds": 7}),
+    ],
+)
+def test_what_is_not_given_is_as_options_has_it_and_what_is_given_arrives(words, changes, tmp_path, monkeypatch):
+    seen: list[workflow.Options] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workflow, "run", lambda model, output, options, *_: seen.append(options))
+    exit_code("m.onnx", "--model", "m", *words.split())
+    others = {"--overwrite": ("overwrite", True), "--opset": ("opset", 18), "--plot": ("plot", Path("l.png"))}
+    others["--min-speedup"] = ("min_speedup", 1.5)
+    further = dict(pair for word, pair in others.items() if word in words)
+    assert seen == [workflow.Options(**changes, **further)]
+
+
 def test_memory_that_runs_out_is_one_line():
     with pytest.raises(BadInput, match="out of memory; use a smaller --batch"), workflow.memory_errors():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

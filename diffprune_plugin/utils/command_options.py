@@ -1,0 +1,80 @@
+"""Commands whose options are the fields of a dataclass: default, help and limits of each are said once, there."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from diffprune_plugin.errors import BadInput
+
+Command = Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One option: the field that it sets, its type there, and what typer is told of it."""
+
+    field: dataclasses.Field[Any]
+    kind: Any
+    info: Any
+
+    @property
+    def flag(self) -> str:
+        """What it is called on the command line."""
+        named = self.info.default if isinstance(self.info.default, str) else self.field.name.replace("_", "-")
+        return f"--{named.removeprefix('--')}"
+
+    def parameter(self) -> inspect.Parameter:
+        """As typer takes it: a tuple as text with commas; what is on by default as a flag that turns it off."""
+        kind, default = self.kind, self.field.default
+        if get_origin(kind) is tuple:
+            kind, default = str, ",".join(map(str, default))
+        told: Any = Annotated
+        kept = False if default is True else default
+        return inspect.Parameter(
+            self.field.name, inspect.Parameter.KEYWORD_ONLY, default=kept, annotation=told[kind, self.info]
+        )
+
+    def value(self, given: Any) -> Any:
+        """What the field gets; raises BadInput for a text that is no list of such values."""
+        if self.field.default is True:
+            return not given
+        if get_origin(self.kind) is not tuple:
+            return given
+        return numbers(given, self.flag) if get_args(self.kind)[0] is int else tuple(filter(None, given.split(",")))
+
+
+def with_options(kind: type[Any]) -> Callable[[Command], Command]:
+    """Give a command, in the place of its argument ``options``, an option for each field that is Annotated with one."""
+    hints = get_type_hints(kind, include_extras=True)
+    told = [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) is Annotated]
+    asked = [Asked(field, *get_args(hints[field.name])) for field in told]
+
+    def decorate(command: Command) -> Command:
+        def run(**given: Any) -> None:
+            values = {option.field.name: option.value(given.pop(option.field.name)) for option in asked}
+            command(**given, options=kind(**values))
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            taken = [option.parameter() for option in asked] if parameter.name == "options" else [parameter]
+            parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """``1,4`` as numbers; raises BadInput for anything else than whole numbers of at least 1."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise BadInput(f"{flag} {text!r}: give whole numbers of at least 1, for example {flag} 1,4")
+    return found

@@ -1,0 +1,77 @@
+"""What the commands are asked for: each option once, with its default, its help and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS
+from diffprune_plugin.utils.files import check_place
+from diffprune_plugin.utils.optional import need
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+*OTHERS, LAST = reversed(PROVIDERS)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How latency is measured, what it has to be, and where it goes; the defaults are those of the commands."""
+
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(OTHERS)} or {LAST}; all five proofs must hold. Default: the best proved.",
+        ),
+    ] = None
+    batches: Annotated[tuple[int, ...], typer.Option("--batch", help="Batch sizes to time, for example 1,4.")] = (1,)
+    threads: Annotated[int, typer.Option(help="CPU threads; spinning is off.", min=1)] = 1
+    rounds: Annotated[
+        int | None, typer.Option(help=f"Shuffled rounds ({CPU.rounds}; {CUDA.rounds} on a GPU).", min=5)
+    ] = None
+    budget: float | None = None  # seconds of rounds for each batch size; not an option of the commands
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Fail (exit code 1) if the pruned model's median is above.")
+    ] = None
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Fail (exit code 1) if the interval's lower end is below.")
+    ] = None
+    overwrite: Overwrite = False
+    verdict: Annotated[Path | None, typer.Option("--json", help="Where the result goes as JSON.")] = None
+    markdown: Annotated[Path | None, typer.Option(help="Write the latency tables as Markdown.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the latency as PNG.")] = None
+
+
+@dataclass(frozen=True)
+class Options(BenchOptions):
+    """How a model is exported and proved."""
+
+    baseline: Annotated[
+        Path | None, typer.Option(help="Dense model to compare with. Default: the same architecture, random weights.")
+    ] = None
+    opset: Annotated[int, typer.Option(help="ONNX opset; 20 runs fastest.")] = 20
+    dynamic: Annotated[tuple[str, ...], typer.Option(help="Axes left open: batch,height,width,sequence.")] = ("batch",)
+    dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32"
+    verify: Annotated[bool, typer.Option("--no-verify", help="Leave the numerics unproved; the verdict says so.")] = (
+        True
+    )
+    latency: Annotated[bool, typer.Option("--no-bench", help="Leave the latency out.")] = True
+    steps: Annotated[int, typer.Option(help="DDIM steps compared, if the model has a scheduler.", min=1)] = 10
+    torch: Annotated[bool, typer.Option("--torch", help="Time PyTorch eager beside it.")] = False
+    check_placement: Annotated[
+        str | None, typer.Option(metavar="cuda", help="List nodes without a CUDA kernel; needs no GPU.")
+    ] = None
+
+
+def check_results(options: BenchOptions) -> None:
+    """Raises BadInput for a place that a result cannot be written to, or a plot that cannot be drawn."""
+    for path in (options.verdict, options.markdown, options.plot):
+        if path and path.exists() and not options.overwrite:
+            raise BadInput(f"{path} exists; use --overwrite or another path")
+        if path:
+            check_place(path)
+    if options.plot:
+        need("matplotlib")
