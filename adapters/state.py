@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 
 HOOKS = "__nncf_hooks"  # where NNCF keeps its hooks; a child module of the model
 KEPT = "kept"  # the buffer that layers of a masked model carry: their kept channels
+# What to do about attention processors that no adapter covers, by the beginning of their names; the first that fits.
+REMEDIES = (
+    ("Fused", "load the model again without fuse_qkv_projections() (unfusing keeps the fused layers)"),
+    ("IPAdapter", "call pipeline.unload_ip_adapter() first"),
+    ("CustomDiffusion", "load the model again without the custom diffusion weights"),
+    ("", "call unet.set_default_attn_processor() first"),
+)
 
 
 def check_stock(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from diffprune_plugin.adapters.ports import (
     sized,
     two_pixels_at_the_bottom,
 )
-from diffprune_plugin.adapters.state import check_stock
+from diffprune_plugin.adapters.state import REMEDIES, check_stock
 from diffprune_plugin.errors import BadInput
 
 if TYPE_CHECKING:
@@ -69,15 +69,6 @@ class Known:
 
     key: str
     values: tuple[Any, ...]
-
-
-# What to do about attention processors that no adapter covers, by the beginning of their names; the first that fits.
-REMEDIES = (
-    ("Fused", "load the model again without fuse_qkv_projections() (unfusing keeps the fused layers)"),
-    ("IPAdapter", "call pipeline.unload_ip_adapter() first"),
-    ("CustomDiffusion", "load the model again without the custom diffusion weights"),
-    ("", "call unet.set_default_attn_processor() first"),
-)
 
 
 @dataclass(frozen=True)

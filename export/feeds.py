@@ -29,7 +29,8 @@ def input_shapes(path: Path) -> dict[str, list[str | int]]:
 
 def input_names(facts: Mapping[str, str]) -> dict[str, str]:
     """What the inputs ``sample`` and ``timestep`` are called in a file with this provenance."""
-    return INPUTS | read_fact(facts, "inputs")
+    named: dict[str, str] = read_fact(facts, "inputs")
+    return INPUTS | named
 
 
 def timesteps(facts: Mapping[str, str]) -> range:

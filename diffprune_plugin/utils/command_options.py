@@ -21,6 +21,10 @@ class Asked:
     info: Any
 
     @property
+    def default(self) -> Any:
+        return self.field.default
+
+    @property
     def flag(self) -> str:
         """What it is called on the command line."""
         named = self.info.default if isinstance(self.info.default, str) else self.field.name.replace("_", "-")
@@ -28,7 +32,7 @@ class Asked:
 
     def parameter(self) -> inspect.Parameter:
         """As typer takes it: a tuple as text with commas; what is on by default as a flag that turns it off."""
-        kind, default = self.kind, self.field.default
+        kind, default = self.kind, self.default
         if get_origin(kind) is tuple:
             kind, default = str, ",".join(map(str, default))
         told: Any = Annotated
@@ -39,7 +43,7 @@ class Asked:
 
     def value(self, given: Any) -> Any:
         """What the field gets; raises BadInput for a text that is no list of such values."""
-        if self.field.default is True:
+        if self.default is True:
             return not given
         if get_origin(self.kind) is not tuple:
             return given
