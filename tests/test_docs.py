@@ -41,7 +41,7 @@ FENCED = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", r
 LONGEST = 150  # lines of the README
 # What makes a command of a page take seconds instead of minutes; its own words stand before these.
 FAST = {
-    "prune": ("--set", "timesteps=5", "--set", "compensate=false"),
+    "prune": ("--set", "timesteps=5", "--set", "batch_size=4", "--set", "compensate=false"),
     "sample": ("--count", "2", "--steps", "2"),
     "evaluate": ("--count", "2", "--steps", "2", "--loss-samples", "2"),
     "finetune": ("--set", "steps=2", "--set", "batch_size=2"),
