@@ -33,6 +33,8 @@ from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import save
 from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.sensitivity.stored import sensitivity_for
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import check_absent, check_apart
@@ -99,7 +101,17 @@ def prune_shared(
         progress_in=progress_directory(config.output),
         progress=progress,
     )
-    plan = processes.on_first(lambda: plan_of(job, calibration))
+    sensitivity = sensitivity_for(
+        job.config,
+        job.model,
+        getattr(job.loaded, "scheduler", None),
+        job.samples,
+        processes,
+        store=not dry_run,
+        progress_in=progress_directory(config.output),
+        progress=progress,
+    )
+    plan = processes.on_first(lambda: plan_of(job, calibration, sensitivity))
     if plan is None:
         return None
     if dry_run:
@@ -120,7 +132,7 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     output = Path(config.output)
     if not dry_run and Processes().is_first:
         check_absent(output, overwrite)
-        check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration")})
+        check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration", "sensitivity")})
     criterion = criterion_of(config)
     loaded, model = load_model(config.model, config.device, config.dtype)
     if isinstance(model, PrunedModelMixin):
@@ -131,10 +143,11 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     return Job(config, criterion, loaded, model, wants_compensation(config, loaded), samples)
 
 
-def plan_of(job: Job, calibration: Calibration | None) -> PruningPlan:
+def plan_of(job: Job, calibration: Calibration | None, sensitivity: Sensitivity | None) -> PruningPlan:
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    return plan_with(job.config, job.model, job.criterion, description=describe(job.criterion, job.config))
+    told = describe(job.criterion, job.config)
+    return plan_with(job.config, job.model, job.criterion, description=told, sensitivity=sensitivity)
 
 
 def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwrite: bool, progress: bool) -> Pruned:

@@ -45,6 +45,13 @@ class PruningConfig(PlanOptions):
         description="Directory of the calibration: read if it exists, else written, so that another ratio needs no new "
         "gradients.",
     )
+    sensitivity: PathText | None = Field(
+        default=None,
+        description="JSON file of the sensitivity that a target is spent by: read if it exists, else written, so that "
+        "another budget needs no new pass.",
+    )
+    sensitivity_samples: int = Field(default=64, ge=1, le=65536, description="Noisy samples it is measured with.")
+    sensitivity_probes: int = Field(default=8, ge=1, le=1024, description="Backward passes for each of them.")
     batch_size: int = Field(default=32, ge=1, le=65536, description="Samples a pass.")
     timesteps: int | None = Field(
         default=None,

@@ -45,6 +45,12 @@ class PlanOptions(Checked):
         default=None,
         description="Instead of a ratio: the share of the dense model's parameters that is to be left, met within 1 %.",
     )
+    allocation: Literal["uniform", "linear"] | None = Field(
+        default=None,
+        description="How a target is met. uniform: by one ratio for all groups. linear: each group gets the width that "
+        "costs least, by the linear sensitivity of the output to its channels. By default linear where there are "
+        "images and a scheduler to measure with, else uniform.",
+    )
     max_pruning_ratio: Share = Field(default=1.0, description="No group loses a larger share of its channels.")
     head_pruning_ratio: Ratio | None = Field(
         default=None,
@@ -87,9 +93,13 @@ class PlanOptions(Checked):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         given = {key: getattr(self, key) for key in ("pruning_ratio", *TARGETS) if getattr(self, key) is not None}
-        if len(given) > 1:
+        if len(given) > 1 and not (self.allocation == "linear" and set(given) == set(TARGETS)):
             listed = " and ".join(f"{key} {value}" for key, value in given.items())
             raise ValueError(f"{listed} ask for different things; give one of them (null takes back the other)")
+        if self.allocation == "linear" and not self.target:
+            raise ValueError("allocation: linear spends a budget; add macs_target or params_target")
+        if self.allocation == "linear" and self.global_pruning:
+            raise ValueError("global_pruning: true ranks groups together, allocation: linear weighs them; drop one")
         if self.isomorphic and not self.global_pruning:
             raise ValueError("isomorphic: true ranks like groups together and needs global_pruning: true; set it too")
         return self

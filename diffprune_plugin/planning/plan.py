@@ -53,6 +53,17 @@ class LayerSize(Frozen):
     after: tuple[int, int]
 
 
+class Allocation(Frozen):
+    """Where a budget was spent: the predicted error of the output, in all and by root layer, and by which sensitivity.
+
+    An error is the mean squared change of a value of the model's output; ``sensitivity`` the SHA-256 of what says so.
+    """
+
+    error: float
+    errors: dict[str, float]
+    sensitivity: str
+
+
 class PruningPlan(Frozen):
     """Which output channels of which layers go, and what is left. JSON, readable, made without touching the model.
 
@@ -68,6 +79,7 @@ class PruningPlan(Frozen):
     criterion: dict[str, Any]
     pruning_ratio: float
     target: dict[str, float] = {}
+    allocation: Allocation | None = None
     groups: tuple[GroupPlan, ...]
     heads: dict[str, tuple[int, int]] = {}
     layers: dict[str, LayerSize]
@@ -78,7 +90,7 @@ class PruningPlan(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
-        content = self.model_dump(mode="json", exclude={"versions"})
+        content = self.model_dump(mode="json", exclude={"versions", *([] if self.allocation else ["allocation"])})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def shortfalls(self) -> list[str]:

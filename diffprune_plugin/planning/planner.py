@@ -15,6 +15,7 @@ from diffprune_plugin.graph.costs import layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
+from diffprune_plugin.planning.allocated import Errors, allocated
 from diffprune_plugin.planning.channels import AskedGroup, Request, head_groups, select
 from diffprune_plugin.planning.options import PATTERNS, PlanOptions
 from diffprune_plugin.planning.plan import GroupPlan, PruningPlan, architecture_hash
@@ -29,18 +30,21 @@ def make_plan(
     *,
     adapter: ModelAdapter | None = None,
     description: dict[str, Any] | None = None,
+    sensitivity: Errors | None = None,
     **options: Any,
 ) -> PruningPlan:
     """Decide which channels go, without touching the model; ``options`` are the fields of `PlanOptions`.
 
     ``criterion``: an importance or its name; ``adapter``: by default that of the model's class; ``description``: what
-    the plan says of the criterion. Counts follow the published rule: of C channels n = C - int(C * (1 - ratio)) are
-    asked to go and floor(n / parts) go from each part (norm group, head), ranked inside it.
+    the plan says of the criterion; ``sensitivity``: what a target is spent by, each group getting the width that costs
+    least, unless ``allocation`` is uniform.
+    Counts follow the published rule: of C channels n = C - int(C * (1 - ratio)) are asked to go and floor(n / parts) go
+    from each part (norm group, head), ranked inside it.
 
     Raises BadInput for an unknown option or a value out of range, a target that cannot be reached or a pattern that
     matches nothing; CheckFailed for a criterion that fails, and with ``strict`` if a group or target is missed.
     """
-    return plan_with(PlanOptions.make(options, "make_plan"), model, criterion, adapter, description)
+    return plan_with(PlanOptions.make(options, "make_plan"), model, criterion, adapter, description, sensitivity)
 
 
 def plan_with(
@@ -49,6 +53,7 @@ def plan_with(
     criterion: Criterion | str,
     adapter: ModelAdapter | None = None,
     description: dict[str, Any] | None = None,
+    sensitivity: Errors | None = None,
 ) -> PruningPlan:
     """As `make_plan`, with its options in one object."""
     adapter = adapter or find_adapter(model)
@@ -60,7 +65,13 @@ def plan_with(
     requests = requests_of_heads(requested(groups, model, adapter, options), heads)
     items = [asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups]
     costs = layer_costs(model, adapter)
-    if options.pruning_ratio is None:
+    allocation = None
+    if options.allocation == "linear" and sensitivity is None:
+        raise BadInput("allocation: linear needs a sensitivity; give make_plan what measure_sensitivity returns")
+    if options.target and sensitivity is not None and options.allocation != "uniform":
+        planned, allocation = allocated(items, costs, options, sensitivity)
+        ratio = 0.0
+    elif options.pruning_ratio is None:
         ratio, planned = searched(items, costs, options)
     else:
         ratio, planned = options.pruning_ratio, select(items, options.pruning_ratio, options)
@@ -71,6 +82,7 @@ def plan_with(
         criterion=description or {"name": type(criterion).__name__},
         pruning_ratio=ratio,
         target=options.target,
+        allocation=allocation,
         groups=tuple(planned),
         heads=heads_left(heads, planned, groups),
         layers=layers,

@@ -28,7 +28,7 @@ from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
 from diffprune_plugin.diffusion.batches import SENSITIVITY, batch_of, draw
 from diffprune_plugin.diffusion.inputs import fitting
-from diffprune_plugin.diffusion.loss import objective_of
+from diffprune_plugin.diffusion.loss import noised
 from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
@@ -67,7 +67,7 @@ def measure_sensitivity(
     Raises BadInput for images that do not fit, CheckFailed for gradients that are not finite.
     """
     adapter = adapter or find_adapter(model)
-    data, scheduler = fitting(load_samples(images), model, adapter), training_scheduler(scheduler)
+    data, scheduler = fitting(load_samples(images), model, adapter, scheduler), training_scheduler(scheduler)
     if min(samples, probes, batch_size) < 1:
         raise BadInput(f"sensitivity: samples {samples}, probes {probes} and batch_size {batch_size} are at least 1")
     processes = Processes(next(model.parameters()).device)
@@ -109,8 +109,7 @@ class Noisy:
         dropout = CONDITION_DROPOUT if self.data.null else 0.0
         draws = [draw(self.data, self.seed, SENSITIVITY, i, share(total, i, self.count), dropout) for i in rows]
         batch = batch_of(self.data, draws).to(like)
-        make = objective_of(self.adapter)
-        noisy, _ = make(self.scheduler, batch.sample, batch.noise, batch.timesteps)
+        noisy, _ = noised(self.scheduler, batch.sample, batch.noise, batch.timesteps, self.adapter)
         return {self.adapter.sample: noisy, self.adapter.timestep: batch.timesteps, **batch.extra}
 
 
@@ -204,9 +203,8 @@ class Run:
 
         def watch(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                given = args[
-                    0
-                ]  # a leaf where nothing that can be removed comes before; else the gradient by this way alone
+                given = args[0]
+                # A tensor of its own, whose gradient is by way of this layer alone.
                 own = given.view_as(given) if given.requires_grad else given.detach().requires_grad_(True)
                 centred = by_position(own.detach()) - self.centres[name].to(own)
 

@@ -1,0 +1,88 @@
+"""A budget spent where it costs least: the widths that groups can have, what each costs, and which are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.costs import LayerCost
+from diffprune_plugin.planning.allocation import KEYS, Menu, SizeOf, allocate
+from diffprune_plugin.planning.channels import AskedGroup, plan_group, select
+from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.plan import TARGETS, Allocation, GroupPlan
+
+WIDTHS = 64  # of one group at most: of more, evenly spaced ones
+
+
+class Errors(Protocol):
+    """What a sensitivity says: the error of the output when these units of a group are gone."""
+
+    sha256: str
+
+    def error(self, root: str, units: Collection[int]) -> float: ...
+
+
+def allocated(
+    items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], options: PlanOptions, errors: Errors
+) -> tuple[list[GroupPlan], Allocation]:
+    """The plan of every group within the target of the options, with the least summed error; and what it costs.
+
+    Groups that stay, lose whole heads or have a ratio of their own are as they would be without an allocation.
+
+    Raises BadInput for a target that is less than what is left when every group loses all it can.
+    """
+    menus = menus_of(items, options, errors)
+    size_of = SizeOf([item.group for item in items], costs)
+    dense = dict(zip(KEYS, size_of([0] * len(items)), strict=True))
+    limits = {TARGETS[key]: share * dense[TARGETS[key]] for key, share in options.target.items()}
+    try:
+        removed = allocate([menu for menu, _ in menus], size_of, limits)
+    except BadInput as error:
+        key = next(iter(options.target))
+        raise BadInput.of(key, options.target[key], f"cannot be reached: {error}") from None
+    plans = [of[count] for (_, of), count in zip(menus, removed, strict=True)]
+    return described(plans, [menu for menu, _ in menus], errors)
+
+
+def menus_of(
+    items: Sequence[AskedGroup], options: PlanOptions, errors: Errors
+) -> list[tuple[Menu, dict[int, GroupPlan]]]:
+    """For each group its widths with their errors, and the plan of each by how many units go."""
+    fixed = select(items, 0.0, options)
+    found = []
+    for item, as_it_is in zip(items, fixed, strict=True):
+        free = not (item.request.stays or item.heads or item.request.ratio is not None)
+        plans = {len(plan.removed): plan for plan in (widths(item, options) if free else [as_it_is])}
+        counts = tuple(sorted(plans))
+        rising = np.maximum.accumulate([errors.error(item.group.root, plans[count].removed) for count in counts])
+        found.append((Menu(item.group.root, counts, tuple(rising.tolist())), plans))
+    return found
+
+
+def widths(item: AskedGroup, options: PlanOptions) -> list[GroupPlan]:
+    """The plans of a group that loses nothing, a step, two steps ... as many as may go."""
+    step = plan_group(item, 0, options).step
+    counts = range(0, item.group.units, step)
+    every = -(-len(counts) // WIDTHS)
+    plans = [plan_group(item, count, options) for count in counts[::every]]
+    return [plan.model_copy(update={"requested": len(plan.removed), "reason": ""}) for plan in plans]
+
+
+def described(plans: Sequence[GroupPlan], menus: Sequence[Menu], errors: Errors) -> tuple[list[GroupPlan], Allocation]:
+    """The plans, each with what its width costs as its reason, and all of it together."""
+    costs = {
+        menu.root: menu.errors[menu.removed.index(len(plan.removed))] for plan, menu in zip(plans, menus, strict=True)
+    }
+    total = sum(costs.values())
+    told = [plan if plan.reason else plan.model_copy(update={"reason": why(costs[plan.root], total)}) for plan in plans]
+    return told, Allocation(error=total, errors=costs, sensitivity=errors.sha256)
+
+
+def why(cost: float, total: float) -> str:
+    """What a width costs, in words."""
+    if cost == 0:
+        return "allocation: any step costs more here than elsewhere"
+    return f"allocation: {cost / total:.1%} of the output's error"

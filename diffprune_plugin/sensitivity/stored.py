@@ -1,0 +1,90 @@
+"""The sensitivity that a budget is spent by: the stored one if it fits, else a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffprune_plugin.config.pruning import PruningConfig
+from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.sensitivity.linear import measure_sensitivity
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.utils.distributed import Processes
+from diffprune_plugin.utils.tensors import weights_hash
+
+
+def wants_sensitivity(config: PruningConfig, scheduler: Any) -> bool:
+    """Whether a plan is to be allocated: as asked, or for a target where there is what it takes.
+
+    Raises BadInput if it is asked for and there are no images or there is no scheduler.
+    """
+    possible = config.data is not None and scheduler is not None
+    if config.allocation == "linear" and not possible:
+        raise BadInput("allocation: linear needs 'data' and a pipeline directory as 'model'; add them or say uniform")
+    if config.allocation is not None:
+        return config.allocation == "linear"
+    return possible and bool(config.target) and not config.global_pruning
+
+
+def sensitivity_for(
+    config: PruningConfig,
+    model: nn.Module,
+    scheduler: Any,
+    samples: Callable[[], Samples],
+    processes: Processes,
+    *,
+    store: bool,
+    progress_in: Path,
+    progress: bool,
+) -> Sensitivity | None:
+    """What a config's target is spent by: the stored sensitivity if it fits, else a new one; None if it needs none.
+
+    ``scheduler``: the pipeline's, None for a bare model. ``store``: whether the result, and in ``progress_in`` what an
+    interrupted call has, is written. All processes make a new one together; a stored one the first process alone reads,
+    and the others get None.
+    """
+    if not processes.on_all(lambda: wants_sensitivity(config, scheduler)):
+        return None
+    file = Path(config.sensitivity) if config.sensitivity else None
+    if file is not None and processes.broadcast(file.exists()):
+        return processes.on_first(lambda: stored_sensitivity(file, config, model, scheduler, samples))
+    found = measure_sensitivity(
+        model,
+        scheduler,
+        processes.on_all(samples),
+        samples=config.sensitivity_samples,
+        probes=config.sensitivity_probes,
+        batch_size=min(config.batch_size, config.sensitivity_samples),
+        seed=config.seed,
+        checkpoint=progress_in if store else None,
+        progress=progress,
+    )
+    if file is not None and store:
+        processes.on_first(lambda: found.save(file))
+    return found
+
+
+def stored_sensitivity(
+    file: Path, config: PruningConfig, model: nn.Module, scheduler: Any, samples: Callable[[], Samples]
+) -> Sensitivity:
+    """A sensitivity from disk; raises BadInput if it is not what the config asks for."""
+    found = Sensitivity.load(file)
+    same = {
+        "model": found.weights == weights_hash(model),
+        "data": found.images == fitting(samples(), model, find_adapter(model), scheduler).sha256,
+        "scheduler": found.scheduler == trained_for(training_scheduler(scheduler)),
+        "seed": found.seed == config.seed,
+        "sensitivity_samples": found.samples == config.sensitivity_samples,
+        "sensitivity_probes": found.probes == config.sensitivity_probes,
+    }
+    for key, fits in same.items():
+        if not fits:
+            raise BadInput(f"{file}: measured with other {key}; remove it or name another file")
+    return found

@@ -1,0 +1,130 @@
+"""A target spent by the sensitivity: through make_plan and the whole of `diffprune prune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler
+from tiny import make_unet
+
+import diffprune_plugin as dp
+from diffprune_plugin.config.pruning import PruningConfig
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.sensitivity.linear import measure_sensitivity
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+
+
+@pytest.fixture(scope="module")
+def sensitivity(images: np.ndarray) -> Sensitivity:
+    scheduler = DDPMScheduler(num_train_timesteps=20)
+    return measure_sensitivity(make_unet(), scheduler, images, samples=4, probes=2, progress=False)
+
+
+def left(plan: PruningPlan, key: str) -> float:
+    before, after = getattr(plan, key)
+    return float(after / before)
+
+
+def planted(sensitivity: Sensitivity, root: str, factor: float) -> Sensitivity:
+    """The same with one group's errors times a factor."""
+    values = tuple(factor * value for value in sensitivity.scores[root])
+    return Sensitivity(**{**sensitivity.__dict__, "scores": {**sensitivity.scores, root: values}})
+
+
+@pytest.mark.parametrize(
+    "target", [{"macs_target": 0.6}, {"params_target": 0.5}, {"macs_target": 0.7, "params_target": 0.4}]
+)
+def test_a_target_is_met_with_less_predicted_error_than_by_one_ratio(
+    target: dict[str, float], sensitivity: Any
+) -> None:
+    plan = dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, allocation="linear", **target)
+    for key, share in target.items():
+        assert left(plan, key.removesuffix("_target")) <= share + 1e-3
+    assert plan.allocation.error == pytest.approx(sum(plan.allocation.errors.values()))
+    assert plan.allocation.sensitivity == sensitivity.sha256
+    assert all(g.reason for g in plan.groups)
+    if len(target) == 1:
+        uniform = dp.make_plan(make_unet(), "magnitude", **target)
+        assert plan.allocation.error < 0.7 * sum(sensitivity.error(g.root, g.removed) for g in uniform.groups)
+
+
+def test_a_planted_insensitive_group_is_emptied_first_and_a_critical_one_stays(sensitivity: Sensitivity) -> None:
+    root = "down_blocks.1.resnets.0.conv1"
+    for factor, most in ((1e-9, True), (1e9, False)):
+        plan = dp.make_plan(make_unet(), "magnitude", sensitivity=planted(sensitivity, root, factor), macs_target=0.7)
+        group = next(g for g in plan.groups if g.root == root)
+        assert len(group.removed) == (group.units - group.step if most else 0)
+
+
+def test_what_is_asked_of_single_groups_holds(sensitivity: Sensitivity) -> None:
+    asked = {"ignored_layers": ["mid_block.*"], "pruning_ratio_dict": {"down_blocks.0.resnets.0.conv1": 0.5}}
+    asked |= {"max_pruning_ratio": 0.5, "round_to": 8}
+    plan = dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, macs_target=0.75, **asked)
+    groups = {g.root: g for g in plan.groups}
+    assert not groups["mid_block.resnets.0.conv1"].removed
+    assert len(groups["down_blocks.0.resnets.0.conv1"].removed) == 8
+    assert all(len(g.removed) <= g.units / 2 for g in plan.groups)
+    assert all((g.units - len(g.removed)) % 8 == 0 for g in plan.groups if g.removed)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"macs_target": 0.5, "allocation": "linear"}, "allocation: linear needs a sensitivity"),
+        ({"allocation": "linear"}, "linear spends a budget; add macs_target or params_target"),
+        ({"macs_target": 0.5, "allocation": "linear", "global_pruning": True}, "drop one"),
+        ({"macs_target": 0.5, "params_target": 0.5}, "ask for different things"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        dp.make_plan(make_unet(), "magnitude", **options)
+
+
+def test_a_target_below_all_widths_is_refused_with_the_least(sensitivity: Sensitivity) -> None:
+    with pytest.raises(BadInput, match=r"macs_target: 0.01 cannot be reached: macs: 0.010 of .* is below 0\.\d+"):
+        dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, macs_target=0.01)
+
+
+def test_a_config_with_a_target_and_images_is_allocated_and_another_budget_needs_no_new_pass(
+    run: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "sensitivity.json"
+    words = ["--set", f"sensitivity={stored}", "--set", "sensitivity_samples=4", "--set", "sensitivity_probes=1"]
+    code, out, err = run("prune", config_file, *words, "--set", "macs_target=0.7", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["allocation"]["sensitivity"] == Sensitivity.load(stored).sha256
+    assert PruningPlan.read(tmp_path / "pruned" / "unet" / "pruning_plan.json").allocation is not None
+    monkeypatch.setattr("diffprune_plugin.sensitivity.stored.measure_sensitivity", lambda *a, **k: pytest.fail("again"))
+    more = ["--set", "params_target=0.5", "--output", tmp_path / "other", "--json"]
+    assert run("prune", config_file, *words, *more)[0] == 0
+    code, _, err = run("prune", config_file, *words, "--set", "params_target=0.5", "--set", "seed=3", "--dry-run")
+    assert code == 2
+    assert "measured with other seed" in err
+
+
+def test_uniform_and_a_plain_ratio_need_no_sensitivity(run: Any, config_file: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("diffprune_plugin.sensitivity.stored.measure_sensitivity", lambda *a, **k: pytest.fail("made"))
+    for setting in (
+        ["macs_target=0.7", "allocation=uniform"],
+        ["pruning_ratio=0.3"],
+        ["macs_target=0.7", "global_pruning=true"],
+    ):
+        words = [word for value in setting for word in ("--set", value)]
+        code, out, err = run("prune", config_file, *words, "--dry-run", "--json")
+        assert code == 0, err
+        assert json.loads(out)["allocation"] is None
+
+
+def test_linear_without_images_is_refused(dense_dir: Path) -> None:
+    config = PruningConfig(model=str(dense_dir), importance={"name": "magnitude"}, macs_target=0.5, allocation="linear")
+    from diffprune_plugin.workflow import prune
+
+    with pytest.raises(BadInput, match="allocation: linear needs 'data' and a pipeline directory"):
+        prune(config, dry_run=True)
