@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pluggy
 
 import diffprune_plugin.adapters as built_in_adapters
@@ -20,6 +21,8 @@ from diffprune_plugin.errors import BadInput, DiffPruneError, first_line, neares
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
 DENOISERS = ("transformer", "unet", "prior")  # where pipelines of diffusers keep what denoises
+# Where torch.compile, and where DataParallel and its kin, keep the model that they wrap.
+WRAPPED = ("_orig_mod", "module")
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,6 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
 
     Raises BadInput for an unknown name, or a rule that does not give one number >= 0 a timestep, not all of them 0.
     """
-    import numpy as np
-
     known = timestep_weights(plugins or plugin_manager())
     if name not in known:
         hint = nearest(str(name), known)
@@ -194,7 +195,13 @@ def with_calibration(criterion: Any, calibration: Any) -> Criterion:
 
 
 def find_adapter(model: Any, plugins: Plugins | None = None) -> ModelAdapter:
-    """The adapter for a UNet, by its class or the nearest of its base classes; raises BadInput if there is none."""
+    """The adapter for a UNet, by its class or the nearest of its base classes.
+
+    Raises BadInput if there is none, or for a wrapper, with the attribute that holds the model.
+    """
+    for name in WRAPPED:
+        if hasattr(getattr(model, name, None), "named_modules"):
+            raise BadInput(f"{type(model).__name__} wraps the model; give its .{name}, and wrap the result again")
     return adapter_for(type(model), plugins)
 
 

@@ -31,13 +31,13 @@ from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, p
 from diffprune_plugin.pruning.loading import load_model
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
-from diffprune_plugin.pruning.saving import save
+from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.stored import sensitivity_for
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
-from diffprune_plugin.utils.files import check_absent, check_apart
+from diffprune_plugin.utils.files import check_absent, check_apart, relative
 from diffprune_plugin.utils.memory import out_of_memory
 
 
@@ -131,10 +131,12 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     """Everything that can be checked before work begins; the first process checks the output, which it writes."""
     output = Path(config.output)
     if not dry_run and Processes().is_first:
-        check_absent(output, overwrite)
+        check_absent(output, overwrite, PRUNED)
         check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration", "sensitivity")})
     criterion = criterion_of(config)
-    loaded, model = load_model(config.model, config.device, config.dtype)
+    loaded, model = load_model(
+        config.model, config.device, config.dtype, variant=config.variant, unused_tensors=config.unused_tensors
+    )
     if isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(model)
@@ -158,7 +160,8 @@ def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwri
     compensation = (
         None if dense is None else compensate(model, dense, plan, loaded.scheduler, job.samples(), config, progress)
     )
-    extra = {CONFIG_FILE: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)}
+    stored = {key: relative(value) for key, value in config.model_dump(mode="json").items()}
+    extra = {CONFIG_FILE: yaml.safe_dump(stored, sort_keys=False)}
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
     save(loaded, Path(config.output), overwrite=overwrite, extra=extra)

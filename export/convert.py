@@ -124,10 +124,9 @@ def dense_twin(model: Any) -> nn.Module | None:
     if plan is None:
         return None
     base: Any = next(cls for cls in type(model).__mro__ if cls.__name__ == plan.model_class)
-    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        twin: nn.Module = base(**config).eval()
+        twin: nn.Module = base.from_config(model.config).eval()
     return twin
 
 

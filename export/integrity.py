@@ -6,14 +6,12 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.utils.files import alone_in, check_place, disk_errors, sync, write_text
+from diffprune_plugin.utils.files import alone_in, check_place, disk_errors, scratch, sync, write_text
 from diffprune_plugin.utils.optional import need
 
 PREFIX = "diffprune."
@@ -49,16 +47,11 @@ def new_model(path: Path, overwrite: bool = False, notes: Mapping[str, Any] | No
     Killed at any moment it leaves nothing at ``path``, or the old file with all that belongs to it. ``notes`` go into
     the manifest. Raises BadInput if by then another export has written there, unless ``overwrite``.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield scratch / path.name
-            with alone_in(path.parent):
-                check_output(path, overwrite)
-                put_in_place(scratch, path, notes or {})
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with disk_errors(path), scratch(path) as place:
+        yield place
+        with alone_in(path.parent):
+            check_output(path, overwrite)
+            put_in_place(place.parent, path, notes or {})
 
 
 def put_in_place(scratch: Path, path: Path, notes: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ class Calibration:
             "scheduler": self.scheduler,
             "points": self.points,
         }
-        with new_directory(Path(directory), overwrite) as temporary:
+        with new_directory(Path(directory), overwrite, "calibration") as temporary:
             save_tensors(self.gradients, temporary / "gradients.safetensors")
             (temporary / "calibration.json").write_text(json.dumps(content, indent=1) + "\n")
 

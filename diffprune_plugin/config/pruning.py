@@ -64,6 +64,14 @@ class PruningConfig(PlanOptions):
         default=False, description="Compute in bfloat16, while weights and sums of gradients keep their dtype."
     )
     seed: Seed = Field(default=0, description="Of all that is drawn at random.")
+    variant: str | None = Field(
+        default=None,
+        pattern=r"^[\w-]+$",
+        description="Of the model's weights, as in model.fp16.safetensors; found by itself where it is the only one.",
+    )
+    unused_tensors: Literal["refuse", "ignore"] = Field(
+        default="refuse", description="What becomes of weights that the model does not take, such as copies for EMA."
+    )
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where it runs: cpu, cuda, cuda:1 and so on."
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ from PIL import Image
 from rich.console import Console
 
 from diffprune_plugin.calibration.plot import plot_curve
-from diffprune_plugin.config.pruning import read_config
+from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.export.providers import check_distribution
 from diffprune_plugin.planning.report import plan_markdown, size_change
 from diffprune_plugin.pruning.loading import load_pipeline
-from diffprune_plugin.utils.files import new_directory, write_text
+from diffprune_plugin.pruning.saving import PRUNED
+from diffprune_plugin.utils.files import new_directory, write_list, write_text
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.workflow import Pruned, prune
 
@@ -41,24 +44,42 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Consol
         need(module)
     check_distribution()
     console = console or Console()
-    with new_directory(output, overwrite) as work:
+    with new_directory(output, overwrite, "demo") as work:
         shutil.copytree(MODEL, work / "dense")
         shutil.copyfile(CALIBRATION_IMAGES, work / "calibration.npz")
         (work / "config.yaml").write_text(yaml.safe_dump(config_for(output, seed), sort_keys=False))
+        make(work, output, seed, console)
+        name_(work, output)
+    return output / "report.md"
+
+
+def make(work: Path, output: Path, seed: int, console: Console) -> None:
+    """Everything that the demo shows, in a folder that becomes the output."""
+    config = PruningConfig(**config_for(work, seed))
+    plain = config.model_copy(update={"compensate": False, "output": str(work / "removed")})
     console.print(f"[bold]1/4[/] prune {output / 'dense'}: importance: diff_taylor, pruning_ratio: 0.3")
-    config = output / "config.yaml"
-    removed = prune(read_config(config, ["compensate=false"], output=str(output / "removed")))
+    removed = prune(plain)
     console.print(
         f"[bold]2/4[/] {size_change('MACs', removed.plan.macs)}; the same, and refit the layers behind the cuts"
     )
-    result = prune(read_config(config))
+    result = prune(config)
     console.print("[bold]3/4[/] draw with all three, from the same noise (50 DDIM steps)")
-    draw(output, seed)
-    plot_calibration(result, removed, output)
+    draw(work, seed)
+    plot_calibration(result, removed, work)
     console.print("[bold]4/4[/] export to ONNX, verify against PyTorch, time against the dense model")
-    verdict = export(output, console)
-    write_text(output / "report.md", report_text(output, removed, result, verdict, seed))
-    return output / "report.md"
+    verdict = export(work, lambda line: console.print(line.replace(str(work), str(output)), markup=False))
+    write_text(work / "report.md", report_text(work, removed, result, verdict, seed))
+
+
+def name_(work: Path, output: Path) -> None:
+    """Name the output where a text names the folder that was worked in."""
+    for file in [path for path in work.rglob("*") if path.suffix in (".json", ".md", ".yaml")]:
+        text = file.read_text()
+        named = text.replace(os.path.relpath(work), os.path.relpath(output)).replace(str(work), str(output))
+        if named != text:
+            file.write_text(named)
+    for folder in ("pruned", "removed"):
+        write_list(work / folder, PRUNED)
 
 
 def config_for(output: Path, seed: int) -> dict[str, Any]:
@@ -89,7 +110,7 @@ def plot_calibration(result: Pruned, removed: Pruned, output: Path) -> None:
     plot_curve(calibration, output / "loss_curve.png")
 
 
-def export(output: Path, console: Console) -> dict[str, Any]:
+def export(output: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """model.onnx of the pruned model with its verdict, latency tables and plot."""
     from diffprune_plugin.export import tables
     from diffprune_plugin.export.benchmark import Latency
@@ -101,10 +122,7 @@ def export(output: Path, console: Console) -> dict[str, Any]:
         tables.plot(latency, output / "latency.png")
 
     options = Options(baseline=output / "dense", torch=True, budget=20, provider="cpu")
-    verdict = run(
-        output / "pruned", output / "model.onnx", options, lambda line: console.print(line, markup=False), keep
-    )
-    return verdict.content
+    return run(output / "pruned", output / "model.onnx", options, say, keep).content
 
 
 def report_text(output: Path, removed: Pruned, result: Pruned, verdict: dict[str, Any], seed: int) -> str:

@@ -25,14 +25,14 @@ from diffprune_plugin.evaluation.drawing import check_comparably_drawn, complete
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
 from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import read_prompts
-from diffprune_plugin.evaluation.report import Evaluation, not_measured
+from diffprune_plugin.evaluation.report import EVALUATION, Evaluation, not_measured
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing
 from diffprune_plugin.graph.costs import total_macs
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.utils.device import check_device
-from diffprune_plugin.utils.files import check_absent, check_apart
+from diffprune_plugin.utils.files import check_absent, check_apart, relative
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.utils.tensors import weights_hash
 
@@ -80,7 +80,7 @@ def run(
     are resized and cropped to this height and width.
     """
     check_device(device)
-    check_absent(output, overwrite)
+    check_absent(output, overwrite, EVALUATION)
     sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
     check_apart(output, {key: None if path is None else str(path) for key, path in sources.items()})
     drawing = drawing or Drawing()
@@ -195,7 +195,8 @@ def measure(role: str, pipeline: Any, samples: Samples | None, drawing: Drawing,
     macs = total_macs(model, find_adapter(model))
     checked = getattr(pipeline, "safety_checker", None) is not None
     black = sum(not np.asarray(picture).any() for picture in pictures) if checked else 0
-    return Measured(str(pipeline.name_or_path or role), weights_hash(model), params, macs, losses, pictures, black)
+    name = relative(str(pipeline.name_or_path or role))
+    return Measured(name, weights_hash(model), params, macs, losses, pictures, black)
 
 
 def parts_of(pipeline: Any) -> list[npt.NDArray[np.int64]]:

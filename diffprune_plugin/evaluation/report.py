@@ -21,6 +21,7 @@ OPTIONS = {
     "loss difference to the dense model": ("--against DENSE", "--reference IMAGES"),
     "distance to real images": ("--reference IMAGES", "--features NETWORK"),
 }
+EVALUATION = "evaluation"  # what its directory is
 UNLISTED = ("name", "weights", "loss_stderr", "loss_per_timestep", "blacked_out")  # facts of a model: not in its table
 
 
@@ -37,7 +38,7 @@ class Evaluation:
 
     def write(self, output: Path, overwrite: bool = False) -> None:
         """evaluation.json, report.md and samples.png, all or nothing."""
-        with new_directory(output, overwrite) as directory:
+        with new_directory(output, overwrite, EVALUATION) as directory:
             (directory / "evaluation.json").write_text(json.dumps(self.facts, indent=1, allow_nan=False) + "\n")
             (directory / "report.md").write_text(self.markdown())
             if self.rows:

@@ -125,7 +125,7 @@ class PruningPlan(Frozen):
             plan = cls.model_validate(content)
         except FileNotFoundError:
             raise BadInput(f"{path}: no such file; is the directory a pruned model?") from None
-        except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise BadInput(f"{path}: not a pruning plan: {first_line(error)}") from None
         if plan.sha256 != stated:
             raise BadInput(f"{path}: altered since it was written (its sha256 differs); restore it or prune again")
@@ -133,12 +133,17 @@ class PruningPlan(Frozen):
 
 
 def architecture_hash(model: Any) -> str:
-    """SHA-256 of what the dense config says beyond the defaults: a key that a later diffusers adds changes nothing."""
-    defaults = {key: parameter.default for key, parameter in inspect.signature(type(model)).parameters.items()}
+    """SHA-256 of what the dense config says beyond the defaults: a key that a later diffusers adds changes nothing, nor
+    one that the class does not take (EMA's ``decay``)."""
+    defaults = {
+        key: parameter.default
+        for cls in reversed(type(model).__mro__)
+        for key, parameter in inspect.signature(cls.__init__).parameters.items()
+    }
     config = {
         key: value
         for key, value in dict(model.config).items()
-        if not key.startswith("_") and plain(value) != plain(defaults.get(key))
+        if key in defaults and plain(value) != plain(defaults[key])
     }
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode()).hexdigest()
 

@@ -23,7 +23,6 @@ from diffprune_plugin.pruning.pruned_class import (
     read_pruned,
     read_weights,
     resize_,
-    write_model,
 )
 from diffprune_plugin.pruning.saving import files_below, save
 

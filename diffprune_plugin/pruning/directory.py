@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffprune_plugin.plugins import adapters, components, no_adapter, no_denois
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
+SOURCE_KEY = "_name_or_path"  # where diffusers and transformers write down what a config was loaded from
 
 
 def progress_directory(output: str | Path) -> Path:
@@ -66,8 +68,20 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
+    except RecursionError:
+        raise BadInput(f"{path}: not readable as JSON: nested too deeply") from None
     except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not readable as JSON: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: holds a {type(content).__name__}, not an object")
     return content
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """A config as diffusers writes it."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def without_paths(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the absolute path that it was loaded from."""
+    return {k: v for k, v in content.items() if not (k == SOURCE_KEY and Path(str(v)).is_absolute())}

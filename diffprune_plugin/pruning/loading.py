@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
 from torch import nn
 
-from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.plugins import adapter_for, denoiser_of
+from diffprune_plugin.adapters.ports import config_of
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.plugins import adapter_for, denoiser_of, find_adapter
+from diffprune_plugin.pruning.building import at_most, one_line
 from diffprune_plugin.pruning.directory import component_in, model_folder, read_json
+from diffprune_plugin.pruning.index import INDEX_FILE, read_index
 from diffprune_plugin.pruning.pruned_class import PREFIX, model_class_named, pruned_class_named
+from diffprune_plugin.pruning.weights import UnusedTensors, check_used, tensors_in, variant_of, weight_files
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.optional import check_installed
 
+LONGEST_SIDE = 16_384  # of a sample
 
-def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = None) -> Any:
+
+def load(
+    directory: str | os.PathLike[str],
+    torch_dtype: torch.dtype | None = None,
+    *,
+    variant: str | None = None,
+    unused_tensors: UnusedTensors = "refuse",
+) -> Any:
     """The UNet of a pipeline or UNet directory, dense or pruned, in eval mode; float32 unless ``torch_dtype`` is given.
 
-    Raises BadInput for a directory that is neither, or whose files are damaged.
+    ``variant``: of the weights, as in ``diffusion_pytorch_model.fp16.safetensors``; not needed where there is one only.
+    ``unused_tensors``: "ignore" goes on where the weights hold more than the model takes, as with copies for EMA.
+
+    Raises BadInput for a directory that is neither, or whose files are damaged or do not fit each other.
     """
     folder = model_folder(Path(directory))
     name = str(read_json(folder / "config.json").get("_class_name"))
@@ -33,13 +50,50 @@ def load(directory: str | os.PathLike[str], torch_dtype: torch.dtype | None = No
     found = getattr(diffusers, name, None) or model_class_named(name)
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise BadInput(f"{folder / 'config.json'}: _class_name {name!r} is no diffusers model, and no plugin has it")
-    base: Any = found
-    adapter_for(base)
+    adapter_for(found)
+    return load_dense(found, folder, torch_dtype, variant, unused_tensors)
+
+
+def load_dense(
+    cls: Any, folder: Path, torch_dtype: torch.dtype | None, variant: str | None, unused_tensors: UnusedTensors
+) -> Any:
+    """A model of a diffusers class from its folder; raises BadInput unless weights and config match."""
+    variant = variant_of(folder, variant)
+    tensors = tensors_in(weight_files(folder)[variant])
+    place = f"{folder}: cannot be loaded as {cls.__name__}"
+    with quiet(), one_line(place), at_most(len(tensors), str(folder / "config.json")):
+        model, info = cls.from_pretrained(folder, use_safetensors=True, variant=variant, output_loading_info=True)
+    check_used(model, tensors, info, folder, unused_tensors)
+    check_computes(model.eval(), folder / "config.json")
+    return model.to(torch_dtype) if torch_dtype not in (None, model.dtype) else model
+
+
+@torch.no_grad()
+def check_computes(model: nn.Module, where: Path) -> None:
+    """Raises BadInput unless a model's smallest forward works: some damage to a config shows only there."""
+    adapter = find_adapter(model)
     try:
-        model = base.from_pretrained(folder, use_safetensors=True).eval()
-        return model.to(torch_dtype) if torch_dtype not in (None, model.dtype) else model
-    except (OSError, ValueError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
-        raise BadInput(f"{folder}: cannot be loaded as {name}: {first_line(error)}") from error
+        adapter.check(model)
+    except BadInput:  # nothing that it knows; it says so, by name, when the model is to be pruned
+        return
+    with one_line(f"{where}: the model does not compute"):
+        size = adapter.size(config_of(model))
+        output = model(**adapter.trace_inputs(model), return_dict=False)[0]
+    if not all(type(length) is int and 1 <= length <= LONGEST_SIDE for length in size):
+        raise BadInput(f"{where}: sample_size {size[0]!r} is not between 1 and {LONGEST_SIDE}; restore it")
+    if not output.isfinite().all():
+        raise BadInput(f"{where}: the model's output is not finite; restore the config or the weights")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What diffusers warns of while it loads a model is checked here."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
 
 
 def getattr_or_bad(name: str, folder: Path) -> Any:
@@ -51,37 +105,55 @@ def getattr_or_bad(name: str, folder: Path) -> Any:
         ) from None
 
 
-def load_pipeline(directory: Path, torch_dtype: torch.dtype | None = None) -> Any:
-    """The whole pipeline of a directory, float32 unless told otherwise; raises BadInput if it is none or damaged."""
-    if not (directory / "model_index.json").exists():
-        raise BadInput(f"{directory}: no model_index.json; give a pipeline directory")
-    libraries = [part[0] for part in read_json(directory / "model_index.json").values() if isinstance(part, list)]
-    if "transformers" in libraries:
+def load_pipeline(
+    directory: Path,
+    torch_dtype: torch.dtype | None = None,
+    *,
+    variant: str | None = None,
+    unused_tensors: UnusedTensors = "refuse",
+) -> Any:
+    """The whole pipeline of a directory, float32 unless told otherwise; the options are those of `load`.
+
+    Raises BadInput if it is none, is damaged, or asks for code that is neither diffusers' nor a plugin's.
+    """
+    if not (directory / INDEX_FILE).exists():
+        raise BadInput(f"{directory}: no {INDEX_FILE}; give a pipeline directory")
+    parts = read_index(directory)
+    if any(library == "transformers" for library, _ in parts.values()):
         check_installed("transformers")
     name = component_in(directory)
-    given: dict[str, Any] = {name: load(directory, torch_dtype)} if (directory / name).is_dir() else {}
+    given: dict[str, Any] = {}
+    if (directory / name).is_dir():
+        given[name] = load(directory, torch_dtype, variant=variant, unused_tensors=unused_tensors)
+    variants = {
+        variant_of(directory / part, variant if variant in weight_files(directory / part) else None)
+        for part in parts.keys() - given.keys()
+        if weight_files(directory / part)
+    }
     if torch_dtype not in (None, torch.float32):
         given["torch_dtype"] = torch_dtype
     diffusers.utils.logging.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(directory, use_safetensors=True, **given)
-    except (OSError, ValueError, SafetensorError, RuntimeError, TypeError, LookupError, AttributeError) as error:
-        raise BadInput(f"{directory}: cannot be loaded as a pipeline: {first_line(error)}") from error
+        with one_line(f"{directory}: cannot be loaded as a pipeline"):
+            return DiffusionPipeline.from_pretrained(
+                directory, use_safetensors=True, variant=next((each for each in variants if each), None), **given
+            )
     finally:
         diffusers.utils.logging.enable_progress_bar()
 
 
-def load_model(directory: str | Path, device: str, dtype: str) -> tuple[Any, nn.Module]:
+def load_model(directory: str | Path, device: str, dtype: str, **options: Any) -> tuple[Any, nn.Module]:
     """The pipeline or UNet of a directory, its weights in ``dtype`` (float32 ...), and its UNet, that one on a device.
 
+    ``options``: further ones of `load`.
     Raises HardwareUnproved if the device is not there.
     """
     check_device(device)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if (Path(directory) / "model_index.json").exists():
-        pipeline = load_pipeline(Path(directory), torch_dtype)
+        pipeline = load_pipeline(Path(directory), torch_dtype, **options)
         return pipeline, model_of(pipeline).to(device)
-    model = load(Path(directory), torch_dtype).to(device)
+    model = load(Path(directory), torch_dtype, **options).to(device)
     return model, model
 
 

@@ -143,7 +143,7 @@ def save_masked(model: Any, directory: str | os.PathLike[str], *, overwrite: boo
     """
     report, path = report_of(model), Path(directory)
     stamp = {"plan": report.plan.sha256, "exact_norms": str(report.exact_norms)}
-    with new_directory(path, overwrite) as temporary:
+    with new_directory(path, overwrite, "masked model") as temporary:
         model.save_config(str(temporary))
         report.plan.write(temporary / PLAN_FILE)
         save_tensors(model.state_dict(), temporary / WEIGHTS, stamp)

@@ -3,36 +3,86 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapters, class_names, find_adapter, plugin_manager
-from diffprune_plugin.pruning.directory import WEIGHTS, read_json
+from diffprune_plugin.pruning.building import at_most, one_line
+from diffprune_plugin.pruning.directory import WEIGHTS, read_json, to_json, without_paths
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
 PREFIX = "Pruned"
+PLAN_KEY = "_pruning_plan"  # of a pruned model's config
+LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # diffusers' names
 
 
 class PrunedModelMixin:
-    """What a pruned UNet class adds to its diffusers class: it carries its plan, and saves and loads with it.
+    """What a pruned model's class adds to its diffusers class: it carries its plan, and saves and loads with it.
 
     Listed in ``model_index.json`` as ``["diffprune_plugin", "Pruned..."]``, so that after ``import diffprune_plugin``
-    the ordinary ``DiffusionPipeline.from_pretrained`` loads it.
+    the ordinary ``DiffusionPipeline.from_pretrained`` loads it. The plan is in the config too, as ``_pruning_plan``, so
+    that whatever rebuilds a model from its config (`EMAModel`, ``from_config``) gets the pruned sizes.
     """
 
     pruning_plan: PruningPlan
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write config.json (dense), pruning_plan.json and safetensors; other arguments of diffusers have no effect."""
-        write_model(self, Path(save_directory))
+        """Write config.json (dense), pruning_plan.json and safetensors; other arguments of diffusers have no effect.
+
+        Raises BadInput, before anything is written, for a model that could not be loaded again.
+        """
+        model: Any = self
+        check_loadable(model)
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        model.save_config(str(directory))
+        self.pruning_plan.write(directory / PLAN_FILE)
+        save_tensors(model.state_dict(), directory / WEIGHTS, {"plan": self.pruning_plan.sha256})
+
+    def to_json_string(self) -> str:
+        """What config.json holds: the plan lies beside it."""
+        content: dict[str, Any] = json.loads(super().to_json_string())  # type: ignore[misc]
+        return to_json(without_paths({key: value for key, value in content.items() if key != PLAN_KEY}))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The pruned architecture with new weights, from a pruned model's config or directory.
+
+        Raises BadInput for a config without its plan, or a plan of another architecture.
+        """
+        if isinstance(config, (str, os.PathLike)):
+            folder = Path(config) / (kwargs.pop("subfolder", None) or "")
+            where = str(folder)
+            plan = PruningPlan.read(folder / PLAN_FILE)
+            config = read_json(folder / "config.json")
+        elif PLAN_KEY in (config or {}):
+            plan, where = PruningPlan.model_validate(config[PLAN_KEY]), cls.__name__
+        else:
+            raise BadInput(
+                f"{cls.__name__}.from_config: the config has no {PLAN_KEY}, so it does not say what was pruned; give a "
+                "pruned model's config or its directory"
+            )
+        base = base_of(cls)
+        model, unused = base.from_config(config, return_unused_kwargs=True, **kwargs)
+        check_architecture(model, plan, where)
+        resize_(model, plan)
+        adapter = find_adapter(model)
+        adapter.set_heads_(model, plan.heads)
+        adapter.mend_(model)
+        with_plan_(model, plan)
+        return (model, unused) if return_unused_kwargs else model
 
     @classmethod
     def from_pretrained(
@@ -40,14 +90,15 @@ class PrunedModelMixin:
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The pruned UNet of a local directory in eval mode; float32, as in diffusers, unless ``dtype`` (in older
-        diffusers ``torch_dtype``) is given.
+        """The pruned model of a local directory in eval mode; float32, as in diffusers, unless ``dtype`` (in older
+        diffusers ``torch_dtype``) is given; "auto" is that of the file.
 
-        ``device_map``: a device, to which it goes. Raises BadInput for a directory that is no pruned UNet or was
+        ``device_map``: a device, to which it goes. Raises BadInput for a directory that is no pruned model or was
         damaged, a ``device_map`` of several devices, or a ``quantization_config``.
         """
         device = one_device(kwargs.get("device_map"))
@@ -55,7 +106,8 @@ class PrunedModelMixin:
             raise BadInput("quantization_config: is not applied to a pruned UNet; load it without and quantize it then")
         directory = Path(pretrained_model_name_or_path) / (subfolder or "")
         model = read_pruned(cls, directory, dtype or torch_dtype or torch.float32)
-        return model if device is None else model.to(device)
+        model = model if device is None else model.to(device)
+        return (model, {key: [] for key in LOADING_INFO}) if output_loading_info else model
 
 
 def one_device(device_map: Any) -> torch.device | None:
@@ -93,11 +145,37 @@ def model_class_named(name: str) -> Any:
 
 
 def as_pruned_(model: nn.Module, plan: PruningPlan) -> None:
-    """Make a UNet whose channels are gone an instance of the pruned class, with its plan."""
-    base: Any = type(model)
+    """Make a model whose channels are gone an instance of the pruned class, with its plan; its pipelines are told."""
+    with_plan_(model, plan)
+    pipelines: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), DiffusionPipeline)]
+    for pipeline in pipelines:  # each wrote down the class of the model when it was made
+        for name in [key for key, part in vars(pipeline).items() if part is model and key in pipeline.config]:
+            pipeline.register_modules(**{name: model})
+
+
+def with_plan_(model: Any, plan: PruningPlan) -> None:
+    """Give a model the pruned class and its plan."""
     if not isinstance(model, PrunedModelMixin):
-        model.__class__ = pruned_class(base)
-    model.pruning_plan = plan  # type: ignore[assignment]
+        model.__class__ = pruned_class(type(model))
+    model.pruning_plan = plan
+    model.register_to_config(**{PLAN_KEY: plan.model_dump(mode="json")})
+
+
+def base_of(cls: Any) -> Any:
+    """The diffusers class behind a pruned class."""
+    return next(base for base in cls.__mro__ if not issubclass(base, PrunedModelMixin))
+
+
+def check_loadable(model: Any) -> None:
+    """Raises BadInput for a model that nothing could load again: its class is in no adapter, or its plan is missing."""
+    base = base_of(type(model))
+    if base not in (model_class_named(base.__name__), getattr(diffusers, base.__name__, None)):
+        raise BadInput(
+            f"{base.__name__} is a class of your own, which could not be loaded again; register a ModelAdapter that "
+            "names it (model_class, module)"
+        )
+    if isinstance(model, PrunedModelMixin) and not hasattr(model, "pruning_plan"):
+        raise BadInput(f"a {type(model).__name__} without a plan has the dense sizes; use from_pretrained or remove_")
 
 
 def check_architecture(model: nn.Module, plan: PruningPlan, where: str) -> None:
@@ -108,47 +186,34 @@ def check_architecture(model: nn.Module, plan: PruningPlan, where: str) -> None:
         raise BadInput(f"{where}: the plan was made for another architecture ({plan.model_class}); make it again")
 
 
-def write_model(model: Any, directory: Path) -> None:
-    """config.json, the weights and, for a pruned UNet, its plan."""
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_config(str(directory))
-    metadata = {}
-    if isinstance(model, PrunedModelMixin):
-        model.pruning_plan.write(directory / PLAN_FILE)
-        metadata["plan"] = model.pruning_plan.sha256
-    save_tensors(model.state_dict(), directory / WEIGHTS, metadata)
-
-
-def read_pruned(cls: type, directory: Path, dtype: torch.dtype) -> Any:
+def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
     """Rebuild the pruned architecture from the dense config and the plan's sizes, then fill in the weights."""
     plan = PruningPlan.read(directory / PLAN_FILE)
-    # Copied: tensors as the file maps them may lie unaligned, and then some kernels round differently.
-    state = {k: v.to(dtype, copy=True) for k, v in read_weights(directory / WEIGHTS, plan).items()}
-    base = next((c for c in cls.__mro__ if c.__name__ == plan.model_class), None)
-    if base is None:
+    if plan.model_class not in class_names(cls):
         raise BadInput(f"{directory / PLAN_FILE}: a plan for {plan.model_class}, beside a {cls.__name__}")
-    config = {key: value for key, value in read_json(directory / "config.json").items() if not key.startswith("_")}
+    state = read_weights(directory / WEIGHTS, plan)
+    dtype = next(iter(state.values())).dtype if dtype == "auto" else as_dtype(dtype)
+    place = str(directory / "config.json")
+    with one_line(f"{place}: no {plan.model_class}"), at_most(len(state), place), init_empty_weights():
+        model = cls.from_config(directory)
     try:
-        with init_empty_weights():
-            model: Any = base(**config)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise BadInput(f"{directory / 'config.json'}: no {plan.model_class}: {first_line(error)}") from None
-    check_architecture(model, plan, str(directory))
-    resize_(model, plan)
-    try:
-        model.load_state_dict(state, assign=True)
+        # Copied: tensors as the file maps them may lie unaligned, and then some kernels round differently.
+        model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
     except RuntimeError as error:
         raise BadInput(f"{directory / WEIGHTS}: does not fit the plan beside it: {first_line(error)}") from None
-    adapter = find_adapter(model)
-    adapter.set_heads_(model, plan.heads)
-    adapter.mend_(model)
-    as_pruned_(model, plan)
     model.register_to_config(_name_or_path=str(directory))
     return model.eval()
 
 
+def as_dtype(dtype: Any) -> torch.dtype:
+    """Raises BadInput for what is no dtype."""
+    if not isinstance(dtype, torch.dtype):
+        raise BadInput(f"torch_dtype: {dtype!r} is neither a torch.dtype nor 'auto'")
+    return dtype
+
+
 def resize_(model: nn.Module, plan: PruningPlan) -> None:
-    """Give every layer that the plan changed its new shape, with empty parameters."""
+    """Give every layer that the plan changed its new shape; its parameters are cut to it."""
     for name, size in plan.layers.items():
         layer: Any = model.get_submodule(name)
         into, out = size.after
@@ -172,7 +237,7 @@ def resize_(model: nn.Module, plan: PruningPlan) -> None:
                 shape[0] = out
                 if len(shape) > 1:
                     shape[1] = into
-            setattr(layer, key, nn.Parameter(torch.empty(shape, device="meta")))
+            setattr(layer, key, nn.Parameter(parameter.detach()[tuple(slice(size) for size in shape)].clone()))
 
 
 def read_weights(path: Path, plan: PruningPlan) -> dict[str, torch.Tensor]:

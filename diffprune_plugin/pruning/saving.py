@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from diffprune_plugin.adapters.state import check_stock
-from diffprune_plugin.plugins import denoiser_of
-from diffprune_plugin.pruning.pruned_class import write_model
-from diffprune_plugin.utils.files import new_directory
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.pruning.directory import SOURCE_KEY, read_json, to_json, without_paths
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_loadable
+from diffprune_plugin.utils.files import new_directory, sync
+
+# What a directory is; one is replaced only by its like.
+DENSE, PRUNED = "dense model", "pruned model"
 
 
 def save(
@@ -24,24 +30,25 @@ def save(
 ) -> Path:
     """Write a pipeline or a UNet, dense or pruned, as a diffusers directory, all of it or nothing; returns the path.
 
-    ``extra``: further files by name. Raises BadInput if the directory exists and ``overwrite`` is not set, or for
-    a masked UNet, which `save_masked` writes.
+    ``extra``: further files by name. Raises BadInput if the directory exists and may not be replaced, for a masked
+    UNet, which `save_masked` writes, and for a model that could not be loaded again.
     """
     path = Path(directory)
-    name, denoiser = denoiser_of(model) if isinstance(model, DiffusionPipeline) else ("", model)
+    denoiser = denoiser_of(model)[1] if isinstance(model, DiffusionPipeline) else model
+    find_adapter(denoiser)
     check_stock(denoiser)
-    with new_directory(path, overwrite) as temporary:
-        if isinstance(model, DiffusionPipeline):
-            # A pipeline remembers the class that its UNet had when it was made: before remove_ gave it its own.
-            model.register_modules(**{name: denoiser})
+    check_loadable(denoiser)
+    with new_directory(path, overwrite, PRUNED if isinstance(denoiser, PrunedModelMixin) else DENSE) as temporary:
+        try:
             model.save_pretrained(str(temporary), safe_serialization=True)
-        else:
-            write_model(model, temporary)
+        except SafetensorError as error:
+            raise BadInput(f"cannot write {path}: {error}; free space or choose another output") from error
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in files_below(temporary):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            if file.suffix == ".json" and SOURCE_KEY in file.read_text():
+                file.write_text(to_json(without_paths(read_json(file))))
+            sync(file)
     return path
 
 

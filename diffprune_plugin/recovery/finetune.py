@@ -29,12 +29,12 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load, load_pipeline, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
-from diffprune_plugin.pruning.saving import save
+from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.distillation import kept_features
 from diffprune_plugin.recovery.plot import loss_plot
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
 from diffprune_plugin.utils.distributed import Processes, check_parallel
-from diffprune_plugin.utils.files import check_absent, check_apart, disk_errors
+from diffprune_plugin.utils.files import check_absent, check_apart, disk_errors, relative
 from diffprune_plugin.utils.hashes import json_hash
 from diffprune_plugin.utils.memory import checkpointing
 from diffprune_plugin.utils.optional import check_installed, has
@@ -158,7 +158,7 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     pipeline, and for images or a teacher that do not fit it.
     """
     output = Path(config.output)
-    check_absent(output, overwrite)
+    check_absent(output, overwrite, PRUNED)
     check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
     check_shares(config, accelerator)
     pipeline = load_pipeline(Path(config.model))
@@ -210,7 +210,7 @@ def report_of(training: Training, resumed: int) -> FinetuneReport:
     accelerator = training.accelerator
     packages = ("diffprune-plugin", "torch", "diffusers", "accelerate")
     return FinetuneReport(
-        settings=training.config.model_dump(mode="json"),
+        settings=stored(training.config),
         steps=training.step,
         resumed=resumed,
         seconds=training.seconds,
@@ -222,6 +222,10 @@ def report_of(training: Training, resumed: int) -> FinetuneReport:
     )
 
 
+def stored(config: FinetuneConfig) -> dict[str, Any]:
+    return {key: relative(value) for key, value in config.model_dump(mode="json").items()}
+
+
 def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str | bytes]:
     """The files beside the model: what pruning left there, the config, the report, the plot."""
     files: dict[str, str | bytes] = {
@@ -229,7 +233,7 @@ def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str 
         for name in (CONFIG_FILE, COMPENSATION_FILE)
         if (path := Path(config.model) / name).exists()
     }
-    files[FINETUNE_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    files[FINETUNE_FILE] = yaml.safe_dump(stored(config), sort_keys=False)
     files[REPORT_FILE] = json.dumps(report.as_dict(), indent=1) + "\n"
     if has("matplotlib"):
         files[PLOT_FILE] = loss_plot({name: v for name, v in report.curve.items() if name != GRADIENT_NORM})

@@ -1,27 +1,24 @@
-"""Files and directories that are written whole or not at all."""
+"""Files and directories that are written whole or not at all, and what may be replaced."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, first_line
 
-# One of them is in all that we write, and in hardly anything else.
-OURS = (
-    "model_index.json",
-    "pruning_plan.json",
-    "diffusion_pytorch_model.safetensors",
-    "calibration.json",
-    "evaluation.json",
-    "dense/model_index.json",
-)
+LIST_FILE = "diffprune.files.json"  # in each directory of ours: what it is, and its files with their hashes
+ENDING = ".diffprune"  # of what is being written: .NAME.xxxxxxxx.diffprune
 
 
 @contextlib.contextmanager
@@ -30,30 +27,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Raises BadInput if the disk is full or the place not writable.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            os.chmod(temporary, 0o666 & ~current_umask())
-            sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a directory's lock, which ends with the process; without one where the system has none."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # of a network disk that does not lock
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    with disk_errors(path), scratch(path) as temporary:
+        temporary.touch()
+        yield temporary
+        os.chmod(temporary, 0o666 & ~current_umask())
+        sync(temporary)
+        temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,39 +41,153 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, overwrite: bool = False, kind: str = "directory") -> Iterator[Path]:
     """A directory beside ``path`` to write into; it takes the place of ``path`` in one step at the end.
 
-    Raises BadInput if ``path`` exists and ``overwrite`` is not set, the disk is full or the place not writable.
+    ``kind``: what it is, in a word or two; it replaces only its like. Raises BadInput if ``path`` exists and may not be
+    replaced (`check_absent`), the disk is full or the place not writable.
     """
-    path = path.resolve()
-    check_absent(path, overwrite)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            os.chmod(temporary, 0o777 & ~current_umask())
-            if overwrite and path.exists():
-                exchange(temporary, path)
-            else:
-                temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    path = resolved(path)
+    check_absent(path, overwrite, kind)
+    with disk_errors(path), scratch(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        write_list(temporary, kind)
+        os.chmod(temporary, 0o777 & ~current_umask())
+        if overwrite and path.exists():
+            exchange(temporary, path)
+        else:
+            temporary.rename(path)
 
 
-def check_absent(path: Path, overwrite: bool = False) -> None:
-    """Raises BadInput if there is something at ``path`` that may not be replaced, or the place cannot be written to."""
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Where to make ``path``, in a directory beside it that is gone at the end; what killed processes left goes first.
+
+    The directory is locked for as long as its process lives, so that another can tell.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    while True:
+        folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ENDING, dir=path.parent)
+        handle = os.open(folder, os.O_RDONLY)
+        lock(handle, wait=True)
+        if os.path.exists(folder):  # nobody swept it between its making and the lock
+            break
+        os.close(handle)
+    try:
+        yield Path(folder) / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a directory's lock, which ends with the process; without one where the system has none."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left beside ``path`` when they wrote it."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(ENDING)}")
+    for place in [each for each in path.parent.iterdir() if left.fullmatch(each.name)]:
+        with contextlib.suppress(OSError):
+            handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if lock(handle, wait=False):
+                    shutil.rmtree(place, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open directory until it is closed; False if another process has, and ``wait`` is not set."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return wait  # a file system without locks: nothing can be swept there
+    return True
+
+
+def write_list(directory: Path, kind: str) -> None:
+    """Write down what a directory is and which files it has, so that later only they are replaced."""
+    files = {
+        str(file.relative_to(directory).as_posix()): sha256(file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file != directory / LIST_FILE
+    }
+    text = json.dumps({"format": 1, "kind": kind, "files": files}, indent=1) + "\n"
+    (directory / LIST_FILE).write_text(text)
+    sync(directory / LIST_FILE)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_absent(path: Path, overwrite: bool = False, kind: str = "directory") -> None:
+    """Raises BadInput if there is something at ``path`` that may not be replaced, or the place cannot be written to.
+
+    With ``overwrite`` a directory of this kind that we wrote may be, as long as it is what we wrote.
+    """
     here = Path.cwd()
-    if path.resolve() in (here, *here.parents):
+    if resolved(path) in (here, *here.parents):
         raise BadInput(f"output: {str(path)!r} is the working directory or above it; name a directory of its own")
     check_place(path)
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; use --overwrite (overwrite=True) or another output")
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path} is a file, not a directory; choose another output")
-    if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in OURS):
-        raise BadInput(f"{path} holds other files, which --overwrite would delete; choose another output")
+    if path.exists() and any(path.iterdir()):
+        check_ours(path, kind)
+
+
+def resolved(path: Path) -> Path:
+    """The path without links; raises BadInput for one that cannot be, as with links that go round in circles."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadInput(f"{str(path)!r} is no path that can be used: {first_line(error)}") from None
+
+
+def check_ours(path: Path, kind: str) -> None:
+    """Raises BadInput, naming a file, unless a directory is of this kind and holds what we wrote and nothing else."""
+    stated, files = read_list(path)
+    if files is None:
+        raise BadInput(
+            f"{path} holds other files ({next(path.iterdir()).name} ...): it has no {LIST_FILE}, so diffprune did not "
+            "write it; move it away or choose another output"
+        )
+    if stated != kind:
+        raise BadInput(f"{path} holds a {stated}, which a {kind} does not replace; choose another output")
+    known = {path / LIST_FILE, *(path / name for name in files)}
+    known |= {folder for file in known for folder in file.parents}
+    for found in sorted(path.rglob("*")):
+        if found not in known or found.is_symlink():
+            stray = found.relative_to(path)
+            raise BadInput(f"{path} holds other files: {stray}; move that away or choose another output")
+    for name, digest in files.items():
+        if (path / name).is_file() and sha256(path / name) != digest:
+            raise BadInput(f"{path / name} was changed since diffprune wrote it; move it away or choose another output")
+
+
+def read_list(path: Path) -> tuple[str, dict[str, str] | None]:
+    """What `write_list` wrote: the kind, and the files with their hashes; None if there is no such list."""
+    try:
+        content = json.loads((path / LIST_FILE).read_text())
+        return str(content["kind"]), {str(name): str(digest) for name, digest in content["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "", None
 
 
 def check_place(path: Path) -> None:
@@ -139,10 +232,20 @@ def current_umask() -> int:
     return mask
 
 
+def relative(value: Any) -> Any:
+    """An absolute path as seen from the working directory: what is handed on does not name this machine's folders."""
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    try:
+        return os.path.relpath(value)
+    except ValueError:  # on another drive
+        return Path(value).name
+
+
 def check_apart(output: Path, sources: Mapping[str, str | None]) -> None:
     """Raises BadInput if writing the output would replace one of the sources, by config key, that it is made from."""
-    place = output.resolve()
+    place = resolved(output)
     for key, value in sources.items():
-        source = Path(value).resolve() if value else None
+        source = resolved(Path(value)) if value else None
         if source and (source == place or place in source.parents or source in place.parents):
             raise BadInput(f"output: {output} and {key}: {value} lie inside each other; choose another output")
