@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pluggy
 
 import diffprune_plugin.adapters as built_in_adapters
@@ -132,6 +131,8 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
 
     Raises BadInput for an unknown name, or a rule that does not give one number >= 0 a timestep, not all of them 0.
     """
+    import numpy as np
+
     known = timestep_weights(plugins or plugin_manager())
     if name not in known:
         hint = nearest(str(name), known)

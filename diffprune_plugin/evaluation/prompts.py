@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.evaluation.settings import Size
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 
-Size = tuple[int, int]
 IMAGES = ("image", "mask_image")  # arguments of pipelines that change images
 SIZE = ("height", "width")  # arguments of every prompted pipeline that draws images (of sound: none)
 ELSE = "draw with diffusers, evaluate with --count 0"

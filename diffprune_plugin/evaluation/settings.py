@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diffprune_plugin.evaluation.prompts import Size
 from diffprune_plugin.utils.settings import LARGEST_SEED, check_bounds, setting
 
+Size = tuple[int, int]
 MANY = 100_000  # images or samples: twice what FID is published with
 LARGEST = 16_384  # images a pass, and pixels a side
 

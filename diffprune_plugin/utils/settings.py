@@ -29,6 +29,7 @@ def check_bounds(settings: Any) -> None:
         if least is None or (value is None and each.default is None):
             continue
         whole = isinstance(least, int)
-        if not isinstance(value, Integral if whole else Real) or not least <= value <= most:
+        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not number or not least <= value <= most:
             name = each.name.replace("_", "-")
             raise BadInput(f"--{name} {value}: not a {'whole ' * whole}number >= {least:g} and <= {most:g}")
