@@ -10,13 +10,11 @@ from pydantic import Field, field_validator
 
 from diffprune_plugin.config.base import PathText, read_as
 from diffprune_plugin.planning.options import PlanOptions
-from diffprune_plugin.utils.checked import Seed
+from diffprune_plugin.utils.checked import Checked, Seed
 
 
-class PruningConfig(PlanOptions):
-    """What to prune and how: the options of a plan, and what stands around it. Paths are relative to the working
-    directory.
-    """
+class Subject(Checked):
+    """The keys that stand first in a config."""
 
     model: PathText = Field(description="Directory of the dense model: a pipeline, or the model by itself.")
     output: PathText = Field(default="pruned", description="Directory of the result.")
@@ -24,6 +22,13 @@ class PruningConfig(PlanOptions):
         default_factory=lambda: {"name": "diff_taylor"},
         description="The criterion: its name, or a mapping of name and its options.",
     )
+
+
+class PruningConfig(PlanOptions, Subject):
+    """What to prune and how: the options of a plan, and what stands around it. Paths are relative to the working
+    directory.
+    """
+
     data: PathText | None = Field(
         default=None,
         description="Images for calibration and compensation: a folder, an .npz with images, or a .safetensors with "
