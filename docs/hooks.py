@@ -69,16 +69,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    def cell(text: str) -> str:
+        return text if "`" in text else text.replace("|", "\\|")  # in code it needs no escape
+
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in (head, ("---",) * len(head), *rows))
 
 
 def keys_of(config: Any) -> str:
-    """Every key of a config: type and bounds, default, description, as pydantic has them."""
+    """Every key of a config, those required first: type and bounds, default, description, as pydantic has them."""
     schema = config.model_json_schema()["properties"]
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for name, field in config.model_fields.items():
+        for name, field in sorted(config.model_fields.items(), key=lambda item: not item[1].is_required()):
             allowed = ", ".join([kind(schema[name]), *bounds(field)])
             yield f"`{name}`", allowed, default(field), " ".join((field.description or "").split())
 
@@ -102,7 +104,7 @@ def bounds(field: Any) -> list[str]:
     inner = [item for part in get_args(field.annotation) for item in getattr(part, "__metadata__", ())]
     constraints = [*field.metadata, *(one for item in inner for one in getattr(item, "metadata", ()))]
     found = ((sign, getattr(one, key, None)) for one in constraints for key, sign in BOUNDS.items())
-    return [f"{sign} {value}" for sign, value in found if value is not None and value < LARGEST]
+    return [f"{sign} {value:g}" for sign, value in found if value is not None and value < LARGEST]
 
 
 def default(field: Any) -> str:
