@@ -8,9 +8,9 @@ import typer
 
 from diffprune_plugin.cli.evaluation import evaluate, sample
 from diffprune_plugin.cli.inspection import inspect, plugins
-from diffprune_plugin.cli.options import Command
 from diffprune_plugin.cli.pruning import config, demo, finetune, prune
 from diffprune_plugin.export.cli import bench
+from diffprune_plugin.utils.command_options import Command
 from diffprune_plugin.utils.entry_point import run_app
 
 LAUNCH = "or on several GPUs: accelerate launch -m diffprune_plugin"

@@ -9,20 +9,21 @@ from typing import Annotated
 import typer
 
 from diffprune_plugin.cli.console import console, say
-from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile, takes
+from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
 from diffprune_plugin.export.options import Overwrite
+from diffprune_plugin.utils.command_options import with_options
 
 COLUMNS = 8  # of the picture
 
 
-@takes(SamplingSettings)
+@with_options(SamplingSettings)
 def sample(
     *,
     directory: Pipeline,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file with the images.")],
-    settings: SamplingSettings,
+    options: SamplingSettings,
     prompts: PromptsFile = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -38,15 +39,15 @@ def sample(
     if output.exists() and not overwrite:
         raise BadInput(f"{output} exists; use --overwrite or another file")
     if prompts:
-        settings = replace(settings, prompts=read_prompts(prompts))
-    images = sample_images(load_pipeline(directory).to(device), settings)
+        options = replace(options, prompts=read_prompts(prompts))
+    images = sample_images(load_pipeline(directory).to(device), options)
     rows = {" " * start: images[start : start + COLUMNS] for start in range(0, len(images), COLUMNS)}
-    rows = {f"{directory}, seed {settings.seed}": rows.pop(""), **rows}
+    rows = {f"{directory}, seed {options.seed}": rows.pop(""), **rows}
     save_image(image_grid(rows, scale=2 if images[0].width < 128 else 1), output)
     say(f"wrote {output}")
 
 
-@takes(Drawing)
+@with_options(Drawing)
 def evaluate(
     *,
     directory: Pipeline,
@@ -62,7 +63,7 @@ def evaluate(
         Path | None, typer.Option(help="Feature network (.onnx), or Inception's weights (.safetensors).")
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the result.")] = Path("evaluation"),
-    settings: Drawing,
+    options: Drawing,
     prompts: PromptsFile = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -79,7 +80,7 @@ def evaluate(
         features=features,
         prompts=prompts,
         resolution=resolution,
-        drawing=settings,
+        drawing=options,
         device=device,
         overwrite=overwrite,
     )

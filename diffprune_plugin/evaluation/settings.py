@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from diffprune_plugin.utils.settings import LARGEST_SEED, check_bounds, setting
+from typer import Option
+
+from diffprune_plugin.utils.command_options import LARGEST_SEED, check_limits
 
 Size = tuple[int, int]
 MANY = 100_000  # images or samples: twice what FID is published with
@@ -23,18 +26,20 @@ class SamplingSettings:
         (height, width), by default the pipeline's own.
     """
 
-    count: int = setting(16, "Number of images.", 1, MANY)
-    seed: int = setting(0, "Seed of everything random.", 0, LARGEST_SEED)
-    scheduler: str = setting("ddim", "ddim, ddpm, dpm, or a diffusers class.")
-    steps: int = setting(50, "Sampling steps.", 1, 10_000)
-    skip: str = setting("uniform", "Spacing of the timesteps: uniform or quad.")
-    batch_size: int = setting(32, "Images a pass.", 1, LARGEST)
+    count: Annotated[int, Option(help="Number of images.", min=1, max=MANY)] = 16
+    seed: Annotated[int, Option(help="Seed of everything random.", min=0, max=LARGEST_SEED)] = 0
+    scheduler: Annotated[str, Option(help="ddim, ddpm, dpm, or a diffusers class.")] = "ddim"
+    steps: Annotated[int, Option(help="Sampling steps.", min=1, max=10_000)] = 50
+    skip: Annotated[str, Option(help="Spacing of the timesteps: uniform or quad.")] = "uniform"
+    batch_size: Annotated[int, Option(help="Images a pass.", min=1, max=LARGEST)] = 32
     prompts: Sequence[str] = field(default=(), repr=False)
-    guidance_scale: float | None = setting(None, "Guidance scale; by default the pipeline's own.", 0.0, 1000.0)
+    guidance_scale: Annotated[
+        float | None, Option(help="Guidance scale; by default the pipeline's own.", min=0.0, max=1000.0)
+    ] = None
     size: Size | None = None
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,5 +50,7 @@ class Drawing(SamplingSettings):
     the pipeline's own.
     """
 
-    count: int = setting(64, "Images of each model; 0 draws none.", 0, MANY)
-    loss_samples: int = setting(32, "Samples for each of the 20 points of the loss curve.", 2, MANY)
+    count: Annotated[int, Option(help="Images of each model; 0 draws none.", min=0, max=MANY)] = 64
+    loss_samples: Annotated[
+        int, Option(help="Samples for each of the 20 points of the loss curve.", min=2, max=MANY)
+    ] = 32

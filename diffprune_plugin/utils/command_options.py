@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from diffprune_plugin.errors import BadInput
 
 Command = Callable[..., None]
+LARGEST_SEED = 2**63 - 1  # what torch takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,33 @@ class Asked:
             return given
         return numbers(given, self.flag) if get_args(self.kind)[0] is int else tuple(filter(None, given.split(",")))
 
+    def check(self, value: Any) -> None:
+        """Raises BadInput, by the flag, for a number outside the option's limits; None is for what is not given."""
+        least, most = self.info.min, self.info.max
+        if least is None or most is None or (value is None and self.default is None):
+            return
+        whole = isinstance(least, int)
+        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not number or not least <= value <= most:
+            raise BadInput(f"{self.flag} {value}: not a {'whole ' * whole}number >= {least:g} and <= {most:g}")
+
+
+def asked_by(kind: type[Any]) -> list[Asked]:
+    """The fields of a dataclass that are Annotated with an option."""
+    hints = get_type_hints(kind, include_extras=True)
+    told = [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) is Annotated]
+    return [Asked(field, *get_args(hints[field.name])) for field in told]
+
+
+def check_limits(options: Any) -> None:
+    """Raises BadInput for the first number outside its limits, for options that are made without the command line."""
+    for option in asked_by(type(options)):
+        option.check(getattr(options, option.field.name))
+
 
 def with_options(kind: type[Any]) -> Callable[[Command], Command]:
     """Give a command, in the place of its argument ``options``, an option for each field that is Annotated with one."""
-    hints = get_type_hints(kind, include_extras=True)
-    told = [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) is Annotated]
-    asked = [Asked(field, *get_args(hints[field.name])) for field in told]
+    asked = asked_by(kind)
 
     def decorate(command: Command) -> Command:
         def run(**given: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.settings import Drawing, SamplingSettings
-from diffprune_plugin.utils.settings import options_in
+from diffprune_plugin.utils.command_options import asked_by
 
 
 @pytest.mark.parametrize(("command", "kind"), [("sample", SamplingSettings), ("evaluate", Drawing)])
@@ -17,23 +17,23 @@ def test_a_command_has_an_option_for_each_setting_with_its_default_bounds_and_he
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     lines = [line.split("│")[1] for line in run(command, "--help")[1].splitlines() if "│ " in line]
-    for each in options_in(kind):
-        line = next(line for line in lines if f"--{each.name.replace('_', '-')} " in line)
-        assert each.metadata["help"] in line
+    for each in asked_by(kind):
+        line = next(line for line in lines if f"{each.flag} " in line)
+        assert each.info.help in line
         assert each.default is None or f"[default: {each.default}]" in line
-        assert each.metadata["least"] is None or f"[{each.metadata['least']}<=x<={each.metadata['most']}]" in line
+        assert each.info.min is None or f"[{each.info.min}<=x<={each.info.max}]" in line
 
 
 @pytest.mark.parametrize("kind", [SamplingSettings, Drawing])
 def test_every_number_is_kept_between_bounds_and_told_by_its_option(kind: Any) -> None:
-    numbers = [each for each in options_in(kind) if each.metadata["least"] is not None]
-    assert {each.name for each in numbers} >= {"count", "seed", "steps", "batch_size", "guidance_scale"}
+    numbers = [each for each in asked_by(kind) if each.info.min is not None]
+    assert {each.field.name for each in numbers} >= {"count", "seed", "steps", "batch_size", "guidance_scale"}
     for each in numbers:
-        least, most = each.metadata["least"], each.metadata["most"]
-        assert {getattr(kind(**{each.name: value}), each.name) for value in (least, most)} == {least, most}
+        name, least, most = each.field.name, each.info.min, each.info.max
+        assert {getattr(kind(**{name: value}), name) for value in (least, most)} == {least, most}
         for value in (least - 1, 10 * most, float("nan"), float("inf"), True, "3"):
-            with pytest.raises(BadInput, match=f"^--{each.name.replace('_', '-')} {value}: not a"):
-                kind(**{each.name: value})
+            with pytest.raises(BadInput, match=f"^{each.flag} {value}: not a"):
+                kind(**{name: value})
 
 
 def test_numbers_that_count_are_whole() -> None:
