@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field
 
-from diffprune_plugin.config.documents import parse_mapping, parse_yaml, read_text
+from diffprune_plugin.config.documents import parse_yaml, read_mapping, reason_of
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.checked import Checked
 
@@ -19,7 +19,7 @@ PathText = Annotated[str, Field(min_length=1)]  # an empty path would be the wor
 
 def read_as(kind: type[ConfigType], path: Path, settings: Sequence[str] = (), **overrides: str | None) -> ConfigType:
     """A config file with ``KEY=VALUE`` settings (values in YAML, dots reach into mappings) and overrides on top."""
-    values = parse_mapping(read_text(path), path)
+    values = read_mapping(path)
     apply_(values, settings, overrides)
     return kind.make(values, str(path))
 
@@ -32,8 +32,8 @@ def apply_(values: dict[str, Any], settings: Sequence[str], overrides: Mapping[s
             raise BadInput(f"--set {setting!r}: not KEY=VALUE")
         try:
             set_at(values, key, parse_yaml(text))
-        except (ValueError, yaml.YAMLError) as error:
-            raise BadInput(f"--set {setting!r}: {' '.join(str(error).split())}") from None
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise BadInput(f"--set {setting!r}: {reason_of(error)}") from None
     values |= {key: value for key, value in overrides.items() if value is not None}
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import regex
 
 from diffprune_plugin.errors import BadInput, nearest
 
 STRIDED = "{strided}"
+SECONDS = 2  # that one expression may take on all names of a model; it needs a thousandth
+LONGEST = 10_000  # characters of an expression, and the repeats that it asks for, nested ones multiplied
 # The operation that NNCF 2 names a layer's node after, by the layer's class.
 OPERATIONS = {"Conv1d": "conv1d", "Conv2d": "conv2d", "ConvTranspose2d": "conv_transpose2d", "Linear": "linear"}
 
@@ -41,7 +47,7 @@ def matching(pattern: str, names: Mapping[str, Iterable[str]], key: str) -> list
     A layer, everything below a module, a glob, or ``{re}`` and an expression; ``{nncf}`` and a scope as NNCF 2 matches
     it with its names of convolutions and linear layers; ``{strided}``, those with a stride above 1, if there are any.
 
-    Raises BadInput, naming the config key, if the pattern matches nothing or is no valid expression.
+    Raises BadInput, naming the config key, if the pattern matches nothing, is no valid expression or takes too long.
     """
     if pattern == STRIDED:
         return [name for name, also in names.items() if STRIDED in also]
@@ -49,8 +55,8 @@ def matching(pattern: str, names: Mapping[str, Iterable[str]], key: str) -> list
         fits = scope_test(pattern.removeprefix("{nncf}"), key)
         found = [name for name, also in names.items() if any(map(fits, also))]
     elif pattern.startswith("{re}"):
-        expression = compiled(pattern[4:], pattern, key)
-        found = [name for name in names if expression.fullmatch(name)]
+        fits = expression_test(pattern[4:], pattern, key, "fullmatch")
+        found = [name for name in names if fits(name)]
     else:
         found = [n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)]
     if not found:
@@ -61,13 +67,42 @@ def matching(pattern: str, names: Mapping[str, Iterable[str]], key: str) -> list
 def scope_test(scope: str, key: str) -> Callable[[str], Any]:
     """How NNCF 2 compares a scope with a node: equal, or with ``{re}`` found anywhere in its name."""
     if "{re}" in scope:
-        return compiled(scope.replace("{re}", ""), scope, key).search
+        return expression_test(scope.replace("{re}", ""), scope, key, "search")
     return scope.__eq__
 
 
-def compiled(expression: str, pattern: str, key: str) -> re.Pattern[str]:
-    """Raises BadInput, naming the config key, for what is no valid expression."""
+def expression_test(expression: str, pattern: str, key: str, how: str) -> Callable[[str], Any]:
+    """Whether an expression is found in a name, or ``fullmatch``es it.
+
+    Raises BadInput, naming the config key, for what is no valid expression; the test, if all its names together take
+    longer than `SECONDS`: as many as 2 ** length ways to match are tried in turn.
+    """
+    test, left = getattr(compiled(expression, pattern, key), how), SECONDS
+
+    def fits(name: str) -> Any:
+        nonlocal left
+        start = time.monotonic()
+        try:
+            return test(name, timeout=max(left, 0.001))
+        except (TimeoutError, MemoryError):
+            reason = f"takes more than {SECONDS} s to match, on {name!r}; write it without a repeat inside a repeat"
+            raise BadInput.of(key, pattern, reason) from None
+        finally:
+            left -= time.monotonic() - start
+
+    return fits
+
+
+def compiled(expression: str, pattern: str, key: str) -> Any:
+    """A pattern of the package ``regex``, which diffusers needs too: it reads what ``re`` does, and has a time limit.
+
+    Raises BadInput, naming the config key, for what is no valid expression, or is too long or repeats too much.
+    """
+    counts = [int(count) for count in re.findall(r"\d{1,9}(?=[\d,]*\})", expression)]
+    if len(expression) > LONGEST or math.prod(filter(None, counts)) > LONGEST:
+        reason = f"is no expression for names of layers: longer than {LONGEST:,}, or repeated more often"
+        raise BadInput.of(key, pattern, reason)
     try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
+        return regex.compile(expression)
+    except (regex.error, OverflowError, RecursionError) as error:
         raise BadInput.of(key, pattern, f"is no valid expression: {error}") from None

@@ -9,13 +9,15 @@ from typing import Any
 import diffprune_plugin.config.dialects.flags as flags
 import diffprune_plugin.config.dialects.nncf_json as nncf_json
 import diffprune_plugin.config.dialects.pruner_kwargs as pruner_kwargs
+import diffprune_plugin.config.dialects.shell as shell
 from diffprune_plugin.config.base import apply_
 from diffprune_plugin.config.criterion import criterion_of
 from diffprune_plugin.config.dialects.table import NATIVE, Fact, Listing, to
-from diffprune_plugin.config.documents import parse_mapping, read_text
+from diffprune_plugin.config.documents import MOST_BYTES, parse_mapping
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import criteria, plugin_manager
+from diffprune_plugin.utils.reading import read_text
 
 FROM_FLAGS = "--from-flags"
 KEYS = {key: Fact(NATIVE, "honoured", "a native key", to(key)) for key in PruningConfig.model_fields}
@@ -31,8 +33,8 @@ def read(path: Path | None, text: str | None = None) -> Listing:
     known = tuple(criteria(plugin_manager()))
     if path is None:
         return flags.translate(text or "", FROM_FLAGS)
-    content = read_text(path)
-    if flags.recognises(content):
+    content = read_text(path, MOST_BYTES)
+    if shell.recognises(content):
         return flags.translate(content, str(path))
     return translate(parse_mapping(content, path), str(path), known)
 

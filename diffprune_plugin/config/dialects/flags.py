@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from diffprune_plugin.config.dialects.shell import FLAG, Command, commands
 from diffprune_plugin.config.dialects.table import (
     BOOL,
     COUNT,
     RATIO,
+    SEED,
     TEXT,
-    WHOLE,
     Fact,
     Kind,
     Listing,
@@ -41,7 +41,7 @@ FLAGS = {
     "--batch_size": BATCH,
     "--taylor_batch_size": replace(BATCH, instead_of="--batch_size"),
     "--device": Fact(TEXT, "honoured", "where it runs", to("device")),
-    "--seed": Fact(WHOLE, "approximated", "seeded too, but other numbers than the script's", to("seed")),
+    "--seed": Fact(SEED, "approximated", "seeded too, but other numbers than the script's", to("seed")),
     "--dataset": Fact(TEXT, "honoured", "a folder of images, or an .npz", to("data")),
     "--model_path": Fact(TEXT, "honoured", "pipeline directory", to("model")),
     "--save_path": Fact(TEXT, "honoured", "output directory; no pickle in it", to("output")),
@@ -64,9 +64,17 @@ FLAGS = {
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # of each script, where they matter here
     "ddpm_prune": {"--pruner": "taylor", "--pruning_ratio": 0.3, "--batch_size": 128, "--thr": 0.05},
+    "ldm_prune": {"--pruner": "random", "--pruning_ratio": 0.3},
     "ddpm_exp": {"--pruner": "taylor", "--pruning_ratio": 0.0, "--taylor_batch_size": 128, "--thr": 0.01},
     "ldm_exp": {"--pruner": "magnitude", "--sparsity": 0.0},
 }
+SCRIPTS = {
+    "ddpm_prune.py": "ddpm_prune",
+    "ldm_prune.py": "ldm_prune",
+    "prune.py": "ddpm_exp",
+    "prune_ldm.py": "ldm_exp",
+}
+VARIABLE = re.compile(r"\$[\w{(@*]|`")
 ONLY = {  # what tells the scripts apart
     "ddpm_prune": {"--dataset", "--model_path", "--save_path", "--batch_size", "--device"},
     "ldm_exp": {"--sparsity"},
@@ -89,6 +97,7 @@ PRUNERS: dict[str, dict[str, Own]] = {
         "diff-pruning": loop("honoured", "the script's loop and score", "diff_taylor", preset="diffusers"),
         "taylor": loop("approximated", "sum of |w g|, not |sum of w g|", "taylor", sampling="reference"),
     },
+    "ldm_prune": BASE,
     "ddpm_exp": {
         **BASE,
         "ours": loop("honoured", "the script's loop and score", "diff_taylor", preset="ddpm_exp"),
@@ -104,28 +113,30 @@ PRUNERS: dict[str, dict[str, Own]] = {
 UNKNOWN = ("first_order_taylor", "second_order_taylor", "abs_taylor", "fisher")
 
 
-def recognises(text: str) -> bool:
-    """Whether a text holds flags and nothing else: its first line that is no comment starts with one."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    return bool(lines) and re.match(r"\s*--[A-Za-z]", lines[0]) is not None
+def pruning_command(found: Sequence[Command], where: str) -> Command:
+    """The command that prunes; raises BadInput unless there is just one."""
+    of_scripts = [command for command in found if command.program in SCRIPTS]
+    fitting = of_scripts or [command for command in found if command.program or command.words]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        listed = " and ".join(command.start or "flags" for command in fitting)
+        raise BadInput(f"{where}: {listed} may each be what prunes; keep one of them")
+    raise BadInput(f"{where}: holds no command with flags; write flags as in python ddpm_prune.py --thr 0.05")
 
 
-def parse(text: str, where: str) -> dict[str, Any]:
+def parse(words: Sequence[str], where: str) -> dict[str, Any]:
     """Flags and their values; raises BadInput for words that are neither, or a flag given twice."""
-    try:
-        tokens = shlex.split(re.sub(r"\\\r?\n", " ", text), comments=True)
-    except ValueError as error:
-        raise BadInput(f"{where}: {str(error).lower()}; close what is open") from None
-    found: dict[str, Any] = {}
+    tokens, found = list(reversed(words)), dict[str, Any]()
     while tokens:
-        flag, equals, value = tokens.pop(0).partition("=")
-        if not re.match(r"--?[A-Za-z]", flag):
+        flag, equals, value = tokens.pop().partition("=")
+        if not FLAG.match(flag):
             raise BadInput(f"{where}: {flag!r} belongs to no flag; write flags as in --thr 0.05")
         if flag in found:
             raise BadInput(f"{where}: {flag} is given twice; keep one")
         kind = FLAGS[flag].kind if flag in FLAGS else TEXT
-        if not equals and kind is not BOOL and tokens and not re.match(r"--?[A-Za-z]", tokens[0]):
-            equals, value = "=", tokens.pop(0)
+        if not equals and kind is not BOOL and tokens and not FLAG.match(tokens[-1]):
+            equals, value = "=", tokens.pop()
         found[flag] = value if equals and kind is TEXT else read_number(value) if equals else kind is BOOL or None
     return found
 
@@ -150,22 +161,32 @@ def script_of(flags: Mapping[str, Any]) -> str:
 
 def translate(text: str, where: str, _: Collection[str] = ()) -> Listing:
     """Flags as a listing."""
-    flags = parse(text, where)
-    script = script_of(flags)
+    found = commands(text, where)
+    command = pruning_command(found, where)
+    flags = parse(command.words, where)
+    script = SCRIPTS.get(command.program) or script_of(flags)
     defaults = DEFAULTS[script]
     table = {flag: replace(fact, default=defaults[flag]) if flag in defaults else fact for flag, fact in FLAGS.items()}
     listing = Listing(f"{NAME} ({script})", where)
-    for flag in [flag for flag, value in flags.items() if value is None]:
-        reason = "needs a value" if flag in table else f"unknown flag{nearest(flag, table)}"
-        listing.refuse(flag, flags.pop(flag), reason)
-    found = listing.take(table, flags)
-    pruner = found.get("--pruner")
+    for other in found:
+        if str(other) and other is not command:
+            listing.add(str(other), None, "ignored", "another command of the script")
+    if command.start:
+        listing.add(command.start, None, "ignored", "how the script is started")
+    for flag, value in list(flags.items()):
+        if value is None:
+            reason = "needs a value" if flag in table else f"unknown flag{nearest(flag, table)}"
+            listing.refuse(flag, flags.pop(flag), reason)
+        elif VARIABLE.search(str(value)) and flag in table and table[flag].verdict != "ignored":
+            listing.refuse(flag, flags.pop(flag), "is for the shell to fill in; write the value itself")
+    taken = listing.take(table, flags)
+    pruner = taken.get("--pruner")
     if pruner in UNKNOWN:
         listing.refuse("--pruner", pruner, "is not built in; use ours or taylor")
     elif pruner is not None:
         listing.take_criterion("--pruner", pruner, PRUNERS[script], ())
-    if "--thr" in found:
-        settle_threshold(listing, pruner, float(found["--thr"]))
+    if "--thr" in taken:
+        settle_threshold(listing, pruner, float(taken["--thr"]))
     if script == "ldm_exp" and not any(row.verdict == "refused" for row in listing.rows.values()):
         listing.values |= {"round_to": 2, "halves": "apart"}
     return listing

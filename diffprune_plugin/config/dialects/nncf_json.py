@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,7 +32,7 @@ from diffprune_plugin.config.dialects.table import (
 )
 from diffprune_plugin.config.documents import join
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.graph.patterns import STRIDED
+from diffprune_plugin.graph.patterns import STRIDED, scope_test
 
 NAME = "NNCF filter_pruning"
 TRAINING = "of the training script; fine-tune the pruned model"
@@ -171,6 +170,11 @@ for synonym in ("importance", "weight_importance"):
     PARAMS[synonym] = replace(PARAMS["filter_importance"], instead_of="filter_importance", default=ABSENT)
 
 
+def given(values: Mapping[str, Any]) -> set[str]:
+    """The keys with a value; null is as if the key were absent."""
+    return {key for key, value in values.items() if value is not None}
+
+
 def listed(scopes: str | list[str]) -> list[str]:
     return [scopes] if isinstance(scopes, str) else scopes
 
@@ -212,9 +216,9 @@ def translate_entry(listing: Listing, entry: Mapping[str, Any], path: str, crite
         params = {}
     outer = {key: value for key, value in entry.items() if key != "params"}
     inside, outside = join(path, "params"), path
-    found = listing.take(ENTRY, outer, outside, elsewhere={"pruning_init"} & set(params))
-    found |= listing.take(PARAMS, params, inside, elsewhere={"all_weights", "pruning_init"} & set(outer))
-    places = {key: join(inside if key in params else outside, key) for key in ("pruning_init", "all_weights")}
+    found = listing.take(ENTRY, outer, outside, elsewhere={"pruning_init"} & given(params))
+    found |= listing.take(PARAMS, params, inside, elsewhere={"all_weights", "pruning_init"} & given(outer))
+    places = {key: join(inside if key in given(params) else outside, key) for key in ("pruning_init", "all_weights")}
     places |= {key: join(inside, key) for key in PARAMS if key not in places}
     normalize = bool(found.get("all_weights"))
     for key in ("filter_importance", "importance", "weight_importance"):
@@ -236,9 +240,9 @@ def check_scopes(listing: Listing, key: str, scopes: str | list[str]) -> None:
     """Refuse a scope that is no valid expression."""
     for scope in listed(scopes):
         try:
-            re.compile(scope.replace("{re}", "") if "{re}" in scope else "")
-        except (re.error, OverflowError, RecursionError) as error:
-            listing.refuse(key, scopes, f"{scope!r} is no valid expression: {error}")
+            scope_test(scope, key)
+        except BadInput as error:
+            listing.refuse(key, scopes, f"{scope!r} {error.reason}")
 
 
 def settle_schedule(listing: Listing, found: Mapping[str, Any], places: Mapping[str, str]) -> None:

@@ -10,6 +10,9 @@ from diffprune_plugin.errors import BadInput, nearest
 DEFAULT_SCHEDULE, DEFAULT_INIT, DEFAULT_TARGET, DEFAULT_STEPS = "exponential", 0.0, 0.5, 100  # those of NNCF 2.14
 
 
+MOST_EPOCHS = 1_000_000
+
+
 def levels(
     schedule: str = DEFAULT_SCHEDULE,
     *,
@@ -49,6 +52,8 @@ def levels(
             f"schedule: {schedule} reaches its target at epoch {len(found) - 1}, but there are {epochs} epochs; "
             f"train {len(found)} or shorten the schedule"
         )
+    if epochs > MOST_EPOCHS:
+        raise BadInput.of("epochs", epochs, f"is more than {MOST_EPOCHS:,}")
     return found + found[-1:] * (epochs - len(found))
 
 
@@ -59,8 +64,8 @@ def check(start: float, target: float, pruning_steps: int, num_init_steps: int) 
     if start > target:
         raise BadInput.of("pruning_init", start, f"is above pruning_target {target}, which is never reached; lower it")
     for key, count, least in (("pruning_steps", pruning_steps, 1), ("num_init_steps", num_init_steps, 0)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise BadInput.of(key, count, f"is no whole number of at least {least}")
+        if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= MOST_EPOCHS:
+            raise BadInput.of(key, count, f"is no whole number of at least {least} and at most {MOST_EPOCHS:,}")
 
 
 def check_level(key: str, level: object) -> None:
@@ -106,7 +111,7 @@ def exponential_with_bias(start: float, target: float, last: int) -> list[float]
 
 def multistep(steps: Mapping[int, float]) -> list[float]:
     """Each level from its epoch on; raises BadInput unless epoch 0 has one and all are levels."""
-    if 0 not in steps or any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in steps):
+    if 0 not in steps or any(isinstance(e, bool) or not isinstance(e, int) or not 0 <= e <= MOST_EPOCHS for e in steps):
         raise BadInput(f"steps: epochs {list(steps)} are not 0 and further whole numbers, as in {{0: 0.1, 5: 0.3}}")
     for epoch, level in steps.items():
         check_level(f"steps[{epoch}]", level)

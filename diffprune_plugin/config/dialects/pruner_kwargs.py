@@ -142,7 +142,7 @@ def translate(content: Mapping[str, Any], where: str, criteria: Collection[str])
     """The keyword arguments as a listing; native keys may stand beside them."""
     listing = Listing(NAME, where)
     facts = KEYS | BESIDE
-    if {"macs_target", "params_target"} & set(content):  # native keys that stand for a ratio
+    if any(content.get(key) is not None for key in ("macs_target", "params_target")):  # they stand for a ratio
         facts |= {"pruning_ratio": replace(KEYS["pruning_ratio"], default=ABSENT)}
     found = listing.take(facts, content)
     if "importance" in found:

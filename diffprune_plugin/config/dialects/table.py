@@ -16,6 +16,7 @@ from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.planning.options import PATTERNS
 
 Verdict = Literal["honoured", "approximated", "ignored", "refused"]
+MOST = 1_000_000  # of what is counted: samples, epochs, channels
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 60
 
@@ -49,8 +50,9 @@ NATIVE = Kind("what the native key takes", lambda value: True)  # checked by Pru
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 RATIO = Kind("a number in [0, 1): 0.3 removes 30 % of the channels", ratio)
 SHARE = Kind("a number in (0, 1]", lambda value: number(value) and 0 < value <= 1)
-COUNT = Kind("a whole number of at least 1", lambda value: whole(value) and value >= 1)
-WHOLE = Kind("a whole number of at least 0", lambda value: whole(value) and value >= 0)
+COUNT = Kind("a whole number from 1 to 1,000,000", lambda value: whole(value) and 1 <= value <= MOST)
+WHOLE = Kind("a whole number from 0 to 1,000,000", lambda value: whole(value) and 0 <= value <= MOST)
+SEED = Kind("a whole number from 0 to 2**63 - 1", lambda value: whole(value) and 0 <= value < 2**63)
 TEXT = Kind("a word", lambda value: isinstance(value, str))
 NAMES = Kind("a name or a list of names", lambda value: isinstance(value, str) or words(value))
 RATIOS = Kind("ratios in [0, 1) by layer", lambda value: isinstance(value, Mapping) and all(map(ratio, value.values())))
@@ -187,7 +189,7 @@ class Listing:
         for key, fact in table.items():
             where = join(path, key)
             refused = where in self.rows and self.rows[where].verdict == "refused"
-            if fact.default is not ABSENT and key not in names and not refused:
+            if fact.default is not ABSENT and (fact.instead_of or key) not in names and not refused:
                 found[key] = fact.default
                 self.take_one(where, fact.default, fact, given=key in content)
         return found
