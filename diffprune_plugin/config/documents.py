@@ -53,7 +53,7 @@ class Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > DEEPEST:
             raise RecursionError
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self.depth -= 1
         if alias and node not in self.counts:  # inside what it stands for
             raise RecursionError

@@ -14,7 +14,7 @@ import regex
 from diffprune_plugin.errors import BadInput, nearest
 
 STRIDED = "{strided}"
-SECONDS = 2  # that one expression may take on all names of a model; it needs a thousandth
+SECONDS = 2.0  # that one expression may take on all names of a model; it needs a thousandth
 LONGEST = 10_000  # characters of an expression, and the repeats that it asks for, nested ones multiplied
 # The operation that NNCF 2 names a layer's node after, by the layer's class.
 OPERATIONS = {"Conv1d": "conv1d", "Conv2d": "conv2d", "ConvTranspose2d": "conv_transpose2d", "Linear": "linear"}
