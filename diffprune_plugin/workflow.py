@@ -22,10 +22,12 @@ from diffprune_plugin.config.criterion import criterion_of
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.planning.planner import check_patterns, plan_with
+from diffprune_plugin.planning.planner import check_patterns, material_of, plan_with
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load_model
@@ -33,6 +35,7 @@ from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.stored import sensitivity_for
 from diffprune_plugin.utils.device import device_of
@@ -117,6 +120,33 @@ def prune_shared(
     if dry_run:
         return Pruned(job.loaded, plan, calibration, None)
     return finish(job, plan, calibration, overwrite, progress)
+
+
+def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -> Frontier:
+    """What every budget would cost the config's model; nothing is written but what the config names to be kept.
+
+    verify: so many budgets are really pruned and compensated. Raises what `prune` raises.
+    """
+    config = config.model_copy(update={"allocation": "linear"})
+    processes = Processes(torch.device(config.device))
+    job = prepare(config, overwrite=False, dry_run=True)
+    scheduler, place = getattr(job.loaded, "scheduler", None), progress_directory(config.output)
+    given = job.samples, processes
+    kept: dict[str, Any] = {"store": True, "progress_in": place, "progress": progress}
+    sweep = getattr(job.criterion, "sweep", None)
+    calibration = calibration_for(config, sweep, job.model, scheduler, *given, **kept)
+    sensitivity = sensitivity_for(config, job.model, scheduler, *given, **kept)
+    if calibration is not None:
+        job.criterion.calibration = calibration  # type: ignore[attr-defined]
+    material = material_of(config, job.model, job.criterion)
+    found = frontier(material, config, cast(Sensitivity, sensitivity))
+    if verify:
+        adapter = material.adapter
+        samples = fitting(job.samples(), job.model, adapter, scheduler)
+        trained = training_scheduler(scheduler)
+        found = verified(found, verify, job.model, trained, samples, adapter, config.seed, progress)
+    shutil.rmtree(place, ignore_errors=True)
+    return found
 
 
 def config_on(accelerator: Any, config: PruningConfig) -> PruningConfig:

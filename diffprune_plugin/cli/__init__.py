@@ -8,7 +8,7 @@ import typer
 
 from diffprune_plugin.cli.evaluation import evaluate, sample
 from diffprune_plugin.cli.inspection import inspect, plugins
-from diffprune_plugin.cli.pruning import config, demo, finetune, prune
+from diffprune_plugin.cli.pruning import config, demo, finetune, frontier, prune
 from diffprune_plugin.export.cli import bench
 from diffprune_plugin.utils.command_options import Command
 from diffprune_plugin.utils.entry_point import run_app
@@ -17,6 +17,7 @@ LAUNCH = "or on several GPUs: accelerate launch -m diffprune_plugin"
 # In the order of --help, each with an example.
 COMMANDS: dict[Command, str] = {
     prune: f"prune config.yaml --set importance.threshold=0.02 --output small, {LAUNCH} prune config.yaml",
+    frontier: "frontier config.yaml --verify 2 --plot frontier.png",
     finetune: f"finetune config.yaml, {LAUNCH} finetune config.yaml",
     config: "config nncf.json -o native.yaml",
     inspect: "inspect pruned",

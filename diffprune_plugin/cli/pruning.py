@@ -62,6 +62,40 @@ def prune(
         say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
 
 
+def frontier(
+    config: ConfigFile = None,
+    flags: FromFlags = None,
+    model: Model = None,
+    data: Data = None,
+    keys: SetKeys = None,
+    verify: Annotated[
+        int, typer.Option(help="Budgets to really prune, compensate and measure, both ways.", min=0, max=8)
+    ] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw it as PNG.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Show what every budget would cost, before choosing one: the error of the output, uniform and allocated."""
+    from diffprune_plugin.config.dialects import read, settle
+    from diffprune_plugin.utils.optional import check_installed
+    from diffprune_plugin.workflow import frontier_of
+
+    if plot:
+        check_installed("matplotlib")
+        if plot.exists() and not overwrite:
+            raise BadInput(f"{plot} exists; use --overwrite or another file")
+    listing = read(config, flags)
+    found = frontier_of(settle(listing, keys or [], model=model, data=data), verify)
+    if json:
+        console.print_json(data=found.as_dict())
+    else:
+        console.print(found.table())
+    if plot:
+        found.plot(plot)
+        if not json:
+            say(f"wrote {plot}")
+
+
 def compensation_line(report: CompensationReport | None) -> str:
     """In one line whether the layers behind the cuts were refitted."""
     if report is None:

@@ -20,7 +20,8 @@ WIDTHS = 64  # of one group at most: of more, evenly spaced ones
 class Errors(Protocol):
     """What a sensitivity says: the error of the output when these units of a group are gone."""
 
-    sha256: str
+    @property
+    def sha256(self) -> str: ...
 
     def error(self, root: str, units: Collection[int]) -> float: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.graph.costs import layer_costs
+from diffprune_plugin.graph.costs import LayerCost, layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
@@ -56,16 +57,44 @@ def plan_with(
     sensitivity: Errors | None = None,
 ) -> PruningPlan:
     """As `make_plan`, with its options in one object."""
+    return plan_from(material_of(options, model, criterion, adapter), options, description, sensitivity)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What plans of a model are made from, whatever their budget: its scored groups and what its layers cost."""
+
+    adapter: ModelAdapter
+    architecture: str
+    criterion: Criterion
+    items: tuple[AskedGroup, ...]
+    heads: Mapping[str, str]
+    costs: Mapping[str, LayerCost]
+
+
+def material_of(
+    options: PlanOptions, model: nn.Module, criterion: Criterion | str, adapter: ModelAdapter | None = None
+) -> Material:
+    """The groups with what the options ask of each, scored by the criterion."""
     adapter = adapter or find_adapter(model)
     if isinstance(criterion, str):
         criterion = importance(criterion)
-    options = options.with_wishes_of(criterion)
     groups = trace_groups(model, adapter)
     heads = {} if options.head_pruning_ratio is None else head_groups(groups, adapter.head_layers(model))
     requests = requests_of_heads(requested(groups, model, adapter, options), heads)
-    items = [asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups]
-    costs = layer_costs(model, adapter)
-    allocation = None
+    items = tuple(asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups)
+    return Material(adapter, architecture_hash(model), criterion, items, heads, layer_costs(model, adapter))
+
+
+def plan_from(
+    material: Material,
+    options: PlanOptions,
+    description: dict[str, Any] | None = None,
+    sensitivity: Errors | None = None,
+) -> PruningPlan:
+    """The plan of options that ask the same of single groups as those that the material was made with."""
+    items, costs, criterion = material.items, material.costs, material.criterion
+    options, groups, allocation = options.with_wishes_of(criterion), [item.group for item in items], None
     if options.allocation == "linear" and sensitivity is None:
         raise BadInput("allocation: linear needs a sensitivity; give make_plan what measure_sensitivity returns")
     if options.target and sensitivity is not None and options.allocation != "uniform":
@@ -77,14 +106,14 @@ def plan_with(
         ratio, planned = options.pruning_ratio, select(items, options.pruning_ratio, options)
     layers, before, after = sizes(groups, planned, costs)
     plan = PruningPlan(
-        model_class=adapter.model_class,
-        architecture=architecture_hash(model),
+        model_class=material.adapter.model_class,
+        architecture=material.architecture,
         criterion=description or {"name": type(criterion).__name__},
         pruning_ratio=ratio,
         target=options.target,
         allocation=allocation,
         groups=tuple(planned),
-        heads=heads_left(heads, planned, groups),
+        heads=heads_left(material.heads, planned, groups),
         layers=layers,
         params=(before.params, after.params),
         macs=(before.macs, after.macs),
