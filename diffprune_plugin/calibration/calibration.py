@@ -16,9 +16,11 @@ from diffprune_plugin.calibration.timesteps import above_threshold
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import new_directory
-from diffprune_plugin.utils.tensors import load_tensors, save_tensors
+from diffprune_plugin.utils.hashes import json_hash
+from diffprune_plugin.utils.tensors import HASH, load_tensors, save_tensors
 
 Curve = npt.NDArray[np.float64]
+FILE, GRADIENTS_FILE = "calibration.json", "gradients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Calibration:
         return replace(self, sweep=replace(self.sweep, threshold=threshold))
 
     def save(self, directory: Path, overwrite: bool = False) -> None:
-        """As calibration.json and gradients.safetensors, both or nothing."""
+        """As calibration.json and gradients.safetensors, both or nothing; the first has the hashes of both."""
         content = {
             "sweep": self.sweep.as_dict(),
             "timesteps": self.timesteps.tolist(),
@@ -100,20 +102,35 @@ class Calibration:
             "points": self.points,
         }
         with new_directory(Path(directory), overwrite, "calibration") as temporary:
-            save_tensors(self.gradients, temporary / "gradients.safetensors")
-            (temporary / "calibration.json").write_text(json.dumps(content, indent=1) + "\n")
+            content["gradients"] = save_tensors(self.gradients, temporary / GRADIENTS_FILE)
+            content[HASH] = json_hash(content)
+            (temporary / FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Calibration:
-        """What `save` wrote; raises BadInput if it is missing or damaged."""
+        """What `save` wrote; raises BadInput if it is missing, damaged or altered, or its files are of two."""
         directory = Path(directory)
         try:
-            content = json.loads((directory / "calibration.json").read_text())
-            gradients, _ = load_tensors(directory / "gradients.safetensors")
+            content = json.loads((directory / FILE).read_text())
+            check_whole(directory, content)
+            gradients, metadata = load_tensors(directory / GRADIENTS_FILE)
+            if metadata[HASH] != content.pop("gradients"):
+                raise BadInput(f"{directory}: {GRADIENTS_FILE} is of another calibration than {FILE}; calibrate again")
             sweep = Sweep(**content.pop("sweep"))
             curves: dict[str, Any] = {
                 key: np.asarray(content.pop(key)) for key in ("timesteps", "loss", "stderr", "counts")
             }
             return cls(sweep=sweep, gradients=gradients, **curves, **content)
+        except RecursionError:
+            raise BadInput(f"{directory / FILE}: nested too deeply, damaged; calibrate again") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{directory}: not a calibration, or damaged: {first_line(error)}") from None
+
+
+def check_whole(directory: Path, content: dict[str, Any]) -> None:
+    """Take the hash out of what calibration.json says; raises BadInput if it is of something else, or missing."""
+    stated = content.pop(HASH, None)
+    if stated is None:
+        raise BadInput(f"{directory / FILE}: without a {HASH}, of an older version; calibrate again")
+    if stated != json_hash(content):
+        raise BadInput(f"{directory / FILE}: altered since it was written (its {HASH} differs); calibrate again")

@@ -34,8 +34,11 @@ def weights_hash(model: nn.Module) -> str:
     return tensors_hash(model.named_parameters())
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the tensors and metadata with their hashes, always the same bytes; raises BadInput if the disk is full."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
+    """Write the tensors and metadata with their hashes, always the same bytes; returns the hash of the tensors.
+
+    Raises BadInput if the disk is full.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stamp = {"format": "pt", **(metadata or {}), HASH: tensors_hash(sorted(plain.items()))}
     stamp[BOUND] = bound_hash(stamp)
@@ -45,6 +48,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             sort_header(path)
     except SafetensorError as error:
         raise BadInput(f"cannot write {path.name}: {error}; free space or choose another output") from error
+    return stamp[HASH]
 
 
 def sort_header(path: Path) -> None:

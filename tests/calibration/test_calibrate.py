@@ -238,6 +238,31 @@ def test_a_saved_calibration_is_the_same_when_loaded_and_damage_is_noticed(unet,
         Calibration.load(tmp_path / "stored")
 
 
+def test_altered_files_and_those_of_two_calibrations_or_of_an_older_version_are_refused(
+    unet, scheduler, images, tmp_path
+) -> None:
+    for seed, name in enumerate(("one", "two")):
+        dp.calibrate(unet, scheduler, images, SMALL, seed=seed, **FAST).save(tmp_path / name)
+    one, two = tmp_path / "one" / "calibration.json", tmp_path / "two" / "calibration.json"
+    text = one.read_text()
+    content = json.loads(text)
+    content["loss"][0] *= 2
+    old = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+    bad = {
+        json.dumps(content): r"calibration.json: altered since it was written .*; calibrate again",
+        json.dumps(old): "calibration.json: without a sha256, of an older version; calibrate again",
+        two.read_text(): r"one: gradients.safetensors is of another calibration than calibration.json; calibrate",
+        "[" * 100_000: "calibration.json: nested too deeply",
+        "[]": "one: not a calibration, or damaged",
+    }
+    for damaged, words in bad.items():
+        one.write_text(damaged)
+        with pytest.raises(BadInput, match=words):
+            Calibration.load(tmp_path / "one")
+    one.write_text(text)
+    assert Calibration.load(tmp_path / "one").seed == 0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
