@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST, LINE = 200, 2000  # characters of a value in an error's line, and of the line
+VALUE = re.compile(r"""(?<!\w)'[^']*'|(?<!\w)"[^"]*"|[^\s'"]+""")
 
 
 class DiffPruneError(Exception):
@@ -60,6 +64,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Another library's error in one line, cut to what fits."""
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:LONGEST]
+
+
+def one_line(message: str) -> str:
+    """A message as one line of what can be printed; values in it (quoted, or without a space) are cut to LONGEST."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in message)
+    line = VALUE.sub(lambda found: cut(found[0], LONGEST), printable)
+    return line if len(line) <= LINE else f"{cut(line, LINE - LONGEST)} {line[-LONGEST:]}"  # the remedy is at its end
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import inspect
-from collections.abc import Iterable, Mapping
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +19,13 @@ from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.criteria import timestep_weights as built_in_weights
-from diffprune_plugin.errors import BadInput, DiffPruneError, first_line, nearest
+from diffprune_plugin.errors import BadInput, DiffPruneError, Interrupted, first_line, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
 DENOISERS = ("transformer", "unet", "prior")  # where pipelines of diffusers keep what denoises
 # Where torch.compile, and where DataParallel and its kin, keep the model that they wrap.
 WRAPPED = ("_orig_mod", "module")
+SLOW = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,41 @@ class Plugins:
 
     def register(self, module: Any, name: str, package: str, version: str) -> None:
         """Take a plugin in; a hook it misspells, or any failure, is recorded and keeps the plugin out."""
-        try:
+        with faults() as failures:
             self.manager.register(module, name=name)
             self.manager.check_pending()
-        except Exception as error:
+        if failures:
             if self.manager.has_plugin(name):
                 self.manager.unregister(name=name)
-            self.found.append(Plugin(name, package, version, failure=f"{type(error).__name__}: {error}"))
+            self.found.append(Plugin(name, package, version, failure=failures[0]))
             return
         hooks = tuple(caller.name for caller in self.manager.get_hookcallers(module) or ())
         self.found.append(Plugin(name, package, version, hooks))
+
+
+@contextlib.contextmanager
+def faults(*passed: type[Exception]) -> Iterator[list[str]]:
+    """What a plugin raises inside, sys.exit included, is in the list, and others go on; an interrupt passes."""
+    failures: list[str] = []
+    try:
+        yield failures
+    except (Interrupted, KeyboardInterrupt, *passed):
+        raise
+    except BaseException as error:
+        failures.append(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def named_if_slow(plugin: str) -> Iterator[None]:
+    """Says on standard error which plugin is being loaded, if that takes more than SLOW seconds."""
+    said = f"still loading plugin {plugin}; if it never ends, uninstall that package\n"
+    timer = threading.Timer(SLOW, lambda: sys.stderr.write(said))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def plugin_manager(entry_points: bool = True) -> Plugins:
@@ -71,13 +100,12 @@ def plugin_manager(entry_points: bool = True) -> Plugins:
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if entry_points else ():
         package = point.dist.name if point.dist else point.value
         version = point.dist.version if point.dist else ""
-        try:
+        with faults() as failures, named_if_slow(f"{point.name} ({package} {version})"):
             module = point.load()
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-            plugins.found.append(Plugin(point.name, package, version, failure=failure))
-            continue
-        plugins.register(module, point.name, package, version)
+        if failures:
+            plugins.found.append(Plugin(point.name, package, version, failure=failures[0]))
+        else:
+            plugins.register(module, point.name, package, version)
     return plugins
 
 
@@ -101,12 +129,9 @@ def collect(plugins: Plugins, hook: str, name_of: Any = None) -> dict[str, Regis
                 raise BadInput(f"{name!r} is offered by both {found[name].plugin} and {owner}; uninstall one")
             found[name] = Registered(value, owner)
 
-        try:
+        with faults(BadInput) as failures:
             implementation.function(register=register)
-        except BadInput:
-            raise
-        except Exception as error:  # one plugin's fault: recorded, and the others go on
-            failure = f"{type(error).__name__}: {error}"
+        for failure in failures:
             plugins.found = [replace(p, failure=failure) if p.name == owner else p for p in plugins.found]
     return found
 

@@ -34,7 +34,8 @@ from diffprune_plugin.pruning.loading import load_model
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import PRUNED, save
-from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.recovery.compensate import SAMPLES, CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.recovery.draws import check_enough
 from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.stored import sensitivity_for
@@ -171,8 +172,15 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(model)
     check_patterns(model, config)
-    samples = functools.cache(lambda: encode(loaded, config.data, config.resolution))
-    return Job(config, criterion, loaded, model, wants_compensation(config, loaded), samples)
+    compensating = wants_compensation(config, loaded)
+
+    def samples() -> Samples:
+        found = encode(loaded, config.data, config.resolution)
+        if compensating:
+            check_enough(len(found), SAMPLES)
+        return found
+
+    return Job(config, criterion, loaded, model, compensating, functools.cache(samples))
 
 
 def plan_of(job: Job, calibration: Calibration | None, sensitivity: Sensitivity | None) -> PruningPlan:

@@ -302,6 +302,38 @@ def test_memory_that_runs_out_while_compensating_is_one_line_and_the_calibration
     assert (tmp_path / "pruned").exists()
 
 
+def test_one_image_is_too_few_to_compensate_and_refused_before_the_calibration(
+    run, config_file, npz, images, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("diffprune_plugin.calibration.run.run_loops", None)
+    np.savez(npz, images=images[:1])
+    code, _, err = run("prune", config_file)
+    assert code == 2
+    assert err.startswith("error: compensate: 1 images, 256 samples: it needs two of both, to hold one out; add images")
+    assert not list(tmp_path.glob("*pruned*"))
+
+
+def test_a_value_in_an_error_is_cut_and_what_cannot_be_printed_is_taken_out(run, config_file) -> None:
+    code, _, err = run("prune", config_file, "--set", f"importance='{'b ' * 200}'")
+    assert code == 2
+    assert f"unknown criterion '{'b ' * 98}...; known: " in err
+    code, _, err = run("inspect", "no\nwhere\x1b[31m")
+    assert (code, err.splitlines()) == (2, [err.strip()])
+    assert err.startswith("error: no where [31m: no such directory")
+
+
+def test_output_that_cannot_be_written_is_one_line(config_file) -> None:
+    for words in (["--help"], ["config", config_file], ["config", config_file, "--json"]):
+        command = [sys.executable, "-m", "diffprune_plugin.cli", *words]
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert result.returncode == 2
+        assert (
+            result.stderr
+            == "error: cannot write the output: No space left on device; free space, or send it elsewhere\n"
+        )
+
+
 def test_sample_refuses_an_unknown_scheduler(run, dense_dir, tmp_path) -> None:
     code, _, err = run("sample", dense_dir, "-o", tmp_path / "g.png", "--scheduler", "dimm")
     assert code == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,8 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from tiny import make_unet
 
 import diffprune_plugin as dp
-from diffprune_plugin import hookspecs
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin import hookspecs, plugins
+from diffprune_plugin.errors import BadInput, Interrupted
 from diffprune_plugin.plugins import adapters, criteria, plugin_manager
 from diffprune_plugin.pruning.directory import read_plan
 
@@ -79,6 +81,64 @@ def test_a_plugin_that_fails_to_load_is_listed_with_why_and_the_rest_works(monke
     assert "diffprune_register_criterions" in failures["misspelt"]
     assert "diff_taylor" in criteria(manager)
     assert "UNet2DModel" in adapters(manager)
+
+
+def ending():
+    sys.exit(0)
+
+
+def test_a_plugin_that_ends_the_program_is_listed_and_an_interrupt_is_none(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry_point("ending", ending)])
+    manager = plugin_manager()
+    manager.register(SimpleNamespace(diffprune_register_criteria=hookspecs.hookimpl(ends_early)), "early", "early", "1")
+    assert "diff_taylor" in criteria(manager)
+    failures = {plugin.name: plugin.failure for plugin in manager.found if plugin.failure}
+    assert failures == {"ending": "SystemExit: 0", "early": "SystemExit: 3"}
+    for interrupt in (Interrupted, KeyboardInterrupt):
+
+        def load(interrupt=interrupt):
+            raise interrupt
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group, load=load: [entry_point("busy", load)])
+        with pytest.raises(interrupt):
+            plugin_manager()
+
+
+def ends_early(register):
+    sys.exit(3)
+
+
+def test_a_plugin_that_hangs_while_it_is_loaded_is_named(monkeypatch, capsys) -> None:
+    said = ""
+
+    def load():
+        nonlocal said
+        for _ in range(2000):
+            said += capsys.readouterr().err
+            if said:
+                break
+            time.sleep(0.01)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(plugins, "SLOW", 0.01)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry_point("hanging", load)])
+    plugin_manager()
+    assert said == "still loading plugin hanging (pkg-hanging 1); if it never ends, uninstall that package\n"
+
+
+def test_a_criterion_that_ends_the_program_is_a_failed_check_that_names_it(run, config_file, tmp_path, monkeypatch):
+    factory = {"name": "ending", "__name__": "third.party"}
+    exec("import sys\ndef factory():\n    return lambda group: sys.exit(0)", factory)
+    offer = hookspecs.hookimpl(lambda register: register("ending", factory["factory"]))
+    plugin = SimpleNamespace(diffprune_register_criteria=offer)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry_point("third", lambda: plugin)])
+    code, out, err = run("prune", config_file, "--set", "importance=ending", "--set", "compensate=false")
+    assert (code, out) == (1, "")
+    assert (
+        err
+        == "error: third.party ended the program, by sys.exit(0), before its work was done; mend it or do without it\n"
+    )
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_a_hook_that_raises_is_recorded_and_the_others_go_on() -> None:

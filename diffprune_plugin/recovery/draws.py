@@ -44,8 +44,7 @@ def draw(
 
     Raises BadInput for fewer than two images or samples.
     """
-    if min(len(data), count) < 2:
-        raise BadInput(f"compensate: {len(data)} images, {count} samples: it needs two of both, to hold one out")
+    check_enough(len(data), count)
     rng = np.random.default_rng(seed)
     image = np.arange(count) % len(data)
     fold = min(FOLD, len(data), count)
@@ -57,3 +56,12 @@ def draw(
     extra = moved(data.inputs(rows, dropped), like)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
     return Draws(noisy.to(like), chosen.to(like.device), extra, held_out, adapter)
+
+
+def check_enough(images: int, samples: int) -> None:
+    """Raises BadInput for fewer than two images or samples."""
+    if min(images, samples) < 2:
+        raise BadInput(
+            f"compensate: {images} images, {samples} samples: it needs two of both, to hold one out; "
+            "add images, or set 'compensate: false'"
+        )

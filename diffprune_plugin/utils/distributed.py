@@ -108,10 +108,10 @@ class Processes:
         """
         if self.count == 1:
             return step()
-        error: Exception | None = None
+        error: Exception | SystemExit | None = None
         try:
             result = step()
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:  # a plugin may try to end the program
             error = caught
         codes = self.gather(torch.tensor([exit_code(error)], device=self.device), self.count).tolist()
         if not any(codes):
@@ -130,14 +130,14 @@ class Processes:
         return bytes(sent.tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
-def exit_code(error: Exception | None) -> int:
+def exit_code(error: Exception | SystemExit | None) -> int:
     """0 for none; an error that is not ours is a failed check, unless memory ran out."""
     if isinstance(error, DiffPruneError):
         return error.exit_code
     return 0 if error is None else BadInput.exit_code if out_of_memory(error) else CheckFailed.exit_code
 
 
-def described(error: Exception | None) -> str:
+def described(error: Exception | SystemExit | None) -> str:
     """What the other processes are told of an error."""
     if error is None or isinstance(error, DiffPruneError):
         return str(error or "")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import errno
+import gc
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from diffprune_plugin.errors import DiffPruneError, Interrupted
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, Interrupted, one_line
+from diffprune_plugin.utils.interrupts import MESSAGE, Interrupts
+
+ENDS = ("typer", "click", "diffprune_plugin")  # packages that may end the program: after their own line, or done
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+SHORT = "out of memory; use a smaller batch_size"
 
 
 def run_app(
@@ -16,38 +24,91 @@ def run_app(
     arguments: list[str] | None = None,
     speaks: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved.
+    """Run a typer application with the exit codes 0 done, 1 a check failed, 2 bad input, 3 hardware not proved, 130
+    interrupted.
 
     ``speaks``: whether the line of a DiffPruneError is written, asked when there is one; another process may write it.
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug, words = "--debug" in given, [word for word in given if word != "--debug"]
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        application(words)
-    except (DiffPruneError, Interrupted) as error:
-        finish(error, str(error), error.exit_code, debug, speaks())
-    except OSError as error:
-        if error.filename is None:
-            raise
-        finish(error, f"{error.filename}: {error.strerror}; choose another path", 2, debug, speaks())
-    except Exception as error:
-        from diffprune_plugin.utils.memory import out_of_memory
-
-        if not out_of_memory(error):
-            raise
-        finish(error, "out of memory; use a smaller batch_size", 2, debug, True)  # the first process may have enough
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def interrupt(*_: object) -> None:
-    raise Interrupted("interrupted; prune and finetune go on from their last checkpoint, if any, with the same command")
-
-
-def finish(error: BaseException, message: Any, code: int, debug: bool, speaks: bool) -> None:
-    if debug:
-        traceback.print_exception(error)
-    if speaks:
-        sys.stderr.write(f"error: {message}\n")
+    with Interrupts() as interrupts:
+        try:
+            with whole_output(), nobody_else_ends():
+                application(words)
+            return
+        except BaseException as error:
+            interrupts.over = True
+            message, code = outcome(error, interrupts.asked)
+            if code is None:
+                raise
+            if debug:
+                traceback.print_exception(error)
+            if speaks() or message == SHORT:  # the first process may have memory enough
+                sys.stderr.write(f"error: {one_line(message)}\n")
+        if interrupts.asked:
+            gc.collect()  # what still holds on to the work is torn down in silence
     raise SystemExit(code)
+
+
+def outcome(error: BaseException, interrupted: bool) -> tuple[str, int | None]:
+    """The line and the exit code of an error; no code for what is no error made for the user."""
+    if isinstance(error, SystemExit) and not error.code:
+        return "", None
+    if interrupted or isinstance(error, KeyboardInterrupt):  # whatever else the interrupt has led to
+        return MESSAGE, Interrupted.exit_code
+    if isinstance(error, (DiffPruneError, Interrupted)):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; choose another path", BadInput.exit_code
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"cannot write the output: {error.strerror}; free space, or send it elsewhere", BadInput.exit_code
+    if isinstance(error, Exception) and memory_ran_out(error):
+        return SHORT, BadInput.exit_code
+    return "", None
+
+
+def memory_ran_out(error: Exception) -> bool:
+    from diffprune_plugin.utils.memory import out_of_memory
+
+    return out_of_memory(error)
+
+
+@contextlib.contextmanager
+def nobody_else_ends() -> Iterator[None]:
+    """A plugin or library that ends the program has failed, whatever exit code it gives: raises CheckFailed."""
+    try:
+        yield
+    except SystemExit as end:
+        *_, (frame, _) = traceback.walk_tb(end.__traceback__)
+        spec, name = frame.f_globals.get("__spec__"), frame.f_globals.get("__name__")
+        where = str(spec.name if spec else name)
+        if where.partition(".")[0] in ENDS:
+            raise
+        raise CheckFailed(
+            f"{where} ended the program, by sys.exit({end.code!r}), before its work was done; mend it or do without it"
+        ) from end
+
+
+@contextlib.contextmanager
+def whole_output() -> Iterator[None]:
+    """What was printed has arrived in the end; raises OSError where standard output cannot be written to."""
+    try:
+        yield
+    except SystemExit as end:
+        if not end.code:
+            flush_output()
+        raise
+    except OSError:
+        with contextlib.suppress(OSError):
+            flush_output()
+        raise
+    flush_output()
+
+
+def flush_output() -> None:
+    """Raises OSError where it cannot be written; then it is dropped, or Python would try again at the very end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
