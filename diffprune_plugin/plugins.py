@@ -64,9 +64,10 @@ class Plugins:
 def faults(*passed: type[Exception]) -> Iterator[list[str]]:
     """What a plugin raises inside, sys.exit included, is in the list, and others go on; an interrupt passes."""
     failures: list[str] = []
+    let: tuple[type[BaseException], ...] = (Interrupted, KeyboardInterrupt, *passed)
     try:
         yield failures
-    except (Interrupted, KeyboardInterrupt, *passed):
+    except let:
         raise
     except BaseException as error:
         failures.append(f"{type(error).__name__}: {error}")
