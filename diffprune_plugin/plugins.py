@@ -25,7 +25,7 @@ from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFa
 DENOISERS = ("transformer", "unet", "prior")  # where pipelines of diffusers keep what denoises
 # Where torch.compile, and where DataParallel and its kin, keep the model that they wrap.
 WRAPPED = ("_orig_mod", "module")
-SLOW = 30.0  # seconds
+SLOW = 20.0  # seconds
 
 
 @dataclass(frozen=True)

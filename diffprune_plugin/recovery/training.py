@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,8 +36,11 @@ GRADIENT_NORM = "grad_norm"
 
 
 def deaf(_: int) -> None:
-    """A process that loads data ends with the one that it works for, and not by itself on Ctrl-C."""
+    """A process that loads data ends with the one that it works for, and not by itself on Ctrl-C; its own errors it
+    sends there, and of a connection that is lost in the end its threads say nothing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
 
 
 @dataclass(frozen=True)
