@@ -15,6 +15,7 @@ import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
+from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.export import ORTUNet
 
 
@@ -82,3 +83,26 @@ def test_the_embedded_model_is_trained_and_small() -> None:
 def test_no_held_out_image_is_among_those_for_calibration() -> None:
     images = [np.load(path)["images"] for path in (demo.CALIBRATION_IMAGES, demo.HELD_OUT_IMAGES)]
     assert not {image.tobytes() for image in images[0]} & {image.tobytes() for image in images[1]}
+
+
+def test_a_demo_that_fails_leaves_nothing_and_takes_nothing_of_the_users(tmp_path, run, monkeypatch) -> None:
+    def make(work: Path, output: Path, seed: int, console: object) -> None:
+        (work / "report.md").write_text(f"diffprune inspect {work / 'pruned'}")
+        for name in ("pruned", "removed"):
+            (work / name).mkdir()
+        if fails:
+            raise CheckFailed("no")
+
+    monkeypatch.setattr(demo, "make", make)
+    output, fails = tmp_path / "out", True
+    assert run("demo", "--output", output)[0] == 1
+    assert not list(tmp_path.iterdir())
+    fails = False
+    assert run("demo", "--output", output)[0] == 0
+    assert (output / "report.md").read_text() == f"diffprune inspect {output / 'pruned'}", "not where it was made"
+    assert run("demo", "--output", output, "--overwrite")[0] == 0
+    (output / "thesis.txt").write_text("years of work")
+    code, _, err = run("demo", "--output", output, "--overwrite")
+    assert code == 2
+    assert "thesis.txt" in err
+    assert (output / "thesis.txt").exists()
