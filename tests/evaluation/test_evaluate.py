@@ -26,6 +26,7 @@ from diffprune_plugin.evaluation.evaluate import evaluate, stratified_mean
 from diffprune_plugin.evaluation.features import frechet_distance, load_features
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing, SamplingSettings
+from diffprune_plugin.utils.files import LIST_FILE
 
 QUICK = Drawing(count=4, steps=2, batch_size=3, loss_samples=2)
 
@@ -197,7 +198,7 @@ def test_the_whole_way_on_the_command_line(run: Any, dense_dir: Path, npz: Path,
     assert code == 0
     assert "SSIM 1.0000" in text
     assert "Reference: 16 images, SHA-256 " in text
-    assert sorted(file.name for file in out.iterdir()) == ["evaluation.json", "report.md", "samples.png"]
+    assert sorted(file.name for file in out.iterdir()) == [LIST_FILE, "evaluation.json", "report.md", "samples.png"]
     facts = json.loads((out / "evaluation.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert facts["not_measured"].keys() == {"FD (rows)", "KD (rows)"}
     assert "KD (rows): needs at least 50 drawn" in text

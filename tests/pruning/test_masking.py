@@ -24,6 +24,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.masked_layers import KEPT, STOCK
 from diffprune_plugin.pruning.masks import keep_masks
 from diffprune_plugin.pruning.removal import channels_to_go, remove_channels_
+from diffprune_plugin.utils.files import LIST_FILE
 
 nncf = pytest.importorskip("nncf")
 from nncf.torch.function_hook.pruning.magnitude.schedulers import MultiStepMagnitudePruningScheduler  # noqa: E402
@@ -270,6 +271,7 @@ def test_a_masked_unet_is_saved_and_goes_on_training_as_if_nothing_had_happened(
     folder = dp.save_masked(unet, tmp_path / "masked")
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
+        LIST_FILE,
         "masked.safetensors",
         "pruning_plan.json",
     ]
