@@ -11,6 +11,7 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.plugins import adapters, components, no_adapter, no_denoiser, plugin_manager
 
+PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
@@ -58,7 +59,7 @@ def check_described(folder: Path) -> None:
     """Raises BadInput, saying what it is, for a model whose class, in its config, no adapter describes."""
     name = str(read_json(folder / "config.json").get("_class_name", "a model of no named class"))
     known = adapters(plugin_manager())
-    if name.removeprefix("Pruned") not in known:
+    if name.removeprefix(PREFIX) not in known:
         raise BadInput(f"{folder}: {no_adapter(name, known)}")
 
 

@@ -18,9 +18,9 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import adapter_for, denoiser_of, find_adapter
 from diffprune_plugin.pruning.building import at_most, one_line
-from diffprune_plugin.pruning.directory import component_in, model_folder, read_json
+from diffprune_plugin.pruning.directory import PREFIX, component_in, model_folder, read_json
 from diffprune_plugin.pruning.index import INDEX_FILE, read_index
-from diffprune_plugin.pruning.pruned_class import PREFIX, model_class_named, pruned_class_named
+from diffprune_plugin.pruning.pruned_class import model_class_named, pruned_class_named
 from diffprune_plugin.pruning.weights import UnusedTensors, check_used, tensors_in, variant_of, weight_files
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.optional import check_installed

@@ -20,10 +20,9 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapters, class_names, find_adapter, plugin_manager
 from diffprune_plugin.pruning.building import at_most, one_line
-from diffprune_plugin.pruning.directory import WEIGHTS, read_json, to_json, without_paths
+from diffprune_plugin.pruning.directory import PREFIX, WEIGHTS, read_json, to_json, without_paths
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
-PREFIX = "Pruned"
 PLAN_KEY = "_pruning_plan"  # of a pruned model's config
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # diffusers' names
 
