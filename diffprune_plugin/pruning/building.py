@@ -13,7 +13,7 @@ from diffprune_plugin.utils.memory import out_of_memory
 
 
 @contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
+def foreign_errors(what: str) -> Iterator[None]:
     """Turn whatever another library raises into BadInput with ``what`` in front; memory that ran out stays as it is."""
     try:
         yield

@@ -17,7 +17,7 @@ from torch import nn
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import adapter_for, denoiser_of, find_adapter
-from diffprune_plugin.pruning.building import at_most, one_line
+from diffprune_plugin.pruning.building import at_most, foreign_errors
 from diffprune_plugin.pruning.directory import PREFIX, component_in, model_folder, read_json
 from diffprune_plugin.pruning.index import INDEX_FILE, read_index
 from diffprune_plugin.pruning.pruned_class import model_class_named, pruned_class_named
@@ -61,7 +61,7 @@ def load_dense(
     variant = variant_of(folder, variant)
     tensors = tensors_in(weight_files(folder)[variant])
     place = f"{folder}: cannot be loaded as {cls.__name__}"
-    with quiet(), one_line(place), at_most(len(tensors), str(folder / "config.json")):
+    with quiet(), foreign_errors(place), at_most(len(tensors), str(folder / "config.json")):
         model, info = cls.from_pretrained(folder, use_safetensors=True, variant=variant, output_loading_info=True)
     check_used(model, tensors, info, folder, unused_tensors)
     check_computes(model.eval(), folder / "config.json")
@@ -76,7 +76,7 @@ def check_computes(model: nn.Module, where: Path) -> None:
         adapter.check(model)
     except BadInput:  # nothing that it knows; it says so, by name, when the model is to be pruned
         return
-    with one_line(f"{where}: the model does not compute"):
+    with foreign_errors(f"{where}: the model does not compute"):
         size = adapter.size(config_of(model))
         output = model(**adapter.trace_inputs(model), return_dict=False)[0]
     if not all(type(length) is int and 1 <= length <= LONGEST_SIDE for length in size):
@@ -134,7 +134,7 @@ def load_pipeline(
         given["torch_dtype"] = torch_dtype
     diffusers.utils.logging.disable_progress_bar()
     try:
-        with one_line(f"{directory}: cannot be loaded as a pipeline"):
+        with foreign_errors(f"{directory}: cannot be loaded as a pipeline"):
             return DiffusionPipeline.from_pretrained(
                 directory, use_safetensors=True, variant=next((each for each in variants if each), None), **given
             )

@@ -19,7 +19,7 @@ from torch import nn
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapters, class_names, find_adapter, plugin_manager
-from diffprune_plugin.pruning.building import at_most, one_line
+from diffprune_plugin.pruning.building import at_most, foreign_errors
 from diffprune_plugin.pruning.directory import PREFIX, WEIGHTS, read_json, to_json, without_paths
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
@@ -193,7 +193,7 @@ def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
     state = read_weights(directory / WEIGHTS, plan)
     dtype = next(iter(state.values())).dtype if dtype == "auto" else as_dtype(dtype)
     place = str(directory / "config.json")
-    with one_line(f"{place}: no {plan.model_class}"), at_most(len(state), place), init_empty_weights():
+    with foreign_errors(f"{place}: no {plan.model_class}"), at_most(len(state), place), init_empty_weights():
         model = cls.from_config(directory)
     try:
         # Copied: tensors as the file maps them may lie unaligned, and then some kernels round differently.

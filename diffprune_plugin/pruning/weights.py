@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.pruning.building import one_line
+from diffprune_plugin.pruning.building import foreign_errors
 
 UnusedTensors = Literal["refuse", "ignore"]
 # diffusers and transformers put the variant before the number of a shard, or, long ago, after it.
@@ -57,7 +57,7 @@ def tensors_in(files: list[Path]) -> dict[str, str]:
     """The dtype of each tensor by name, from the headers."""
     found: dict[str, str] = {}
     for path in files:
-        with one_line(f"{path}: truncated or damaged"), safe_open(path, "pt") as file:
+        with foreign_errors(f"{path}: truncated or damaged"), safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     return found
 

@@ -39,7 +39,7 @@ def outcome(directory: Path) -> str:
     try:
         unet = load_pipeline(directory).unet
     except BadInput as error:
-        return "refused" if str(error).isprintable() else f"refused in several lines: {error}"
+        return "refused" if "\n" not in str(error) else f"refused in several lines: {error}"
     inputs = UNET_2D.trace_inputs(unet)
     with torch.no_grad():
         output = unet(**inputs).sample
