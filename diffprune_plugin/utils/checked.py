@@ -11,6 +11,7 @@ from typing_extensions import Self
 from diffprune_plugin.errors import BadInput, nearest
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch takes
+TOLD = 5  # of the wrong values of one config, a list of thousands among them
 LOW, HIGH = {"minimum": "[", "exclusiveMinimum": "("}, {"maximum": "]", "exclusiveMaximum": ")"}
 OUTSIDE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
@@ -30,7 +31,10 @@ class Checked(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise BadInput(f"{where}: {'; '.join(explain(item, cls) for item in error.errors())}") from None
+            wrong = error.errors()
+            lines = [explain(item, cls) for item in wrong[:TOLD]]
+            more = [f"and {len(wrong) - TOLD} more"] if len(wrong) > TOLD else []
+            raise BadInput(f"{where}: {'; '.join(lines + more)}") from None
 
 
 def explain(error: Any, kind: type[BaseModel]) -> str:

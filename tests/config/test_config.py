@@ -168,3 +168,8 @@ def test_every_number_of_a_criterion_has_a_range(importance, words) -> None:
     with pytest.raises(BadInput) as caught:
         dp.importance(**importance)
     assert words in str(caught.value)
+
+
+def test_of_many_wrong_values_the_first_are_told_and_the_rest_counted() -> None:
+    with pytest.raises(BadInput, match=r"ignored_layers.4: 0: input should be a valid string; and 2995 more$"):
+        dp.PruningConfig.make({"model": "dense", "ignored_layers": [0] * 3000})

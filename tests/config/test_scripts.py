@@ -81,6 +81,8 @@ def test_what_stands_around_the_command_is_listed(run) -> None:
         ("python prune.py --thr 0.1\npython ddpm_prune.py --thr 0.1", "may each be what prunes; keep one"),
         ("set -e\necho --thr 0.1", "holds no command with flags"),
         ("python ddpm_prune.py cifar10", "'cifar10' belongs to no flag"),
+        ("--model_path 'a\nb'", "'a\\nb' holds a line break or another control character"),
+        ("--model_path a\0b", "'a\\x00b' holds a line break or another control character"),
         ('--pruner "ours', "no closing quotation; close what is open"),
     ],
 )

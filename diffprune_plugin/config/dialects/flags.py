@@ -21,6 +21,7 @@ from diffprune_plugin.config.dialects.table import (
     ratio,
     to,
 )
+from diffprune_plugin.config.documents import check_tree
 from diffprune_plugin.errors import BadInput, nearest
 
 NAME = "Diff-Pruning flags"
@@ -164,6 +165,10 @@ def translate(text: str, where: str, _: Collection[str] = ()) -> Listing:
     found = commands(text, where)
     command = pruning_command(found, where)
     flags = parse(command.words, where)
+    try:
+        check_tree(flags)
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
     script = SCRIPTS.get(command.program) or script_of(flags)
     defaults = DEFAULTS[script]
     table = {flag: replace(fact, default=defaults[flag]) if flag in defaults else fact for flag, fact in FLAGS.items()}
