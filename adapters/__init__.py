@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffprune_plugin.adapters.ports import Port
-from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
+from diffprune_plugin.adapters.table import Heads, Keep, Known, Mirror, ModelAdapter, Pairs, Refused
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.hookspecs import hookimpl
 
-__all__ = ["BUILT_IN", "REFUSED", "Heads", "Known", "Mirror", "ModelAdapter", "Pairs", "Port"]
+__all__ = ["BUILT_IN", "REFUSED", "Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Port", "Refused"]
 BUILT_IN = (UNET_2D, UNET_2D_CONDITION)
 
 # Models that people try and that cannot be pruned on their own, and why.

@@ -17,6 +17,7 @@ from diffprune_plugin.adapters.ports import (
     sized,
     two_pixels_at_the_bottom,
 )
+from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.state import REMEDIES, check_stock
 from diffprune_plugin.errors import BadInput
 
@@ -24,51 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention of class ``owner`` splits the outputs of ``layers`` into as many heads as its attribute ``count`` says.
-
-    Heads lose equally many dimensions each; the softmax keeps the dense scale: ``query``'s weights are multiplied by
-    sqrt(new / old head size), which cancels the 1/sqrt(head size) that scaled_dot_product_attention applies, and the
-    attribute ``scale``, which other processors read, is set to 1/sqrt(new head size).
-    """
-
-    owner: str
-    count: str
-    layers: tuple[str, ...]
-    query: str
-    scale: str
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The output of ``layer`` in modules of class ``owner`` is cut into ``parts`` whose channels go together.
-
-    ``when``: only in owners whose attribute has this value.
-    """
-
-    owner: str
-    layer: str
-    parts: int
-    when: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """``attribute`` of modules of class ``owner`` repeats the size ``source`` and goes stale when that shrinks."""
-
-    owner: str
-    attribute: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Known:
-    """The values (or items, if it is a list) of config key ``key`` that the table covers; others are refused."""
-
-    key: str
-    values: tuple[Any, ...]
+__all__ = ["Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Refused"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +41,12 @@ class ModelAdapter:
     model_class: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    keep: tuple[str, ...]
+    keep: tuple[str | Keep, ...]
     heads: tuple[Heads, ...] = ()
     pairs: tuple[Pairs, ...] = ()
     mirrors: tuple[Mirror, ...] = ()
     known: tuple[Known, ...] = ()
+    refused: tuple[Refused, ...] = ()
     words: tuple[tuple[str, int], ...] = ()  # sizes of dynamic axes other than batch, height and width, in examples
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
     module: str = "diffusers"
@@ -153,8 +111,9 @@ class ModelAdapter:
             shape = sized(port.shape(config), sizes)
             if port.integers_below:
                 tensor = torch.randint(0, port.classes(config), shape, generator=generator, dtype=port.torch_dtype)
-            elif port.torch_dtype is torch.int64:
-                tensor = torch.tensor([steps[(i + 1) % len(steps)] for i in range(batch)])
+            elif port.torch_dtype is torch.int64 or port.name == self.timestep:
+                rows = [steps[(i + 1) % len(steps)] for i in range(batch)]
+                tensor = torch.tensor(rows, dtype=port.torch_dtype)
             else:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
             inputs[port.name] = tensor.to(parameter.device)
@@ -199,7 +158,8 @@ class ModelAdapter:
         """
         names = [name for name, _ in model.named_modules()]
         kept = set()
-        for pattern in self.keep:
+        rows = (Keep(row, always) if isinstance(row, str) else row for row in self.keep)
+        for pattern in (row.layers for row in rows if row.when(config_of(model))):
             found = fnmatch.filter(names, pattern)
             if not found:
                 raise BadInput(f"adapter {self.model_class}: keep={pattern!r} matches no layer; mend its table")
@@ -216,7 +176,7 @@ class ModelAdapter:
     def head_counts(self, model: nn.Module) -> dict[str, int]:
         """For each layer whose outputs an attention splits into heads, how many heads."""
         return {
-            f"{name}.{layer}": int(getattr(owner, row.count))
+            below(name, layer): int(getattr(owner, row.count))
             for row in self.heads
             for name, owner in modules_of(model, row.owner)
             for layer in row.layers
@@ -239,7 +199,7 @@ class ModelAdapter:
     def paired(self, model: nn.Module) -> dict[str, int]:
         """For each layer whose output is cut into parts that live and die together, how many parts."""
         return {
-            f"{name}.{row.layer}": row.parts
+            below(name, row.layer): row.parts
             for row in self.pairs
             for name, owner in modules_of(model, row.owner)
             if row.when is None or getattr(owner, row.when[0]) == row.when[1]
@@ -257,6 +217,11 @@ class ModelAdapter:
                         f"{row.key}: {item!r} is not covered by the adapter for {self.model_class}, "
                         f"which knows {', '.join(map(str, row.values))}; see docs/extending.md, 'A new model'"
                     )
+        config = config_of(model)
+        for refused in self.refused:
+            if refused.when(config):
+                why = refused.why if isinstance(refused.why, str) else refused.why(config)
+                raise BadInput(f"{refused.key}: {config.get(refused.key)!r} {why}")
         for name, module in model.named_modules():
             if hasattr(module, "base_layer"):
                 adapters = ", ".join(getattr(model, "peft_config", {})) or type(module).__name__
@@ -285,7 +250,7 @@ class ModelAdapter:
     def head_layers(self, model: nn.Module) -> dict[str, str]:
         """For each layer whose outputs are split into heads the attention that it belongs to."""
         return {
-            f"{name}.{layer}": name
+            below(name, layer): name
             for row in self.heads
             for name, _ in modules_of(model, row.owner)
             for layer in row.layers
@@ -300,7 +265,7 @@ class ModelAdapter:
 
     def queries(self, model: nn.Module) -> dict[str, str]:
         """For each query projection the attention that it belongs to."""
-        return {f"{name}.{row.query}": name for row in self.heads for name, _ in modules_of(model, row.owner)}
+        return {below(name, row.query): name for row in self.heads for name, _ in modules_of(model, row.owner)}
 
     def mend_(self, model: nn.Module) -> None:
         """Set every attribute that repeats a size from the layer it repeats."""
@@ -332,8 +297,22 @@ class ModelAdapter:
 
 
 def modules_of(model: nn.Module, class_name: str) -> Iterator[tuple[str, Any]]:
-    """Name and module of everything in the UNet whose class has this name."""
-    return ((name, module) for name, module in model.named_modules() if type(module).__name__ == class_name)
+    """Name and module of everything in the model whose class has this name; its own may be that of a base class."""
+    own = any(base.__name__ == class_name for base in type(model).__mro__)
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if (own if module is model else type(module).__name__ == class_name)
+    )
+
+
+def below(name: str, layer: str) -> str:
+    """The name of a layer of the module ``name``, which is nothing for the model itself."""
+    return f"{name}.{layer}" if name else layer
+
+
+def always(_: Config) -> bool:
+    return True
 
 
 def attribute_at(owner: Any, path: str) -> Any:

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from diffprune_plugin.adapters.ports import Config, Port, any_timestep, is_set
-from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
+from diffprune_plugin.adapters.ports import Config, Port, any_timestep, configured_size, is_one_of, is_set
+from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
+from diffprune_plugin.adapters.table import ModelAdapter
 
 
 def timesteps(config: Config) -> range:
-    """Those that a learned time embedding has a row for."""
+    """Those that a learned time embedding has a row for; above 0 where the model divides by them."""
     learned = config.get("time_embedding_type") == "learned"
-    return range(config["num_train_timesteps"]) if learned else any_timestep(config)
+    return range(config["num_train_timesteps"]) if learned else any_timestep(config)[has_sigmas(config) :]
+
+
+def time_width(config: Config) -> int:
+    """The width of the time embedding, which class embeddings are added to."""
+    return int(config.get("time_embedding_dim") or 4 * config["block_out_channels"][0])
+
+
+def halves(config: Config) -> int:
+    """What the sides of a sample have to be a multiple of: skips meet what was halved and doubled again."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def does_not_halve(config: Config) -> bool:
+    return any(side % halves(config) for side in configured_size(config))
+
+
+def sizes_that_halve(config: Config) -> str:
+    step, side = halves(config), max(configured_size(config))
+    lower = side // step * step
+    near = f"{lower} and {lower + step} do" if lower else f"{step} does"
+    return f"does not divide by {step}, as this UNet halves it; {near}: set it in config.json"
+
+
+has_sigmas = is_one_of("time_embedding_type", "fourier")  # real timesteps above 0: it takes their logarithm
+takes_embeddings = is_one_of("class_embed_type", "identity")
 
 
 UNET_2D = ModelAdapter(
     model_class="UNet2DModel",
     inputs=(
         Port("sample", "batch {in_channels} height width"),
-        Port("timestep", "batch", "int64"),
+        Port("timestep", "batch", "int64", when=lambda config: not has_sigmas(config)),
+        Port("timestep", "batch", when=has_sigmas),
         Port(
             "class_labels",
             "batch",
@@ -24,11 +51,19 @@ UNET_2D = ModelAdapter(
             when=is_set("num_class_embeds"),
             integers_below=("num_class_embeds",),
         ),
+        Port("class_labels", "batch", "int64", when=is_one_of("class_embed_type", "timestep")),
+        Port("class_labels", ("batch", time_width), when=takes_embeddings),
     ),
     timesteps=timesteps,
-    known=(Known("class_embed_type", (None,)),),
+    known=(
+        Known("class_embed_type", (None, "timestep", "identity")),
+        Known("mid_block_type", (None, "UNetMidBlock2D")),
+        Known("down_block_types", ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D")),
+        Known("up_block_types", ("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D")),
+    ),
+    refused=(Refused("sample_size", does_not_halve, sizes_that_halve),),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
-    keep=("conv_out",),
+    keep=("conv_out", Keep("time_embedding.linear_2", when=takes_embeddings)),
     heads=(Heads("Attention", "heads", ("to_q", "to_k", "to_v"), query="to_q", scale="scale"),),
     pairs=(Pairs("ResnetBlock2D", "time_emb_proj", 2, when=("time_embedding_norm", "scale_shift")),),
     mirrors=(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
-from diffprune_plugin.adapters.table import Heads, Known, Mirror, ModelAdapter, Pairs
+from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
+from diffprune_plugin.adapters.table import ModelAdapter
 
 # SDXL adds the pooled text embedding and a row of numbers: original size, crop and target size, two each. Its refiner
 # has an aesthetic score for the target size, five numbers, and one text encoder, whose width the pooled embedding has.
@@ -30,12 +31,31 @@ def pooled_of_base(config: Config) -> int:
     return pooled_beside(config, 6)
 
 
+def states_width(config: Config) -> int:
+    """The width of the text encoder's states, before a layer of the UNet's own projects them."""
+    return width(config, "encoder_hid_dim" if config.get("encoder_hid_dim_type") else "cross_attention_dim")
+
+
+def time_width(config: Config) -> int:
+    """The width of the time embedding, which class embeddings are added to or put beside."""
+    factor = 2 if config.get("time_embedding_type") == "fourier" else 4
+    return int(config.get("time_embedding_dim") or factor * config["block_out_channels"][0])
+
+
+def differs(config: Config) -> bool:
+    widths = config.get("cross_attention_dim")
+    return isinstance(widths, (list, tuple)) and len(set(widths)) > 1
+
+
+takes_embeddings = is_one_of("class_embed_type", "identity")
+guided = is_set("time_cond_proj_dim")  # distilled with the guidance scale as an input (LCM)
+
 UNET_2D_CONDITION = ModelAdapter(
     model_class="UNet2DConditionModel",
     inputs=(
         Port("sample", "batch {in_channels} height width"),
         Port("timestep", "batch", "int64"),
-        Port("encoder_hidden_states", "batch sequence {cross_attention_dim}"),
+        Port("encoder_hidden_states", ("batch", "sequence", states_width)),
         Port(
             "class_labels",
             "batch",
@@ -49,6 +69,8 @@ UNET_2D_CONDITION = ModelAdapter(
             "batch {projection_class_embeddings_input_dim}",
             when=is_one_of("class_embed_type", "projection", "simple_projection"),
         ),
+        Port("class_labels", ("batch", time_width), when=takes_embeddings),
+        Port("timestep_cond", "batch {time_cond_proj_dim}", when=guided),
         Port(
             "text_embeds",
             ("batch", pooled_of_base),
@@ -60,7 +82,11 @@ UNET_2D_CONDITION = ModelAdapter(
         Port("time_ids", "batch 5", when=refiner, inside="added_cond_kwargs"),
     ),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
-    keep=("conv_out",),
+    keep=(
+        "conv_out",
+        Keep("time_embedding.linear_2", when=takes_embeddings),
+        Keep("time_embedding.cond_proj", when=guided),  # it is added to the sinusoids
+    ),
     heads=(Heads("Attention", "heads", ("to_q", "to_k", "to_v"), query="to_q", scale="scale"),),
     pairs=(
         Pairs("GEGLU", "proj", 2),
@@ -75,17 +101,18 @@ UNET_2D_CONDITION = ModelAdapter(
     known=(
         Known("addition_embed_type", (None, "text_time")),
         Known("attention_type", (None, "default")),
-        # "identity" adds an input of the dense width to the time embedding.
-        Known("class_embed_type", (None, "timestep", "projection", "simple_projection")),
+        Known("class_embed_type", (None, "timestep", "identity", "projection", "simple_projection")),
         Known("dual_cross_attention", (None, False)),
-        Known("encoder_hid_dim_type", (None,)),
+        Known("encoder_hid_dim_type", (None, "text_proj")),
         Known("mid_block_type", (None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
-        Known("time_cond_proj_dim", (None,)),
         Known(
             "down_block_types",
             ("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
         ),
         Known("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D")),
+    ),
+    refused=(
+        Refused("cross_attention_dim", differs, "differs between blocks, which all take one encoder_hidden_states"),
     ),
     words=(("sequence", 77),),
 )

@@ -86,8 +86,10 @@ def example_feeds(path: str | Path, dims: Mapping[str, int]) -> Feeds:
     types = input_types(Path(path))
     for name, axes in input_shapes(Path(path)).items():
         shape = [dims[axis] if isinstance(axis, str) else axis for axis in axes]
-        if types[name].kind == "f":
+        if name == timestep:
+            feeds[name] = np.full(shape, steps[len(steps) // 2], types[name])
+        elif types[name].kind == "f":
             feeds[name] = generator.standard_normal(shape).astype(types[name])
         else:
-            feeds[name] = np.full(shape, steps[len(steps) // 2] if name == timestep else 0, types[name])
+            feeds[name] = np.zeros(shape, types[name])
     return feeds

@@ -79,7 +79,8 @@ class ORTUNet(nn.Module):
                 check_multiple(self.path, word, size, step)
         sample, timestep = given[self.names["sample"]], given[self.names["timestep"]]
         rows = torch.as_tensor(timestep).reshape(-1).expand(sample.shape[0])
-        if rows.is_floating_point() and bool((rows != rows.round()).any()):
+        whole = self.denoiser.types[self.names["timestep"]].kind != "f"
+        if whole and rows.is_floating_point() and bool((rows != rows.round()).any()):
             raise BadInput(
                 f"{self.path}: timestep {rows.tolist()[0]} is no whole number, and the graph takes those; use a "
                 "scheduler that steps at them (DDIM, or timestep_spacing='leading')"

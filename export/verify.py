@@ -262,7 +262,7 @@ def sample(result: Verification, session: OrtDenoiser, subject: Subject, ddim: A
     names, inputs = subject.adapter, subject.example()
     ours = theirs = inputs[subject.adapter.sample]
     for timestep in ddim.timesteps:
-        rows = timestep.expand(theirs.shape[0]).to(inputs[names.timestep])
+        rows = torch.full((len(theirs),), subject.taken(int(timestep))).to(inputs[names.timestep])
         expected = subject.denoise(inputs | {names.sample: theirs, names.timestep: rows})
         found = session(inputs | {names.sample: theirs, names.timestep: rows})
         result.cases.append(

@@ -28,12 +28,18 @@ RESNET = {**SD, "layers_per_block": 2, "down_block_types": ("ResnetDownsampleBlo
 RESNET |= {"up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D")}
 CLASSES = {**SD, "num_class_embeds": 10}
 PROJECTED = {**SD, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
+IDENTITY = {**SD, "class_embed_type": "identity"}
+LCM = {**SD, "time_cond_proj_dim": 12}
 FAMILIES = {"sd 1.5": SD, "sd 2.1": LINEAR, "sdxl": SDXL}
 ADDED = (SDXL, SDXL, REFINER, REFINER)
 RELATIVES = {
     "class labels": CLASSES,
     "class as a timestep": {**SD, "class_embed_type": "timestep"},
     "class projected and concatenated": {**PROJECTED, "class_embeddings_concat": True},
+    "class already embedded": IDENTITY,
+    "class already embedded, concatenated": {**IDENTITY, "class_embeddings_concat": True},
+    "guidance as an input": LCM,
+    "states projected": {**SD, "encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 12},
     "class in a linear layer": {**PROJECTED, "class_embed_type": "simple_projection"},
     "scale and shift": {**SD, "resnet_time_scale_shift": "scale_shift"},
     "resnet up and down": RESNET,

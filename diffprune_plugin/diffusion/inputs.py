@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffprune_plugin.adapters.ports import Port, config_of
+from diffprune_plugin.adapters.ports import Port, any_timestep, config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
@@ -21,6 +21,7 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
 
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs.
     """
+    check_timesteps(model, adapter, scheduler)
     expected, noised = adapter.sample_shape(model), noised_channels(model, adapter, scheduler)
     samples = with_condition(samples, expected, noised)
     if samples.shape != expected:
@@ -44,6 +45,18 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
         for part in (samples.extra, samples.null)
     )
     return replace(samples, extra=extra, null=null, noised=noised)
+
+
+def check_timesteps(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> None:
+    """Raises BadInput for a scheduler with timesteps that the model does not take."""
+    taken, total = adapter.timesteps(config_of(model)), int(scheduler.config.num_train_timesteps)
+    computed = taken.stop == any_timestep(config_of(model)).stop
+    if taken.start > 0 or (total > taken.stop and not computed):
+        last = "on" if computed else f"to {taken[-1]}"
+        raise BadInput(
+            f"scheduler: its timesteps go from 0 to {total - 1}, this {type(model).__name__} takes those from "
+            f"{taken.start} {last}; use an importance without data (magnitude), or the scheduler it was trained with"
+        )
 
 
 def with_condition(samples: Samples, expected: tuple[int, ...], noised: int) -> Samples:

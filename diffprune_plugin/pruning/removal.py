@@ -12,7 +12,9 @@ from torch_pruning.pruner.function import PrunerBox
 from diffprune_plugin.adapters.state import check_hooks
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.costs import meta_copy
 from diffprune_plugin.graph.groups import ChannelsToGo, CoupledGroup, removed_channels, trace_groups
+from diffprune_plugin.graph.running import smallest_output
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.masked_layers import stock_
@@ -35,20 +37,45 @@ def remove_(model: nn.Module, plan: PruningPlan, *, adapter: ModelAdapter | None
     Every attribute that repeats a size is mended; attention keeps the dense softmax scale (the query weights are
     multiplied by sqrt(new / old head size)).
 
-    Raises BadInput if the plan belongs to another architecture, or the UNet was pruned before or is masked.
+    Raises BadInput, before anything is changed, if the plan belongs to another architecture, the UNet was pruned before
+    or is masked, or would not run afterwards.
     """
     adapter = adapter or find_adapter(model)
     check_hooks(model)
     check_architecture(model, plan, type(model).__name__)
     stock_(model)
     gone = channels_to_go(model, plan, adapter)
+    check_trial(model, gone, plan, adapter)
+    shrink_(model, gone, plan, adapter)
+    as_pruned_(model, plan)
+    return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
+
+
+def check_trial(model: nn.Module, gone: ChannelsToGo, plan: PruningPlan, adapter: ModelAdapter) -> None:
+    """Raises BadInput, naming the layer, unless a copy without data (meta device) runs after the removal, and its
+    output has the dense one's shape."""
+    trial = meta_copy(model)
+    dense = smallest_output(trial, adapter)
+    shrink_(trial, gone, plan, adapter)
+    kind = type(model).__name__
+    try:
+        found = smallest_output(trial, adapter)
+    except BadInput as error:
+        raise BadInput(f"after the removal this {kind} would not run: {error}; its adapter misses something") from error
+    if found != dense:
+        raise BadInput(
+            f"after the removal this {kind} would give an output of shape {found}, not {dense}: its adapter has to "
+            "keep the last layer"
+        )
+
+
+def shrink_(model: nn.Module, gone: ChannelsToGo, plan: PruningPlan, adapter: ModelAdapter) -> None:
+    """Take the channels away, and set right what depends on sizes: attributes, head counts, the softmax scale."""
     heads = adapter.head_sizes(model)
     remove_channels_(model, gone)
     adapter.set_heads_(model, plan.heads)
     adapter.mend_(model)
     adapter.keep_softmax_scale_(model, heads)
-    as_pruned_(model, plan)
-    return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
 
 
 def channels_to_go(model: nn.Module, plan: PruningPlan, adapter: ModelAdapter) -> ChannelsToGo:

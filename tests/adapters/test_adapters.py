@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, Slice
 from tiny import make_unet, output_of
 
 import diffprune_plugin as dp
-from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.adapters.table import Heads, ModelAdapter, Pairs
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.groups import trace_groups
@@ -61,16 +61,17 @@ def test_every_kind_of_unet2dmodel_runs_at_half_its_channels(changes: dict[str, 
     ids=lambda value: getattr(value, "attribute", ""),
 )
 def test_without_a_mirror_the_forward_fails_on_a_stale_size(row: Any, changes: dict[str, Any]) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(BadInput, match=r"UNet2DModel would not run: .*: AssertionError"):
         prune_with(without("mirrors", row), **changes)
 
 
 def test_without_the_heads_row_heads_get_unequal_sizes() -> None:
     unet = make_unet()
     adapter = without("heads", UNET_2D.heads[0])
-    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.3, adapter=adapter), adapter=adapter)
-    with pytest.raises(RuntimeError):
-        output_of(unet)
+    plan, dense = dp.make_plan(unet, "magnitude", pruning_ratio=0.3, adapter=adapter), output_of(unet)
+    with pytest.raises(BadInput, match=r"would not run: \S+attentions.0: shape"):
+        dp.remove_(unet, plan, adapter=adapter)
+    assert torch.equal(output_of(unet), dense)  # nothing was changed
 
 
 @pytest.mark.parametrize("layer", UNET_2D.heads[0].layers)
@@ -88,8 +89,8 @@ def test_without_the_kept_output_the_image_loses_channels() -> None:
     unet = make_unet(out_channels=4)
     adapter = dataclasses.replace(UNET_2D, keep=())
     plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, adapter=adapter)
-    dp.remove_(unet, plan, adapter=adapter)
-    assert output_of(unet).shape[1] == 2
+    with pytest.raises(BadInput, match=r"an output of shape \(1, 2, 4, 4\), not \(1, 4, 4, 4\)"):
+        dp.remove_(unet, plan, adapter=adapter)
 
 
 def test_a_keep_pattern_that_matches_nothing_is_an_error() -> None:
@@ -97,10 +98,25 @@ def test_a_keep_pattern_that_matches_nothing_is_an_error() -> None:
         dataclasses.replace(UNET_2D, keep=("conv_last",)).kept_layers(make_unet())
 
 
-@pytest.mark.parametrize("port", UNET_2D.inputs, ids=lambda p: p.name)
-def test_without_an_input_port_the_forward_lacks_an_argument(port: Any) -> None:
+@pytest.mark.parametrize(
+    ("port", "changes"),
+    zip(
+        UNET_2D.inputs,
+        (
+            {},
+            {},
+            {"time_embedding_type": "fourier"},
+            {"num_class_embeds": 10},
+            {"class_embed_type": "timestep"},
+            {"class_embed_type": "identity"},
+        ),
+        strict=True,
+    ),
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_without_an_input_port_the_forward_lacks_an_argument(port: Any, changes: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError)):
-        prune_with(without("inputs", port), num_class_embeds=10)
+        prune_with(without("inputs", port), **changes)
 
 
 def test_the_output_port_is_what_comes_out() -> None:
@@ -128,10 +144,42 @@ def set_processor(unet: torch.nn.Module, processor: Any) -> None:
             module.set_processor(processor)
 
 
-@pytest.mark.parametrize("kind", ["timestep", "identity"])
-def test_an_embedding_of_classes_that_is_no_table_is_refused_by_name(kind) -> None:
-    with pytest.raises(BadInput, match=f"class_embed_type.*{kind}"):
-        dp.make_plan(make_unet(class_embed_type=kind), "magnitude", pruning_ratio=0.3)
+@pytest.mark.parametrize("side", [28, (32, 28)])
+def test_a_size_that_does_not_halve_often_enough_is_refused_with_those_near_that_do(side: Any) -> None:
+    deep = {"block_out_channels": (16,) * 4, "down_block_types": ("DownBlock2D",) * 4, "norm_num_groups": 4}
+    unet = make_unet(sample_size=side, up_block_types=("UpBlock2D",) * 4, **deep)
+    with pytest.raises(BadInput, match=r"sample_size: .*28\)? does not divide by 8, as this UNet halves it; \d+ and"):
+        dp.make_plan(unet, "magnitude")
+
+
+def test_a_removal_that_misses_a_coupling_is_refused_by_the_layer_and_changes_nothing() -> None:
+    """The FIR filters of NCSN++'s skip blocks reshape channels into the batch, where the graph loses them."""
+    adapter = dataclasses.replace(UNET_2D, known=())
+    unet = make_unet(in_channels=3, out_channels=3, down_block_types=("SkipDownBlock2D", "DownBlock2D"))
+    plan, dense = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, adapter=adapter), output_of(unet)
+    with pytest.raises(BadInput, match=r"would not run: down_blocks\.0\.resnet_down\.\S+: .*; its adapter misses"):
+        dp.remove_(unet, plan, adapter=adapter)
+    assert torch.equal(output_of(unet), dense)
+
+
+def test_what_class_embeddings_are_added_to_keeps_its_width() -> None:
+    unet = make_unet(class_embed_type="identity")
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    dp.remove_(unet, plan)
+    assert unet.time_embedding.linear_2.out_features == UNET_2D.shapes(unet)["class_labels"][1] == 64
+
+
+def test_rows_of_the_model_itself_name_its_layers_also_after_pruning() -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.count = torch.nn.Linear(4, 8), 2
+
+    heads = Heads("Gated", "count", ("proj",), query="proj", scale="scale")
+    adapter = dataclasses.replace(UNET_2D, pairs=(Pairs("Gated", "proj", 2),), heads=(heads,))
+    for model in (Gated(), type("PrunedGated", (Gated,), {})()):
+        assert adapter.paired(model) == adapter.head_counts(model) == {"proj": 2}
+        assert adapter.head_layers(model) == {"proj": ""}
 
 
 def test_a_unet_without_an_adapter_is_refused_with_those_known() -> None:

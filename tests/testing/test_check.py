@@ -159,6 +159,7 @@ def test_the_built_in_table_passes_on_unets_that_use_all_of_it() -> None:
     resampling = {"downsample_type": "resnet", "upsample_type": "resnet", "block_out_channels": (16, 32, 32), **blocks}
     plain = make_unet(sample_size=8, out_channels=4)
     special = make_unet(sample_size=8, num_class_embeds=10, resnet_time_scale_shift="scale_shift", **resampling)
-    check_adapter(UNET_2D, plain, special)
+    others = ({"time_embedding_type": "fourier"}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"})
+    check_adapter(UNET_2D, plain, special, *(make_unet(sample_size=8, **changes) for changes in others))
     with pytest.raises(CheckFailed, match="nothing fails without"):
         check_adapter(UNET_2D, plain, export=False)

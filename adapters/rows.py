@@ -1,0 +1,73 @@
+"""The rows of an adapter's table: one fact each about layers, attributes or configs of a model class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffprune_plugin.adapters.ports import Config
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of class ``owner`` splits the outputs of ``layers`` into as many heads as its attribute ``count`` says.
+
+    Heads lose equally many dimensions each; the softmax keeps the dense scale: ``query``'s weights are multiplied by
+    sqrt(new / old head size), which cancels the 1/sqrt(head size) that scaled_dot_product_attention applies, and the
+    attribute ``scale``, which other processors read, is set to 1/sqrt(new head size).
+    """
+
+    owner: str
+    count: str
+    layers: tuple[str, ...]
+    query: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The output of ``layer`` in modules of class ``owner`` is cut into ``parts`` whose channels go together.
+
+    ``when``: only in owners whose attribute has this value.
+    """
+
+    owner: str
+    layer: str
+    parts: int
+    when: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Layers, by pattern, whose output channels must stay ``when`` the config says so: something of a fixed width that
+    comes from outside is added to them."""
+
+    layers: str
+    when: Callable[[Config], bool]
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """``attribute`` of modules of class ``owner`` repeats the size ``source`` and goes stale when that shrinks."""
+
+    owner: str
+    attribute: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """The values (or items, if it is a list) of config key ``key`` that the table covers; others are refused."""
+
+    key: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Configs, those for which ``when`` holds, that are refused by their ``key``, its value, and ``why``, in words."""
+
+    key: str
+    when: Callable[[Config], bool]
+    why: str | Callable[[Config], str]
