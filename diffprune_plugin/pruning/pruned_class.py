@@ -155,7 +155,8 @@ def as_pruned_(model: nn.Module, plan: PruningPlan) -> None:
 def with_plan_(model: Any, plan: PruningPlan) -> None:
     """Give a model the pruned class and its plan."""
     if not isinstance(model, PrunedModelMixin):
-        model.__class__ = pruned_class(type(model))
+        base: Any = type(model)
+        model.__class__ = pruned_class(base)
     model.pruning_plan = plan
     model.register_to_config(**{PLAN_KEY: plan.model_dump(mode="json")})
 
