@@ -20,7 +20,7 @@ def time_width(config: Config) -> int:
 
 def halves(config: Config) -> int:
     """What the sides of a sample have to be a multiple of: skips meet what was halved and doubled again."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def does_not_halve(config: Config) -> bool:
