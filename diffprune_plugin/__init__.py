@@ -93,4 +93,6 @@ def __getattr__(name: str) -> Any:
         from diffprune_plugin.pruning.pruned_class import pruned_class_named
 
         return pruned_class_named(name)
+    if (Path(__file__).parent / "renamed" / f"{name}.py").exists():
+        return importlib.import_module(f"diffprune_plugin.{name}")
     raise AttributeError(f"module 'diffprune_plugin' has no attribute {name!r}")

@@ -138,7 +138,7 @@ def architecture_hash(model: Any) -> str:
     defaults = {
         key: parameter.default
         for cls in reversed(type(model).__mro__)
-        for key, parameter in inspect.signature(cls.__init__).parameters.items()
+        for key, parameter in inspect.signature(cls.__init__).parameters.items()  # type: ignore[misc]
     }
     config = {
         key: value

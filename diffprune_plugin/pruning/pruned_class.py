@@ -156,7 +156,8 @@ def with_plan_(model: Any, plan: PruningPlan) -> None:
     """Give a model the pruned class and its plan."""
     if not isinstance(model, PrunedModelMixin):
         base: Any = type(model)
-        model.__class__ = pruned_class(base)
+        twin: Any = pruned_class(base)
+        model.__class__ = twin
     model.pruning_plan = plan
     model.register_to_config(**{PLAN_KEY: plan.model_dump(mode="json")})
 
