@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffprune_plugin.data.loading import FRAME, load_samples
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.pictures import FRAME, coloured
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.plugins import denoiser_of, find_adapter
@@ -64,7 +65,8 @@ def latents_of(pipeline: Any, model: nn.Module, samples: Samples) -> Tensor:
     """uint8 images through the pipeline's autoencoder if it has one: the mean of their latents, in its units."""
     encoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
     if encoder is None:
-        return samples.values
+        return coloured(samples, min(find_adapter(model).channels(model))).values
+    samples = coloured(samples, encoder.config.in_channels)
     channels, height, width = samples.shape
     scale = 2 ** (len(encoder.config.block_out_channels) - 1)
     expected = (encoder.config.in_channels, *(side * scale for side in find_adapter(model).sample_shape(model)[1:]))

@@ -24,6 +24,7 @@ class Samples:
     extra: further inputs by name, a row each. null: by the same names, the one row (1, ...) that stands for no
     condition. captions: texts that are not encoded yet. classes: of how many class folders the labels were made.
     noised: how many channels, the first ones, get noise; those behind are a condition, clean. None: all of them.
+    pictures: they were image files or PIL images, whose colours may be converted to what a model takes.
     """
 
     values: Tensor
@@ -32,6 +33,7 @@ class Samples:
     captions: tuple[str, ...] = ()
     classes: int | None = None
     noised: int | None = None
+    pictures: bool = False
 
     def __len__(self) -> int:
         return len(self.values)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffprune_plugin.adapters.ports import Port, any_timestep, config_of
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 
@@ -23,7 +24,7 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
     """
     check_timesteps(model, adapter, scheduler)
     expected, noised = adapter.sample_shape(model), noised_channels(model, adapter, scheduler)
-    samples = with_condition(samples, expected, noised)
+    samples = with_condition(coloured(samples, noised), expected, noised)
     if samples.shape != expected:
         raise BadInput(
             f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them"
@@ -99,8 +100,9 @@ def noised_channels(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> 
 
 
 def typed(values: Tensor, port: Port) -> Tensor:
-    """Indices as the embeddings take them; numbers as they are."""
-    return values.to(port.dtype) if port.dtype is torch.int64 else values
+    """Indices as the embeddings take them; numbers as floats."""
+    index = port.torch_dtype is torch.int64
+    return values.to(port.torch_dtype) if index or not values.is_floating_point() else values
 
 
 def check_input(port: Port, samples: Samples, model: nn.Module, adapter: ModelAdapter) -> None:
@@ -110,7 +112,7 @@ def check_input(port: Port, samples: Samples, model: nn.Module, adapter: ModelAd
     fits = len(shape) == values.ndim and all(
         isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True)
     )
-    if not fits or (port.dtype is torch.int64 and values.is_floating_point()):
+    if not fits or (port.torch_dtype is torch.int64 and values.is_floating_point()):
         raise BadInput(
             f"data: {port.name} is {values.dtype} {tuple(values.shape)}, the UNet takes {port.dtype} ({stated}); "
             "convert it"

@@ -44,12 +44,17 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     raise BadInput(f"{path}: cannot be read: {reason}")
 
 
-def regular_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """What a file holds; raises OSError, or ValueError for what is no regular file or larger than ``most`` bytes."""
+def check_regular(path: Path) -> None:
+    """Raises OSError, or ValueError for what is no regular file: a pipe or device might never end."""
     mode = os.stat(path).st_mode
     for kind, fits in NO_FILES.items():
         if fits(mode):
             raise ValueError(f"is {kind}, not a file")
+
+
+def regular_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """What a file holds; raises OSError, or ValueError for what is no regular file or larger than ``most`` bytes."""
+    check_regular(path)
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:

@@ -21,7 +21,7 @@ def folder(tmp_path, images):
 
 def test_a_folder_an_npz_an_array_and_a_sequence_give_the_same_samples(folder, images, tmp_path) -> None:
     np.savez(tmp_path / "images.npz", images=images[:3])
-    rows = [{"image": Image.fromarray(image[..., 0]), "label": 1} for image in images[:3]]
+    rows = [{"image": Image.fromarray(image[..., 0]), "id": 1} for image in images[:3]]
     sources = [folder, str(tmp_path / "images.npz"), images[:3], rows, load_samples(folder)]
     hashes = {load_samples(source).sha256 for source in sources}
     assert len(hashes) == 1

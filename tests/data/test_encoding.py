@@ -215,7 +215,7 @@ def test_an_image_may_have_several_captions_and_of_too_many_pixels_every_nth_is_
     lines = [json.dumps({"file_name": "0.png", "text": text}) for text in "abcd"]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     assert load_samples(folder).captions == ("a", "b", "c", "d")
-    monkeypatch.setattr("diffprune_plugin.data.loading.BYTES", 3 * 16 * 16 * 3)
+    monkeypatch.setattr("diffprune_plugin.data.pictures.BYTES", 3 * 16 * 16 * 3)
     samples = load_samples(folder)
     assert (len(samples), samples.captions) == (2, ("a", "c"))
 

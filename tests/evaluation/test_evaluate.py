@@ -20,7 +20,7 @@ from tiny import make_unet
 import diffprune_plugin as dp
 from diffprune_plugin import demo
 from diffprune_plugin.criteria.sweep import Sweep
-from diffprune_plugin.data.loading import load_npz
+from diffprune_plugin.data.arrays import load_npz
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.evaluate import evaluate, stratified_mean
 from diffprune_plugin.evaluation.features import frechet_distance, load_features

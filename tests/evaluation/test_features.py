@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from diffprune_plugin import demo
-from diffprune_plugin.data.loading import load_npz
+from diffprune_plugin.data.arrays import load_npz
 from diffprune_plugin.errors import BadInput, CheckFailed, MissingExtra
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
 
