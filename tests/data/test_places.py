@@ -73,7 +73,7 @@ def test_whole_numbers_of_every_byte_order_and_width_are_inputs(dtype, tmp_path)
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4, 1), ">u1"), class_labels=labels)
     samples = load_samples(tmp_path / "a.npz")
     assert samples.extra["class_labels"].tolist() == [1, 0, 2]
-    assert len(samples.sha256) == 64
+    assert int(samples.extra["class_labels"].max()) == 2, "torch computes with it"
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">f8", "g", ">g", "f2"])
