@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,27 @@ def test_nothing_writes_or_reads_a_pickle() -> None:
         text = path.read_text()
         for word in ("import pickle", "torch.save(", "torch.load(", "weights_only=False", "allow_pickle=True"):
             assert word not in text, f"{path}: {word}"
+
+
+# Where these words are not names of a model's inputs: a heading, a prediction_type, a key of data files, and the roles
+# by which an exported file says what its inputs are called. And one error that calls a component as people do.
+WORDS = {
+    "diffprune_plugin/plugins.py": {"unet"},
+    "diffprune_plugin/evaluation/report.py": {"timestep"},
+    "diffprune_plugin/diffusion/schedulers.py": {"sample"},
+    "diffprune_plugin/data/tensors.py": {"sample"},
+    "export/convert.py": {"sample", "timestep"},
+    "export/feeds.py": {"sample", "timestep"},
+    "export/ort_unet.py": {"sample", "timestep"},
+}
+
+
+def test_the_core_names_no_input_of_a_unet_and_no_component() -> None:
+    found: dict[str, set[str]] = {}
+    for path in (p for folder in ("diffprune_plugin", "export") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            constant = isinstance(node, ast.Constant) and node.value in ("sample", "timestep", "unet")
+            word = node.value if constant else node.attr if isinstance(node, ast.Attribute) else ""
+            if (constant or word == "unet") and "renamed" not in path.parts:
+                found.setdefault(str(path.relative_to(ROOT)), set()).add(str(word))
+    assert found == WORDS
