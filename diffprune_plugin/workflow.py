@@ -128,7 +128,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -
 
     verify: so many budgets are really pruned and compensated. Raises what `prune` raises.
     """
-    config = config.model_copy(update={"allocation": "linear"})
+    asked, config = config, config.model_copy(update={"allocation": "linear"})
     processes = Processes(torch.device(config.device))
     job = prepare(config, overwrite=False, dry_run=True)
     scheduler, place = getattr(job.loaded, "scheduler", None), progress_directory(config.output)
@@ -139,7 +139,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -
     sensitivity = sensitivity_for(config, job.model, scheduler, *given, **kept)
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    material = material_of(config, job.model, job.criterion)
+    material = material_of(asked, job.model, job.criterion)
     found = frontier(material, config, cast(Sensitivity, sensitivity))
     if verify:
         adapter = material.adapter

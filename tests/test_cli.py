@@ -177,7 +177,7 @@ def nothing(tmp_path: Path) -> None:
         (nothing, ["timesteps=2000"], "outside 1..100"),
         (no_adapter, [], "Transformer2DModel"),
         (no_index, [], "neither a pipeline"),
-        (truncated, [], "cannot be loaded"),
+        (truncated, [], "truncated or damaged"),
         (other_size, [], "the UNet takes (1, 16, 16)"),
     ],
 )
@@ -211,7 +211,7 @@ def test_an_output_that_would_replace_what_it_is_made_from_is_refused(run, confi
     for place in (tmp_path, tmp_path / "dense", tmp_path / "dense" / "unet" / "new"):
         code, _, err = run("prune", config_file, "--overwrite", "--output", place)
         assert code == 2
-        assert "lie inside each other" in err or "holds other files" in err
+        assert any(w in err for w in ("lie inside each other", "holds other files", "holds a dense model"))
     assert (tmp_path / "dense" / "model_index.json").exists()
 
 
@@ -269,7 +269,7 @@ def test_an_interruption_and_too_little_memory_are_one_line(run, config_file, mo
 def test_a_path_that_the_system_refuses_is_one_line(run, config_file, words) -> None:
     code, _, err = run("prune", config_file, *words)
     assert code == 2
-    assert "File name too long; choose another path" in err
+    assert "File name too long" in err
     assert len(err.strip().splitlines()) == 1
 
 

@@ -61,4 +61,5 @@ class GroupMagnitudeImportance:
         """Score of each root channel of a torch-pruning group, shape (channels,), >= 0."""
         from diffprune_plugin.criteria.scores import magnitude_score
 
-        return magnitude_score(group, **vars(self))
+        wishes = ("round_to", "halves")  # of whoever plans with it
+        return magnitude_score(group, **{key: value for key, value in vars(self).items() if key not in wishes})

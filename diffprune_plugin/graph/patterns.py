@@ -100,7 +100,7 @@ def compiled(expression: str, pattern: str, key: str) -> Any:
     """
     counts = [int(count) for count in re.findall(r"\d{1,9}(?=[\d,]*\})", expression)]
     if len(expression) > LONGEST or math.prod(filter(None, counts)) > LONGEST:
-        reason = f"is no expression for names of layers: longer than {LONGEST:,}, or repeated more often"
+        reason = f"is no valid expression for names of layers: longer than {LONGEST:,}, or repeated more often"
         raise BadInput.of(key, pattern, reason)
     try:
         return regex.compile(expression)

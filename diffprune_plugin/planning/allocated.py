@@ -15,6 +15,7 @@ from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, Allocation, GroupPlan
 
 WIDTHS = 64  # of one group at most: of more, evenly spaced ones
+MOST = 0.75  # of a group: beyond it the linear estimate is too low, since units that are left matter more
 
 
 class Errors(Protocol):
@@ -66,7 +67,7 @@ def menus_of(
 def widths(item: AskedGroup, options: PlanOptions) -> list[GroupPlan]:
     """The plans of a group that loses nothing, a step, two steps ... as many as may go."""
     step = plan_group(item, 0, options).step
-    counts = range(0, item.group.units, step)
+    counts = range(0, int(MOST * item.group.units) + 1, step)
     every = -(-len(counts) // WIDTHS)
     plans = [plan_group(item, count, options) for count in counts[::every]]
     return [plan.model_copy(update={"requested": len(plan.removed), "reason": ""}) for plan in plans]

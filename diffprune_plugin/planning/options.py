@@ -48,8 +48,8 @@ class PlanOptions(Checked):
     allocation: Literal["uniform", "linear"] | None = Field(
         default=None,
         description="How a target is met. uniform: by one ratio for all groups. linear: each group gets the width that "
-        "costs least, by the linear sensitivity of the output to its channels. By default linear where there are "
-        "images and a scheduler to measure with, else uniform.",
+        "costs least, by the linear sensitivity of the output to its channels (needs images and a scheduler). By "
+        "default uniform; linear where make_plan is given a sensitivity.",
     )
     max_pruning_ratio: Share = Field(default=1.0, description="No group loses a larger share of its channels.")
     head_pruning_ratio: Ratio | None = Field(

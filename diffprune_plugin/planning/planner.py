@@ -79,6 +79,7 @@ def material_of(
     adapter = adapter or find_adapter(model)
     if isinstance(criterion, str):
         criterion = importance(criterion)
+    options.with_wishes_of(criterion)  # wrong ones are told before anything is scored
     groups = trace_groups(model, adapter)
     heads = {} if options.head_pruning_ratio is None else head_groups(groups, adapter.head_layers(model))
     requests = requests_of_heads(requested(groups, model, adapter, options), heads)

@@ -21,16 +21,10 @@ from diffprune_plugin.utils.tensors import weights_hash
 
 
 def wants_sensitivity(config: PruningConfig, scheduler: Any) -> bool:
-    """Whether a plan is to be allocated: as asked, or for a target where there is what it takes.
-
-    Raises BadInput if it is asked for and there are no images or there is no scheduler.
-    """
-    possible = config.data is not None and scheduler is not None
-    if config.allocation == "linear" and not possible:
+    """Whether a plan is to be allocated; raises BadInput if so and there are no images or there is no scheduler."""
+    if config.allocation == "linear" and (config.data is None or scheduler is None):
         raise BadInput("allocation: linear needs 'data' and a pipeline directory as 'model'; add them or say uniform")
-    if config.allocation is not None:
-        return config.allocation == "linear"
-    return possible and bool(config.target) and not config.global_pruning
+    return config.allocation == "linear"
 
 
 def sensitivity_for(

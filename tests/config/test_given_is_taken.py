@@ -119,6 +119,12 @@ NATIVE: dict[str, list[Any]] = {  # two values of each native key
     "importance": [{"name": "magnitude"}, {"name": "fisher", "samples": 9}],
     "pruning_ratio_dict": [{"conv_in": 0.25}, {"a": 0.1, "b": 0.2}],
     "halves": ["together", "apart"],
+    "allocation": ["uniform"],
+    "sensitivity": ["s.json"],
+    "sensitivity_samples": [8, 16],
+    "sensitivity_probes": [1, 2],
+    "variant": ["fp16"],
+    "unused_tensors": ["refuse", "ignore"],
     "device": ["cuda", "cuda:1"],
     "dtype": ["float16", "bfloat16"],
 }

@@ -58,7 +58,7 @@ def test_a_planted_insensitive_group_is_emptied_first_and_a_critical_one_stays(s
     for factor, most in ((1e-9, True), (1e9, False)):
         plan = dp.make_plan(make_unet(), "magnitude", sensitivity=planted(sensitivity, root, factor), macs_target=0.7)
         group = next(g for g in plan.groups if g.root == root)
-        assert len(group.removed) == (group.units - group.step if most else 0)
+        assert len(group.removed) == (0.75 * group.units if most else 0)
 
 
 def test_what_is_asked_of_single_groups_holds(sensitivity: Sensitivity) -> None:
@@ -91,11 +91,12 @@ def test_a_target_below_all_widths_is_refused_with_the_least(sensitivity: Sensit
         dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, macs_target=0.01)
 
 
-def test_a_config_with_a_target_and_images_is_allocated_and_another_budget_needs_no_new_pass(
+def test_a_config_that_says_linear_is_allocated_and_another_budget_needs_no_new_pass(
     run: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = tmp_path / "sensitivity.json"
     words = ["--set", f"sensitivity={stored}", "--set", "sensitivity_samples=4", "--set", "sensitivity_probes=1"]
+    words += ["--set", "allocation=linear"]
     code, out, err = run("prune", config_file, *words, "--set", "macs_target=0.7", "--json")
     assert code == 0, err
     plan = json.loads(out)
