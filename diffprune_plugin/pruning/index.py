@@ -41,11 +41,12 @@ def is_component(part: Any) -> bool:
 def check_component(directory: Path, name: str, library: str, kind: str) -> None:
     """Raises BadInput for a library that is not known, or one that lies in the directory itself."""
     place = f"{directory / INDEX_FILE}: {name}: [{library!r}, {kind!r}]"
-    if not (library in LIBRARIES or is_pipeline_module(library) or library in plugin_packages()):
+    package = library.partition(".")[0]
+    if not (library in LIBRARIES or is_pipeline_module(library) or package in plugin_packages()):
         raise BadInput(
             f"{place}: code from {library!r} is not run; known are {', '.join(LIBRARIES)} and the packages of adapters"
         )
-    for file in (directory / f"{library}.py", directory / name / f"{library}.py"):
+    for file in (folder / f"{word}.py" for folder in (directory, directory / name) for word in (library, package)):
         if file.exists():
             raise BadInput(f"{place}: {file} would be run in its place; remove that file")
 
