@@ -144,7 +144,7 @@ def requested(
 ) -> dict[str, Request]:
     """What is asked of each group, by its root."""
     names = layer_names(model)
-    stays = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is fixed from outside")
+    stays = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
     wanted = {name for pattern in options.target_layers for name in matching(pattern, names, "target_layers")}
     if options.target_layers:
         stays |= {name: "outside target_layers" for name, also in names.items() if also and name not in wanted}
