@@ -27,7 +27,7 @@ def test_an_expression_that_takes_too_long_is_named(monkeypatch) -> None:
 
 @pytest.mark.parametrize("expression", ["(?:a{1000}){1000}", "(a{,99}){,200}", "a" * 10_001])
 def test_an_expression_that_would_take_long_to_compile_is_named(expression) -> None:
-    with pytest.raises(BadInput, match="is no expression for names of layers"):
+    with pytest.raises(BadInput, match="is no valid expression for names of layers"):
         matching("{re}" + expression, NAMES, "ignored_layers")
 
 
