@@ -94,27 +94,7 @@ def prune_shared(
     """
     processes = Processes(accelerator.device if accelerator else torch.device(config.device))
     job = processes.on_all(lambda: prepare(config_on(accelerator, config), overwrite, dry_run))
-    calibration = calibration_for(
-        job.config,
-        getattr(job.criterion, "sweep", None),
-        job.model,
-        getattr(job.loaded, "scheduler", None),
-        job.samples,
-        processes,
-        store=not dry_run,
-        progress_in=progress_directory(config.output),
-        progress=progress,
-    )
-    sensitivity = sensitivity_for(
-        job.config,
-        job.model,
-        getattr(job.loaded, "scheduler", None),
-        job.samples,
-        processes,
-        store=not dry_run,
-        progress_in=progress_directory(config.output),
-        progress=progress,
-    )
+    calibration, sensitivity = measured(job, processes, not dry_run, progress)
     plan = processes.on_first(lambda: plan_of(job, calibration, sensitivity))
     if plan is None:
         return None
@@ -128,26 +108,33 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -
 
     verify: so many budgets are really pruned and compensated. Raises what `prune` raises.
     """
-    asked, config = config, config.model_copy(update={"allocation": "linear"})
-    processes = Processes(torch.device(config.device))
-    job = prepare(config, overwrite=False, dry_run=True)
-    scheduler, place = getattr(job.loaded, "scheduler", None), progress_directory(config.output)
-    given = job.samples, processes
-    kept: dict[str, Any] = {"store": True, "progress_in": place, "progress": progress}
-    sweep = getattr(job.criterion, "sweep", None)
-    calibration = calibration_for(config, sweep, job.model, scheduler, *given, **kept)
-    sensitivity = sensitivity_for(config, job.model, scheduler, *given, **kept)
+    job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
+    calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    material = material_of(asked, job.model, job.criterion)
+    material = material_of(config, job.model, job.criterion)
     found = frontier(material, config, cast(Sensitivity, sensitivity))
     if verify:
-        adapter = material.adapter
+        adapter, scheduler = material.adapter, job.loaded.scheduler
         samples = fitting(job.samples(), job.model, adapter, scheduler)
         trained = training_scheduler(scheduler)
         found = verified(found, verify, job.model, trained, samples, adapter, config.seed, progress)
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(progress_directory(config.output), ignore_errors=True)
     return found
+
+
+def measured(
+    job: Job, processes: Processes, store: bool, progress: bool
+) -> tuple[Calibration | None, Sensitivity | None]:
+    """What a plan is made by, each where it is needed: new ones by all processes together, stored ones by the first.
+
+    store: whether they are written where the config says, and what an interrupted call has, beside the output.
+    """
+    scheduler, sweep = getattr(job.loaded, "scheduler", None), getattr(job.criterion, "sweep", None)
+    place = progress_directory(job.config.output)
+    kept: dict[str, Any] = {"store": store, "progress_in": place, "progress": progress}
+    given = job.model, scheduler, job.samples, processes
+    return calibration_for(job.config, sweep, *given, **kept), sensitivity_for(job.config, *given, **kept)
 
 
 def config_on(accelerator: Any, config: PruningConfig) -> PruningConfig:

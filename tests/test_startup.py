@@ -24,7 +24,7 @@ for program, *words in commands:
         assert not end.code, (words, end.code)
     print("HEAVY", words, [name for name in heavy if name in sys.modules])
 """
-COMMANDS = ("prune", "finetune", "config", "inspect", "sample", "evaluate", "plugins", "demo", "bench")
+COMMANDS = ("prune", "finetune", "config", "inspect", "sample", "evaluate", "plugins", "demo", "bench", "frontier")
 PROGRAM = "diffprune_plugin.cli"
 HEAVY = ("torch", "diffusers", "torch_pruning")
 
@@ -63,3 +63,13 @@ def test_a_config_is_read_and_its_criterion_checked_without_torch(tmp_path: Path
 def test_a_pruned_model_is_inspected_without_torch(run, config_file: Path, tmp_path: Path, folder: str) -> None:
     assert run("prune", config_file, "--set", "importance=magnitude", "--set", "compensate=false")[0] == 0
     assert_light([PROGRAM, "inspect", str(tmp_path / "pruned" / folder)])
+
+
+def test_a_pruned_model_is_inspected_without_loading_a_plugin(
+    run, config_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    assert run("prune", config_file, "--set", "importance=magnitude", "--set", "compensate=false")[0] == 0
+    monkeypatch.setattr("diffprune_plugin.pruning.directory.plugin_manager", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr("diffprune_plugin.pruning.directory.components", lambda: pytest.fail("loaded"))
+    for folder in (".", "unet"):
+        assert run("inspect", tmp_path / "pruned" / folder)[0] == 0

@@ -46,13 +46,17 @@ def component_in(directory: Path) -> str:
 
 def read_plan(directory: Path) -> PruningPlan:
     """The plan of a pruned pipeline or UNet directory; raises BadInput if it has none."""
-    folder = model_folder(directory)
-    if not (folder / PLAN_FILE).exists():
-        check_described(folder)
+    # Plugins, which may take seconds to load, are asked only where no plan lies.
+    index = directory / "model_index.json"
+    parts = [name for name in (read_json(index) if index.exists() else {}) if Path(name).name == name]
+    places = [directory, *(directory / name for name in parts)]
+    found = next((path for place in places if (path := place / PLAN_FILE).is_file()), None)
+    if found is None:
+        check_described(model_folder(directory))
         raise BadInput(
             f"{directory}: not pruned (no {PLAN_FILE}); prune it with: diffprune prune CONFIG --model {directory}"
         )
-    return PruningPlan.read(folder / PLAN_FILE)
+    return PruningPlan.read(found)
 
 
 def check_described(folder: Path) -> None:
