@@ -80,3 +80,9 @@ def test_the_core_names_no_input_of_a_unet_and_no_component() -> None:
             if (constant or word == "unet") and "renamed" not in path.parts:
                 found.setdefault(str(path.relative_to(ROOT)), set()).add(str(word))
     assert found == WORDS
+
+
+def test_no_two_modules_of_the_tests_bear_one_name() -> None:
+    """They are imported by their names alone: of two, the second would not be collected, or be the first."""
+    names = [path.stem for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

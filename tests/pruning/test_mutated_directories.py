@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from mutate import mutate
+from mutate_directories import mutate
 from tiny import make_unet
 
 import diffprune_plugin as dp
