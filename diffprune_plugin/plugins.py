@@ -18,7 +18,6 @@ import diffprune_plugin.adapters as built_in_adapters
 from diffprune_plugin import criteria as built_in_criteria
 from diffprune_plugin import hookspecs
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.criteria import timestep_weights as built_in_weights
 from diffprune_plugin.errors import BadInput, DiffPruneError, Interrupted, first_line, nearest
 from diffprune_plugin.hookspecs import ENTRY_POINT_GROUP, Criterion, CriterionFactory
 
@@ -91,6 +90,9 @@ def plugin_manager(entry_points: bool = True) -> Plugins:
 
     A plugin that fails to load never takes the program down: it is in ``found`` with its failure.
     """
+    # Late: NumPy takes half of the start of commands that read a file.
+    from diffprune_plugin.criteria import timestep_weights as built_in_weights
+
     manager = pluggy.PluginManager("diffprune")
     manager.add_hookspecs(hookspecs)
     plugins = Plugins(manager)
@@ -159,11 +161,13 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
     """
     import numpy as np
 
+    from diffprune_plugin.criteria.timestep_weights import alphas_of
+
     known = timestep_weights(plugins or plugin_manager())
     if name not in known:
         hint = nearest(str(name), known)
         raise BadInput(f"importance: timestep_weights {name!r}{hint}; known: {', '.join(sorted(known))}")
-    alphas = built_in_weights.alphas_of(scheduler)
+    alphas = alphas_of(scheduler)
     weights = np.asarray(known[name].value(alphas, scheduler.config.get("prediction_type", "epsilon")))
     if weights.shape != alphas.shape or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise BadInput(
