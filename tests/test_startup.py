@@ -60,7 +60,9 @@ def test_a_config_is_read_and_its_criterion_checked_without_torch(tmp_path: Path
 
 
 @pytest.mark.parametrize("folder", [".", "unet"])
-def test_a_pruned_model_is_inspected_without_torch_or_numpy(run, config_file: Path, tmp_path: Path, folder: str) -> None:
+def test_a_pruned_model_is_inspected_without_torch_or_numpy(
+    run, config_file: Path, tmp_path: Path, folder: str
+) -> None:
     assert run("prune", config_file, "--set", "importance=magnitude", "--set", "compensate=false")[0] == 0
     assert_light([PROGRAM, "inspect", str(tmp_path / "pruned" / folder)], heavy=(*HEAVY, "numpy"))
 
