@@ -1,7 +1,7 @@
 """Published UNets at their real size, with random weights: exact ratios, and seconds and peak memory against size.
 
     python benchmarks/bench.py scale                      # everything, an hour on one core; 16 GiB of memory
-    python benchmarks/bench.py scale --only plan          # one kind: plan, ratios, calibrate or compensate
+    python benchmarks/bench.py scale --only plan          # one kind: plan, ratios, calibrate, compensate or allocate
     python benchmarks/bench.py scale --only plan --model sd15
 
 Each figure is taken in a process of its own, whose peak memory is the kernel's count of it (VmHWM), with the model
@@ -33,6 +33,8 @@ from diffprune_plugin.export.memory import high_water
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.compensate import compensate_
+from diffprune_plugin.sensitivity.linear import measure_sensitivity
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.utils.tensors import weights_hash
 
 BENCH = Path(__file__).parents[1] / "bench.py"
@@ -41,7 +43,8 @@ RATIOS = (0.1, 0.3, 0.5, 0.7)
 CONDITIONAL = ("sd15", "sd21", "sdxl-base")
 HALF = {"sdxl-base": torch.bfloat16}  # weights as people deploy them; float32 elsewhere
 SMALL = 32  # latents' side for the forwards that check a result
-IMAGES = 8  # synthetic latents of compensation
+IMAGES = 8  # synthetic latents of compensation and sensitivity
+PROBES = 2  # backward passes of each
 
 
 def model(name: str) -> Any:
@@ -141,11 +144,45 @@ def compensate(name: str) -> Row:
     fresh = inputs_of(dense, seed=1) | {"timestep": torch.tensor([500])}
     wanted = output(dense, fresh)
     row = {"error before": relative(output(unet, fresh), wanted), "loaded": high_water()}
-    options = {"samples": IMAGES, "batch_size": 2, "checkpoint": Path("runs") / f"scale-{weights_hash(unet)[:12]}"}
-    report = compensate_(unet, dense, made, DDPMScheduler(), samples, **options)
-    row |= {"error after": relative(output(unet, fresh), wanted), "seconds": report.seconds}
+    start = time.process_time()
+    report = compensate_(unet, dense, made, DDPMScheduler(), samples, **kept(unet))
+    row |= {"seconds": report.seconds, "cpu seconds": time.process_time() - start}
+    row["error after"] = relative(output(unet, fresh), wanted)
     refitted = sum(repair.refitted for repair in report.repairs)
     return row | {"params": made.params, "regressions": len(report.repairs), "refitted": refitted}
+
+
+def kept(unet: Any) -> Row:
+    """Options of a compensation or a sensitivity, with where an interrupted one goes on."""
+    return {"samples": IMAGES, "batch_size": 2, "checkpoint": Path("runs") / f"scale-{weights_hash(unet)[:12]}"}
+
+
+def allocate(name: str) -> Row:
+    """Half of the MACs by the linear sensitivity and by one ratio, both compensated; CPU seconds of each step."""
+    dense = model(name)
+    samples, fresh = samples_of(dense, IMAGES), inputs_of(dense, seed=1) | {"timestep": torch.tensor([500])}
+    wanted, scheduler = output(dense, fresh), DDPMScheduler()
+    row, start = {"loaded": high_water()}, time.process_time()
+    options = kept(dense)
+    file = options["checkpoint"] / "sensitivity.json"
+    if not file.exists():
+        found = measure_sensitivity(dense, scheduler, samples, probes=PROBES, **options | {"batch_size": 1})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found.save(file)
+    found = Sensitivity.load(file)
+    row |= {"sensitivity": time.process_time() - start, "peak of sensitivity": high_water()}
+    for way in ("linear", "uniform"):
+        start = time.process_time()
+        made = dp.make_plan(dense, "magnitude", macs_target=0.5, allocation=way, sensitivity=found)
+        unet = copy.deepcopy(dense)
+        dp.remove_(unet, made)
+        row[f"{way} plan"] = time.process_time() - start
+        row |= {f"{way} macs": made.macs[1] / made.macs[0], f"{way} params": made.params[1] / made.params[0]}
+        row[f"{way} removed"], start = relative(output(unet, fresh), wanted), time.process_time()
+        compensate_(unet, dense, made, scheduler, samples, **kept(unet))
+        row[f"{way} compensation"] = time.process_time() - start
+        row[f"{way} compensated"] = relative(output(unet, fresh), wanted)
+    return row | {"params": made.params}
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -158,6 +195,7 @@ KINDS: dict[str, tuple[Callable[[str], Row], tuple[str, ...]]] = {
     "ratios": (ratios, CONDITIONAL),
     "calibrate": (calibrate, ("ddpm-cifar10-32", "ldm4-imagenet-256", "sd15")),
     "compensate": (compensate, ("ddpm-cifar10-32", "ldm-celebahq-256", "sd15")),
+    "allocate": (allocate, ("ddpm-cifar10-32", "sd15")),
 }
 
 
@@ -204,13 +242,23 @@ def table(rows: dict[str, Row]) -> str:
         memory = [f"{row[key] / gib:.1f} GiB" for key in ("loaded", "peak")]
         lines.append(line(name, f"{row['params'][0] / 1e6:.1f} M", f"{row['seconds']:.0f} s", *memory))
     lines += ["", f"Compensation at 0.3 ({IMAGES} synthetic samples): relative error of the output on fresh noise.", ""]
-    lines += header("model", "params", "pruned", "compensated", "refitted", "seconds", "weights", "peak")
+    lines += header("model", "params", "pruned", "compensated", "refitted", "CPU", "weights", "peak")
     for name, row in of_kind(rows, "compensate"):
         errors = [f"{row[key]:.3f}" for key in ("error before", "error after")]
         memory = [f"{row[key] / gib:.1f} GiB" for key in ("loaded", "peak")]
         refitted = f"{row['refitted']} of {row['regressions']}"
         size = f"{row['params'][0] / 1e6:.1f} M"
-        lines.append(line(name, size, *errors, refitted, f"{row['seconds']:.0f} s", *memory))
+        lines.append(line(name, size, *errors, refitted, f"{row.get('cpu seconds', row['seconds']):.0f} s", *memory))
+    lines += ["", f"`macs_target: 0.5`, compensated; sensitivity of {IMAGES} samples, {PROBES} probes; CPU.", ""]
+    steps = ("plan", "compensation")
+    lines += header("model", "allocation", "MACs", "params", "pruned", "compensated", "sensitivity", *steps, "peak")
+    for name, row in of_kind(rows, "allocate"):
+        for way in ("uniform", "linear"):
+            cells = [f"{row[f'{way} {key}']:.1%}" for key in ("macs", "params")]
+            cells += [f"{row[f'{way} {key}']:.3f}" for key in ("removed", "compensated")]
+            seconds = [row["sensitivity"] if way == "linear" else 0, *(row[f"{way} {step}"] for step in steps)]
+            cells += [*(f"{count:.0f} s" for count in seconds), f"{row['peak'] / gib:.1f} GiB"]
+            lines.append(line(name, way, *cells))
     return "\n".join(lines) + "\n"
 
 

@@ -88,7 +88,7 @@ class Refit:
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.rerunning:
                 return output
-            system.collect(unpacked(output), batch, self.draws.held_out)
+            system.collect(unpacked(output), batch, self.draws.held_out, self.strengths)
             if self.passes == "layer":
                 raise Stop
             self.finish(system, bar, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str) -> tup
         block = ".".join(layer.split(".")[:depth])
         if block not in calls:  # a list of modules is never called
             continue
-        added = coefficient_in(model.get_submodule(block), calls[block], model.get_submodule(layer))
+        added = coefficient_in(model.get_submodule(block), calls[block], layer[len(block) + 1 :])
         if added is None:
             break
         same = torch.equal(by_position(calls[block].output), by_position(calls[found].output))
@@ -67,8 +68,14 @@ def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str) -> tup
     return found, coefficient
 
 
-def coefficient_in(block: nn.Module, call: Call, layer: nn.Module) -> float | None:
-    """How often a layer's output is contained in a block's, found by shifting it at random; None if not linearly."""
+def coefficient_in(block: nn.Module, call: Call, layer: str) -> float | None:
+    """How often the output of the layer of this name in a block is contained in the block's; None if not linearly.
+
+    Found by shifting it at random; in float32, since half precision rounds sums by more than what tells them apart.
+    """
+    if not isinstance(call.output, Tensor):
+        return None
+    block, call = in_single(block, call)
     shifts: list[Tensor] = []
 
     def shift(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -76,9 +83,7 @@ def coefficient_in(block: nn.Module, call: Call, layer: nn.Module) -> float | No
         shifts.append(torch.randn(output.shape, generator=generator).to(output))
         return output + shifts[0]
 
-    if not isinstance(call.output, Tensor):
-        return None
-    with layer.register_forward_hook(shift):
+    with block.get_submodule(layer).register_forward_hook(shift):
         moved = unpacked(block(*call.args, **call.kwargs))
     change, given = by_position(moved - call.output).double(), by_position(shifts[0]).double()
     if change.shape != given.shape:
@@ -86,3 +91,20 @@ def coefficient_in(block: nn.Module, call: Call, layer: nn.Module) -> float | No
     coefficient = round(float((change * given).sum() / given.square().sum()), 6)  # float noise must not tell sums apart
     linear = bool((change - coefficient * given).norm() <= 1e-3 * abs(coefficient) * given.norm())
     return coefficient if linear and coefficient else None
+
+
+def in_single(block: nn.Module, call: Call) -> tuple[nn.Module, Call]:
+    """A block and a call of it in float32; the same ones if they are."""
+    if call.output.element_size() >= 4:
+        return block, call
+    block, args, kwargs = copy.deepcopy(block).float(), widened(call.args), widened(call.kwargs)
+    return block, Call(args, kwargs, unpacked(block(*args, **kwargs)))
+
+
+def widened(value: Any) -> Any:
+    """What a module is called with, its half-precision tensors in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(widened, value))
+    return {key: widened(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -1,8 +1,8 @@
-"""Ridge regression of layer outputs on layer inputs: rows of both, the normal equations, their solution."""
+"""Ridge regression of layer outputs on layer inputs: the rows of both, and the layers that the solution moves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffprune_plugin.errors import CheckFailed
+from diffprune_plugin.recovery.equations import HeldOut, Training, best_update, precision, training
 
 ROWS = 32_768  # rows that a system is fitted on, or eight times its unknowns
-CHUNK = 4_096  # rows in float64 at a time
+CHUNK = 2**25  # numbers in the rows that are taken at a time
 
 
 def refusal(layer: nn.Module, output: Tensor) -> str:
@@ -37,13 +38,13 @@ def by_position(tensor: Tensor) -> Tensor:
 def rows_at(tensor: Tensor, positions: Tensor) -> Tensor:
     """The channels at some positions of each sample: (batch * n, channels) for positions (batch, n)."""
     samples = torch.arange(len(tensor), device=tensor.device)[:, None]
-    return by_position(tensor)[samples, positions].flatten(0, 1)
+    return by_position(tensor).contiguous()[samples, positions].flatten(0, 1)
 
 
 def features_at(layer: nn.Module, inputs: Tensor, positions: Tensor) -> Tensor:
     """The inputs that a layer multiplies with its weights at some output positions (batch, n): (batch * n, unknowns).
 
-    For a convolution the patches in the order of ``weight.flatten(1)``, as F.unfold gives them, but only these.
+    For a convolution the patches, in the order of `matrix_of`.
     """
     if not isinstance(layer, nn.Conv2d):
         return rows_at(inputs, positions)
@@ -55,62 +56,17 @@ def features_at(layer: nn.Module, inputs: Tensor, positions: Tensor) -> Tensor:
     corner = positions // columns * layer.stride[0] * width + positions % columns * layer.stride[1]
     rows, steps = torch.arange(high, device=inputs.device), torch.arange(wide, device=inputs.device)
     taps = (rows[:, None] * down * width + steps * right).flatten()
-    patches = rows_at(padded, (corner[..., None] + taps).flatten(1))
-    return patches.reshape(-1, len(taps), patches.shape[1]).transpose(1, 2).flatten(1)
+    return rows_at(padded, (corner[..., None] + taps).flatten(1)).reshape(corner.numel(), -1)
 
 
-class NormalEquations:
-    """Sums over rows of X^T X, X^T R and |R|^2 in float64; with a ``bias`` X has a last column of ones."""
-
-    def __init__(self, unknowns: int, outputs: int, bias: bool, device: torch.device) -> None:
-        self.unknowns, self.bias = unknowns, bias
-        columns = unknowns + bias
-        self.gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(columns, outputs, dtype=torch.float64, device=device)
-        self.square = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, features: Tensor, residuals: Tensor) -> None:
-        """Take in rows: features (rows, unknowns), residuals (rows, outputs)."""
-        wide = F.pad(features.double(), (0, int(self.bias)), value=1.0)
-        residuals = residuals.double()
-        self.gram.addmm_(wide.T, wide)
-        self.cross.addmm_(wide.T, residuals)
-        self.square += residuals.square().sum()
-
-    def solve(self, strength: float) -> Tensor | None:
-        """The D (columns, outputs) that minimises |R - X D|^2 + s |D|^2, the bias row free; None if singular.
-
-        s is ``strength`` times the mean diagonal of X^T X: Eq. 3.44 of Hastie, Tibshirani, Friedman, ESL, 2nd edition.
-        """
-        system = self.gram.clone()
-        diagonal = system.diagonal()[: self.unknowns]
-        diagonal += strength * diagonal.mean()
-        factor, failed = torch.linalg.cholesky_ex(system)
-        return None if int(failed) else torch.cholesky_solve(self.cross, factor)
-
-    def error(self, update: Tensor | None = None) -> float:
-        """|R - X D|^2 summed over the rows; for D = 0 without an update."""
-        if update is None:
-            return float(self.square)
-        return float(self.square - 2 * (update * self.cross).sum() + (update * (self.gram @ update)).sum())
+def matrix_of(weight: Tensor) -> Tensor:
+    """A weight (outputs, channels, ...) as what features are multiplied with: (unknowns, outputs), channels fastest."""
+    return weight.reshape(*weight.shape[:2], -1).permute(2, 1, 0).flatten(0, 1)
 
 
-def best_update(
-    training: NormalEquations,
-    held_out: NormalEquations,
-    strengths: Sequence[float],
-    written: Callable[[Tensor], Tensor] = lambda update: update,
-) -> tuple[Tensor | None, float, float]:
-    """(update, strength, held-out error) of the best strength; no update, and 0, unless one lowers the error.
-
-    The error is that of the update as it is ``written``.
-    """
-    best: tuple[Tensor | None, float, float] = (None, 0.0, held_out.error())
-    for strength in strengths:
-        update = training.solve(strength)
-        if update is not None and (error := held_out.error(written(update))) < best[2]:
-            best = (update, strength, error)
-    return best
+def weight_of(matrix: Tensor, like: Tensor) -> Tensor:
+    """The weight that a matrix of `matrix_of` is of, in the shape of ``like``."""
+    return matrix.reshape(-1, like.shape[1], len(like)).permute(2, 1, 0).reshape(like.shape)
 
 
 @dataclass(frozen=True)
@@ -164,7 +120,7 @@ class System:
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    equations: tuple[NormalEquations, NormalEquations] | None = None
+    equations: tuple[Training, HeldOut] | None = None
 
     @property
     def unknowns(self) -> int:
@@ -185,8 +141,8 @@ class System:
         rows = rows_at(output, self.positions[batch])[:, self.kept].float() * self.factor
         self.targets[batch] = rows.reshape(self.targets[batch].shape)
 
-    def collect(self, output: Tensor, batch: slice, held_out: Tensor) -> None:
-        """Add what is left to explain of the target, and the layers' inputs, to the normal equations.
+    def collect(self, output: Tensor, batch: slice, held_out: Tensor, strengths: Sequence[float]) -> None:
+        """Take in what is left to explain of the target, and the layers' inputs, for ridges of these strengths.
 
         Raises CheckFailed where either UNet's activations are not finite.
         """
@@ -197,24 +153,24 @@ class System:
             raise CheckFailed(
                 f"compensate: the {which} UNet's output of {self.block} is not finite; check its weights and the images"
             )
-        if self.equations is None:
-            sizes = (self.unknowns, residuals.shape[1], bool(self.biases), residuals.device)
-            self.equations = NormalEquations(*sizes), NormalEquations(*sizes)
         count = positions.shape[1]
-        step = max(1, CHUNK // count)
-        for first in range(0, len(positions), step):
-            some = slice(first, first + step)
-            features = torch.cat([self.features(part, some, positions) for part in self.parts], 1)
-            rows = residuals[first * count : (first + step) * count]
-            out = held_out[batch][some].repeat_interleave(count)
-            for equations, chosen in zip(self.equations, (~out, out), strict=True):
-                equations.add(features[chosen], rows[chosen])
+        if self.equations is None:
+            like = residuals.new_empty(0, dtype=precision(strengths))
+            sizes = (int((~held_out).sum()) * count, self.unknowns, residuals.shape[1], bool(self.biases))
+            self.equations = training(*sizes, like), HeldOut(like.dtype)
+        of_sample, out = residuals.reshape(len(positions), count, -1), held_out[batch]
+        size = max(1, CHUNK // (count * self.unknowns))
+        for add, chosen in ((self.equations[0].add, ~out), (self.equations[1].add, out)):
+            for some in torch.split(chosen.nonzero().flatten(), size):
+                features = [self.features(part, some, positions) for part in self.parts]
+                rows = features[0] if len(features) == 1 else torch.cat(features, 1)
+                add(rows, of_sample[some].flatten(0, 1))
         self.inputs.clear()
 
-    def features(self, part: Part, some: slice, positions: Tensor) -> Tensor:
-        inputs = self.inputs[part.name][some]
+    def features(self, part: Part, some: Tensor, positions: Tensor) -> Tensor:
+        inputs = self.inputs[part.name]
         inputs = inputs[:, part.first : part.last] if inputs.ndim == 4 else inputs[..., part.first : part.last]
-        return features_at(part.layer, inputs, positions[some])
+        return features_at(part.layer, inputs[some], positions[some])
 
     def solve(self, strengths: Sequence[float], held_out: Tensor) -> Repair:
         """Solve, and update the layers if that lowers the held-out error."""
@@ -222,6 +178,7 @@ class System:
         wanted = self.targets[held_out].flatten(0, 1).double() / self.coupling
         spread = max(float((wanted - wanted.mean(0)).square().sum()), 1e-30)
         before = self.equations[1].error()
+        self.equations[0].close()
         update, strength, after = best_update(*self.equations, strengths, self.written)
         rows = self.positions.numel()
         if update is not None:
@@ -234,7 +191,7 @@ class System:
         """The weights, and one bias if there is any, each with its share of an update (unknowns and bias, outputs)."""
         weights = [part.weight() for part in self.parts]
         shares = torch.split(update[: self.unknowns], [weight[0].numel() for weight in weights])
-        found = [(weight, share.T.reshape(weight.shape)) for weight, share in zip(weights, shares, strict=True)]
+        found = [(weight, weight_of(share, weight)) for weight, share in zip(weights, shares, strict=True)]
         return [*found, *((bias, update[-1]) for bias in self.biases[:1])]
 
     def written(self, update: Tensor) -> Tensor:
@@ -242,7 +199,7 @@ class System:
         if self.parts[0].weight().element_size() >= 4:
             return update
         moved = [(tensor + share.to(tensor)).double() - tensor.double() for tensor, share in self.pieces(update)]
-        return torch.cat([change.flatten(1).T if change.ndim > 1 else change[None] for change in moved]).to(update)
+        return torch.cat([matrix_of(change) if change.ndim > 1 else change[None] for change in moved]).to(update)
 
     def apply_(self, update: Tensor) -> None:
         """Add an update to the layers."""
