@@ -30,6 +30,7 @@ class Criterion(Protocol):
 
     A criterion that needs gradients has two more attributes: ``sweep`` (a `diffprune_plugin.criteria.sweep.Sweep`,
     what to calibrate) and ``calibration`` (set to the `Calibration` before the first score).
+    One with an attribute ``sensitivity`` gets the `Sensitivity` of the model there.
     """
 
     def __call__(self, group: Any) -> torch.Tensor | None:

@@ -134,7 +134,11 @@ def measured(
     place = progress_directory(job.config.output)
     kept: dict[str, Any] = {"store": store, "progress_in": place, "progress": progress}
     given = job.model, scheduler, job.samples, processes
-    return calibration_for(job.config, sweep, *given, **kept), sensitivity_for(job.config, *given, **kept)
+    calibration = calibration_for(job.config, sweep, *given, **kept)
+    found = sensitivity_for(job.config, *given, scoring=hasattr(job.criterion, "sensitivity"), **kept)
+    if hasattr(job.criterion, "sensitivity"):
+        job.criterion.sensitivity = found
+    return calibration, found if job.config.allocation == "linear" else None
 
 
 def config_on(accelerator: Any, config: PruningConfig) -> PruningConfig:

@@ -33,6 +33,7 @@ from shared.embedded import (
     measure,
     measure_dense,
     pruned,
+    sensitivity,
     tuned,
 )
 from shared.results import RESULTS, Store, mean, over, p_text, paired_p, publish, standard_error, table
@@ -40,6 +41,7 @@ from shared.results import RESULTS, Store, mean, over, p_text, paired_p, publish
 import diffprune_plugin as dp
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.sensitivity.linear import PROBES
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need_pyplot
 
@@ -65,6 +67,7 @@ FURTHER: dict[str, Entry] = {
     "fisher, single samples": ("fisher", {}, {**ALL, "accumulate": "square", "micro_batch": 1}),
     "fisher, threshold 0.05": ("fisher", {"threshold": 0.05}, {"threshold": 0.05, "accumulate": "square"}),
     "taylor, log_decrease": ("diff_taylor", {}, {**ALL, "timestep_weights": "log_decrease"}),
+    "output_error": ("output_error", {}, None),
     "taylor, min_snr": ("diff_taylor", {}, {**ALL, "timestep_weights": "min_snr"}),
 }
 EVERY = CRITERIA | FURTHER
@@ -111,6 +114,8 @@ def plan_of(name: str, ratio: float, seed: int, budget: Budget) -> dp.PruningPla
     sweep = sweep_of(name, budget)
     if sweep is not None:
         options = {**options, "calibration": calibration(seed, **sweep)}
+    elif criterion == "output_error":
+        options = {"sensitivity": sensitivity(seed, budget.samples // PROBES)}
     elif criterion == "random":
         options = {"seed": seed}
     return dp.make_plan(dense().unet, dp.importance(criterion, **options), pruning_ratio=ratio)

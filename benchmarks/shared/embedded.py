@@ -32,6 +32,8 @@ from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
+from diffprune_plugin.sensitivity.linear import measure_sensitivity
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.utils.files import new_file
 from shared.results import RUNS
 
@@ -132,6 +134,13 @@ def calibration(seed: int, batch_size: int = 32, timesteps: int | None = None, *
         directory.with_suffix(".seconds").write_text(f"{time.perf_counter() - start:.1f}")
         result.save(directory)
     return Calibration.load(directory)
+
+
+@cache
+def sensitivity(seed: int, samples: int) -> Sensitivity:
+    """The linear sensitivity of the embedded model's channels."""
+    options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": False}
+    return measure_sensitivity(dense().unet, dense().scheduler, demo.CALIBRATION_IMAGES, **options)
 
 
 def calibration_directory(seed: int, **options: Any) -> Path:

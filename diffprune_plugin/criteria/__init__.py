@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffprune_plugin.criteria.filters import FilterImportance, GroupMagnitudeImportance, RandomImportance
+from diffprune_plugin.criteria.output_error import OutputError
 from diffprune_plugin.criteria.taylor import diff_taylor, fisher, taylor, taylor_absolute
 from diffprune_plugin.hookspecs import CriterionFactory, hookimpl
 
@@ -15,6 +16,7 @@ BUILT_IN: dict[str, CriterionFactory] = {
     "taylor": taylor,
     "taylor_absolute": taylor_absolute,
     "fisher": fisher,
+    "output_error": OutputError,
     "magnitude": GroupMagnitudeImportance,
     "random": RandomImportance,
     "filter_norm": FilterImportance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from diffprune_plugin.criteria.sweep import POWERS
-from diffprune_plugin.errors import MissingGradients
+from diffprune_plugin.errors import BadInput, MissingGradients
 
 if TYPE_CHECKING:
     from diffprune_plugin.criteria.taylor import TaylorImportance
@@ -100,6 +100,21 @@ def random_score(group: Any, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.rand(len(channels), generator=generator)
+
+
+def stored_score(group: Any, scores: Mapping[str, Sequence[float]]) -> Tensor:
+    """What was measured of the units of the group's root layer, for each of its channels, shape (channels,).
+
+    Raises BadInput where it was measured of another model.
+    """
+    root, channels = group._DG._module2name[group[0].dep.target.module], len(group[0].idxs)
+    of_units = scores.get(root, ())
+    if not of_units or channels % len(of_units):
+        raise BadInput(
+            f"importance: the sensitivity has {len(of_units)} scores for {root} with {channels} channels; measure it "
+            "with this model"
+        )
+    return torch.tensor(of_units, dtype=torch.float64).repeat(channels // len(of_units))
 
 
 def magnitude_score(group: Any, **options: Any) -> Tensor | None:

@@ -20,11 +20,16 @@ from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.tensors import weights_hash
 
 
-def wants_sensitivity(config: PruningConfig, scheduler: Any) -> bool:
-    """Whether a plan is to be allocated; raises BadInput if so and there are no images or there is no scheduler."""
+def wants_sensitivity(config: PruningConfig, scheduler: Any, scoring: bool = False) -> bool:
+    """Whether a plan is to be allocated, or its channels are scored by a sensitivity.
+
+    Raises BadInput if so and there are no images or there is no scheduler.
+    """
     if config.allocation == "linear" and (config.data is None or scheduler is None):
         raise BadInput("allocation: linear needs 'data' and a pipeline directory as 'model'; add them or say uniform")
-    return config.allocation == "linear"
+    if scoring and (config.data is None or scheduler is None):
+        raise BadInput("importance: it needs 'data' and a pipeline directory as 'model'; add them or take magnitude")
+    return scoring or config.allocation == "linear"
 
 
 def sensitivity_for(
@@ -37,14 +42,15 @@ def sensitivity_for(
     store: bool,
     progress_in: Path,
     progress: bool,
+    scoring: bool = False,
 ) -> Sensitivity | None:
     """What a config's target is spent by: the stored sensitivity if it fits, else a new one; None if it needs none.
 
     ``scheduler``: the pipeline's, None for a bare model. ``store``: whether the result, and in ``progress_in`` what an
     interrupted call has, is written. All processes make a new one together; a stored one the first process alone reads,
-    and the others get None.
+    and the others get None. ``scoring``: whether the criterion needs it.
     """
-    if not processes.on_all(lambda: wants_sensitivity(config, scheduler)):
+    if not processes.on_all(lambda: wants_sensitivity(config, scheduler, scoring)):
         return None
     file = Path(config.sensitivity) if config.sensitivity else None
     if file is not None and processes.broadcast(file.exists()):
