@@ -163,18 +163,29 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
 
     from diffprune_plugin.criteria.timestep_weights import alphas_of
 
-    known = timestep_weights(plugins or plugin_manager())
+    rule = weights_rule(name, plugins or plugin_manager())
+    alphas = alphas_of(scheduler)
+    with faults(DiffPruneError) as failures:
+        weights = np.asarray(rule.value(alphas, scheduler.config.get("prediction_type", "epsilon")))
+    where = f"importance: timestep_weights {name!r} of {rule.plugin}"
+    if failures:
+        raise BadInput(f"{where} fails: {failures[0]}; mend the plugin")
+    if weights.shape != alphas.shape or weights.dtype.kind not in "fiu":
+        raise BadInput(
+            f"{where} gives {weights.shape} numbers of type {weights.dtype}, not {alphas.shape} real ones; mend the plugin"
+        )
+    if not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
+        raise BadInput(f"{where} gives numbers that are not finite, below 0, or all 0; mend the plugin")
+    return weights
+
+
+def weights_rule(name: str, plugins: Plugins) -> Registered:
+    """The rule of this name; raises BadInput, with the nearest name, for one that nobody registers."""
+    known = timestep_weights(plugins)
     if name not in known:
         hint = nearest(str(name), known)
         raise BadInput(f"importance: timestep_weights {name!r}{hint}; known: {', '.join(sorted(known))}")
-    alphas = alphas_of(scheduler)
-    weights = np.asarray(known[name].value(alphas, scheduler.config.get("prediction_type", "epsilon")))
-    if weights.shape != alphas.shape or not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
-        raise BadInput(
-            f"importance: timestep_weights {name!r} of {known[name].plugin} gives {weights.shape} numbers, not "
-            f"{alphas.shape} finite ones >= 0; mend the plugin"
-        )
-    return weights
+    return known[name]
 
 
 def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = None, **options: Any) -> Criterion:
@@ -182,7 +193,8 @@ def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = 
 
     Raises BadInput for an unknown name, listing those known and where they come from, or for an unknown option.
     """
-    known = criteria(plugins or plugin_manager())
+    plugins = plugins or plugin_manager()
+    known = criteria(plugins)
     if name not in known:
         listing = ", ".join(f"{key} ({entry.plugin})" for key, entry in sorted(known.items()))
         raise BadInput(f"importance: unknown criterion {name!r}{nearest(str(name), known)}; known: {listing}")
@@ -191,12 +203,16 @@ def importance(name: str, *, calibration: Any = None, plugins: Plugins | None = 
     factory: CriterionFactory = known[name].value
     check_options(name, factory, options)
     try:
-        return factory(**options)
+        made = factory(**options)
     except DiffPruneError:
         raise
     except Exception as error:  # of a plugin
         plugin, given = known[name].plugin, sorted(options)
         raise BadInput(f"importance: {name} ({plugin}) cannot be made with {given}: {first_line(error)}") from error
+    rule = getattr(getattr(made, "sweep", None), "timestep_weights", None)
+    if rule is not None:
+        weights_rule(rule, plugins)
+    return made
 
 
 def check_options(name: str, factory: CriterionFactory, options: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,9 +153,13 @@ def test_a_plugin_brings_weights_of_its_own(images: np.ndarray, scheduler: DDPMS
     plugins.register(offering("short", lambda alphas, kind: np.ones(3)), "wrong", "wrong", "1")
     plugins.register(offering("minus", lambda alphas, kind: -alphas), "minus", "minus", "1")
     assert weights_of_timesteps("last", scheduler, plugins)[-1] == 99
-    for name in ("short", "minus"):
-        with pytest.raises(BadInput, match="mend the plugin"):
+    wrong = {"complex": lambda alphas, kind: 1j * alphas, "none": lambda *given: None, "words": lambda *given: "one"}
+    for name, rule in {**wrong, "raising": lambda alphas, kind: 1 / 0, "ending": lambda *given: sys.exit(0)}.items():
+        plugins.register(offering(name, rule), name, name, "1")
+    for name in ("short", "minus", *wrong, "raising", "ending"):
+        with pytest.raises(BadInput, match=rf"timestep_weights '{name}' of \w+ .*mend the plugin"):
             weights_of_timesteps(name, scheduler, plugins)
+    assert dp.importance("fisher", timestep_weights="last", plugins=plugins).sweep.timestep_weights == "last"
     with pytest.raises(BadInput, match=r"'min-snr'; did you mean 'min_snr'\?; known: log_decrease, min_snr, uniform"):
         calibrated(Sweep(timestep_weights="min-snr"), scheduler, images)
 
@@ -193,6 +198,7 @@ def test_gradients_of_one_kind_are_never_scored_as_another(images: np.ndarray, s
         ({"micro_batch": 0}, r"micro_batch 0 is outside \[1, 65536\]"),
         ({"micro_batch": True}, "micro_batch True is no int"),
         ({"timestep_weights": 3}, "timestep_weights 3 is no str"),
+        ({"timestep_weights": "min-snr"}, r"'min-snr'; did you mean 'min_snr'\?; known: log_decrease"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(options: dict[str, Any], words: str) -> None:
