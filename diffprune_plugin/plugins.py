@@ -172,7 +172,7 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
         raise BadInput(f"{where} fails: {failures[0]}; mend the plugin")
     if weights.shape != alphas.shape or weights.dtype.kind not in "fiu":
         raise BadInput(
-            f"{where} gives {weights.shape} numbers of type {weights.dtype}, not {alphas.shape} real ones; mend the plugin"
+            f"{where} gives {weights.shape} of {weights.dtype}, not {alphas.shape} real numbers; mend the plugin"
         )
     if not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise BadInput(f"{where} gives numbers that are not finite, below 0, or all 0; mend the plugin")

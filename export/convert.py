@@ -21,7 +21,7 @@ from torch import nn
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, first_line, nearest
-from diffprune_plugin.export.integrity import PREFIX, Files, check_output, new_model, read_manifest
+from diffprune_plugin.export.integrity import PREFIX, Files, check_output, new_model
 from diffprune_plugin.graph.costs import meta_copy, total_macs
 from diffprune_plugin.planning.plan import architecture_hash
 from diffprune_plugin.plugins import denoiser_of, find_adapter
@@ -93,10 +93,11 @@ def to_onnx(
     program.model.producer_name, program.model.producer_version = "diffprune", facts["versions"]["diffprune-plugin"]
     written = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in facts.items()}
     program.model.metadata_props.update({PREFIX + key: written[key] for key in sorted(written)})
-    with new_model(path, overwrite, {"multiples": multiples} if multiples else {}) as temporary:
+    files: Files = {}
+    with new_model(path, overwrite, {"multiples": multiples} if multiples else {}, files) as temporary:
         save(program.model, temporary, live, external_data, written)
     nodes = sum(1 for _ in program.model.graph.all_nodes())
-    return ExportReport(path, read_manifest(path)["files"], nodes, time.perf_counter() - start, written)
+    return ExportReport(path, files, nodes, time.perf_counter() - start, written)
 
 
 def check_options(opset: int, dtype: str) -> None:

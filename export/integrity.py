@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.utils.files import alone_in, check_place, disk_errors, scratch, sync, write_text
 from diffprune_plugin.utils.optional import need
+from diffprune_plugin.utils.reading import read_json
 
 PREFIX = "diffprune."
 MANIFEST = ".manifest.json"
@@ -41,21 +42,41 @@ def manifest_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_model(path: Path, overwrite: bool = False, notes: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def new_model(
+    path: Path, overwrite: bool = False, notes: Mapping[str, Any] | None = None, written: Files | None = None
+) -> Iterator[Path]:
     """Where to write an ONNX file, its data beside it; both take their places with their manifest at the end.
 
     Killed at any moment it leaves nothing at ``path``, or the old file with all that belongs to it. ``notes`` go into
-    the manifest. Raises BadInput if by then another export has written there, unless ``overwrite``.
+    the manifest, whose files are put into ``written``. Raises BadInput if by then another export has written there,
+    unless ``overwrite``.
     """
     with disk_errors(path), scratch(path) as place:
         yield place
         with alone_in(path.parent):
             check_output(path, overwrite)
-            put_in_place(place.parent, path, notes or {})
+            files = put_in_place(place.parent, path, notes or {})
+    if written is not None:
+        written.update(files)
 
 
-def put_in_place(scratch: Path, path: Path, notes: Mapping[str, Any]) -> None:
-    """Move the written files beside ``path``, the model last; until then the manifest vouches for the old ones too."""
+@contextlib.contextmanager
+def still(path: Path, files: Files) -> Iterator[None]:
+    """Alone with an ONNX file of these files, or with none; raises CheckFailed if another export has replaced it."""
+    with alone_in(path.parent):
+        if manifest_path(path).exists() and read_manifest(path)["files"] != files:
+            raise CheckFailed(
+                f"{path}: another export has written there before this one was proved, and the verdict is that one's; "
+                "export to a path of its own"
+            )
+        yield
+
+
+def put_in_place(scratch: Path, path: Path, notes: Mapping[str, Any]) -> Files:
+    """Move the written files beside ``path``, the model last; until then the manifest vouches for the old ones too.
+
+    Returns what the manifest says of them.
+    """
     path.with_name(path.name + VERDICT).unlink(missing_ok=True)  # of the old file: nothing is proved of the new one
     files = {file.name: fingerprint(file) for file in sorted(scratch.iterdir())}
     files[path.name] |= notes
@@ -70,6 +91,7 @@ def put_in_place(scratch: Path, path: Path, notes: Mapping[str, Any]) -> None:
         path.with_name(name).unlink(missing_ok=True)
     if old:
         write_manifest(path, files)
+    return files
 
 
 def old_files(path: Path) -> tuple[Files, set[str]]:
@@ -103,13 +125,13 @@ def write_manifest(path: Path, files: Files, previous: Files | None = None) -> N
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest beside an ONNX file; raises BadInput if it is missing, damaged, or names files elsewhere."""
     manifest = manifest_path(path)
+    if not manifest.exists():
+        raise BadInput(f"{path}: its manifest {manifest.name} is missing; restore it or export again")
     try:
-        content = json.loads(manifest.read_text())
+        content = read_json(manifest)
         entries = [*content["files"].items(), *content.get("previous", {}).items()]
         sound = all(is_plain(name) and is_fingerprint(entry) for name, entry in entries)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: its manifest {manifest.name} is missing; restore it or export again") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (BadInput, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise BadInput(f"{manifest}: not a manifest; restore it or export again")
@@ -237,10 +259,11 @@ def check_tensor(onnx: Any, path: Path, tensor: Any) -> None:
         )
 
 
-def reject(path: Path) -> list[Path]:
-    """Rename an ONNX file, first of all, its data and its manifest to ``*.rejected``; returns the new names."""
-    renamed = []
-    for name in (path.name, *(read_manifest(path)["files"].keys() - {path.name}), manifest_path(path).name):
-        file = path.with_name(name)
-        renamed.append(file.rename(file.with_name(file.name + REJECTED)))
-    return renamed
+def reject(path: Path, files: Files) -> list[Path]:
+    """Rename an ONNX file, first of all, its data and its manifest to ``*.rejected``; returns the new names.
+
+    Raises CheckFailed, and renames nothing, if another export has replaced the file of these ``files``.
+    """
+    with still(path, files):
+        named = [path, *(path.with_name(name) for name in files if name != path.name), manifest_path(path)]
+        return [file.rename(file.with_name(file.name + REJECTED)) for file in named]

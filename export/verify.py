@@ -13,11 +13,12 @@ from torch import nn
 
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import IMAGE, model_in, odd_multiple
 from diffprune_plugin.export.feeds import input_shapes, multiples
-from diffprune_plugin.export.integrity import check_files, reject
+from diffprune_plugin.export.integrity import Files, check_files, read_manifest, reject
 from diffprune_plugin.export.ort_unet import OrtDenoiser, RunFailed
 from diffprune_plugin.plugins import find_adapter
 
@@ -96,20 +97,24 @@ def verify_onnx(
     tolerance: Tolerance | None = None,
     size: tuple[int, int] | None = None,
     adapter: ModelAdapter | None = None,
+    files: Files | None = None,
 ) -> Verification:
     """Compare an ONNX file with its PyTorch model; a file that misses is renamed ``*.rejected`` with all of its files.
 
     ``scheduler``: also ``steps`` DDIM steps with its settings, each prediction compared on PyTorch's own trajectory.
     ``size``: (height, width) of the samples where these axes are dynamic, instead of the config's.
+    ``files``: what the manifest said of it when it was written; one that has been replaced since is not renamed.
 
     Raises BadInput for a damaged file, or one that is not ours, before a session opens it, and for more steps than the
-    scheduler has.
+    scheduler has; CheckFailed if another export has replaced a file that misses.
     """
     path = Path(path)
-    facts = check_files(path)
+    facts, known = check_files(path), files or read_manifest(path)["files"]
     dtype = facts["dtype"]
     live = model_in(model)
     subject = Subject(live, adapter or find_adapter(live), size)
+    if scheduler is not None:
+        check_time_table(live, subject.adapter, scheduler)
     ddim = None if scheduler is None else ddim_of(scheduler, steps)
     result = Verification(provider, dtype, tolerance or TOLERANCES[dtype])
     missing = sorted(set(subject.example()) ^ set(input_shapes(path)))
@@ -128,7 +133,7 @@ def verify_onnx(
                 result.cases.append(failed(f"batch 1 again: {error}"))
         del session
     if not result.passed:
-        result.rejected = [renamed.name for renamed in reject(path)]
+        result.rejected = [renamed.name for renamed in reject(path, known)]
     return result
 
 

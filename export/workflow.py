@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, Hardw
 from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
-from diffprune_plugin.export.integrity import VERDICT, check_output
+from diffprune_plugin.export.integrity import VERDICT, check_output, still
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.proofs import best_provider, device_proof, prove
 from diffprune_plugin.export.providers import PROVIDERS, check_distribution, check_dtype, known_provider
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
-from diffprune_plugin.utils.files import write_text
+from diffprune_plugin.utils.files import scratch, write_text
 from diffprune_plugin.utils.memory import out_of_memory
 
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
@@ -68,7 +67,7 @@ def run(
                 path.unlink(missing_ok=True)
             to_file(verdict, model, output, options, say)
             verdict.content["failure"] = "interrupted before all of it was proved"
-            write_json(path, verdict.content)
+            write_verdict(path, output, verdict.content)
             prove_all(verdict, model, output, options, say)
             if verdict.latency:
                 show(verdict.latency)
@@ -81,13 +80,19 @@ def run(
         raise
     finally:
         if "export" in verdict.content:
-            write_json(path, verdict.content)
+            write_verdict(path, output, verdict.content)
     return verdict
 
 
 def told(path: Path) -> str:
     """A path for an artifact that others read: where it lies on this machine is left out."""
     return path.name if path.is_absolute() else str(path)
+
+
+def write_verdict(path: Path, output: Path, content: dict[str, Any]) -> None:
+    """Raises CheckFailed, and writes nothing, where the file is another export's by now."""
+    with still(output, content["export"]["files"]):
+        write_json(path, content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -184,7 +189,7 @@ def check_placement(
 
 def time_it(model: Path, output: Path, options: Options, provider: str) -> Latency:
     """The file against the dense model's, and against PyTorch if asked."""
-    with dense_file(model, options) as dense:
+    with dense_file(model, output, options) as dense:
         eager = eager_models(model, options, provider) if options.torch else None
         return time_files(output, dense, replace(options, provider=provider), eager)
 
@@ -223,7 +228,13 @@ def verify(
     """Raises CheckFailed, the files renamed, if the numerics miss."""
     scheduler = pipeline_scheduler(model)
     result = verify_onnx(
-        output, model, scheduler=scheduler, steps=options.steps, provider=provider, threads=options.threads
+        output,
+        model,
+        scheduler=scheduler,
+        steps=options.steps,
+        provider=provider,
+        threads=options.threads,
+        files=content["export"]["files"],
     )
     content["verify"] = result.as_dict()
     if options.dtype not in PROVIDERS[provider].dtypes:
@@ -236,7 +247,7 @@ def verify(
 
 
 @contextlib.contextmanager
-def dense_file(model: Path, options: Options) -> Iterator[Path | None]:
+def dense_file(model: Path, output: Path, options: Options) -> Iterator[Path | None]:
     """The dense model's ONNX file for as long as it is timed.
 
     Without --baseline it is the architecture that the pruned model came from, with random weights: they make no
@@ -246,8 +257,8 @@ def dense_file(model: Path, options: Options) -> Iterator[Path | None]:
     if dense is None:
         yield None
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "dense.onnx"
+    # Beside the file: what a killed run leaves there, the next one removes.
+    with scratch(output.with_name(f"{output.stem}-dense.onnx")) as path:
         to_onnx(dense, path, opset=options.opset, dynamic=options.dynamic, dtype=options.dtype)
         yield path
 

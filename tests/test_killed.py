@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,6 +34,7 @@ from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.utils.files import check_ours
 
 LAST = 30  # operations that an --overwrite is killed at: until then it does what a first run does
+CHANGING = re.compile(r"\.\w{8}\.diffprune|\d{4}\.safetensors|-[0-9a-f]{16}")  # in the paths of operations of one kind
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 CHANGES += ("fcntl.flock", "ctypes.dlopen")  # a lock, and what swaps two directories
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -82,27 +84,31 @@ def place(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def child(command: str, folder: Path, *more: str, kill_at: int = 0) -> tuple[int, int]:
-    """Run a command in a forked child: how it ended (an exit code, or minus a signal), and the operations it did."""
+def child(command: str, folder: Path, *more: str, kill_at: int = 0) -> tuple[int, list[str]]:
+    """Run a command in a forked child: how it ended (an exit code, or minus a signal), and the operations it did,
+    those of one kind in the same words."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
-        os._exit(in_child(command, folder, more, kill_at, writer))
+        try:
+            os._exit(in_child(command, folder, more, kill_at, writer))
+        finally:  # never back into the tests
+            os._exit(98)
     os.close(writer)
     with os.fdopen(reader, "rb") as said:
-        count = said.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), len(count)
+        done = said.read().decode().splitlines()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), [CHANGING.sub("", each) for each in done]
 
 
 def in_child(command: str, folder: Path, more: tuple[str, ...], kill_at: int, writer: int) -> int:
-    """One byte is written for each operation; there are checkpoints as often as there can be, of little work."""
+    """A line is written for each operation; there are checkpoints as often as there can be, of little work."""
     os.chdir(folder)
     convert.traced = lambda model, adapter, opset, *rest: PROGRAMS[opset]  # ten seconds, without a file
     log = os.open(folder.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     calibrate.__kwdefaults__["checkpoint_seconds"] = 0.0
-    compensate_.__kwdefaults__["samples"] = 16
+    compensate_.__wrapped__.__kwdefaults__["samples"] = 16  # below torch.no_grad
     done = 0
 
     def step(event: str, arguments: tuple[Any, ...]) -> None:
@@ -111,7 +117,7 @@ def in_child(command: str, folder: Path, more: tuple[str, ...], kill_at: int, wr
             done += 1
             if done == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            os.write(writer, b".")
+            os.write(writer, f"{event} {[each for each in arguments if isinstance(each, str)]}\n".encode())
 
     sys.addaudithook(step)
     run, words = COMMANDS[command]
@@ -185,6 +191,13 @@ def ended(command: str, folder: Path, *more: str) -> dict[str, Any]:
     return state(folder)
 
 
+def of_each_kind(done: list[str]) -> list[int]:
+    """The numbers, from 1, of the first and the last operation of each kind: a layer's checkpoint is as another's."""
+    last = {kind: number for number, kind in enumerate(done, 1)}
+    first = {kind: number for number, kind in reversed(list(enumerate(done, 1)))}
+    return sorted({*first.values(), *last.values()})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("command", COMMANDS)
@@ -195,16 +208,17 @@ def test_killed_at_any_operation_it_is_whole_or_absent_and_the_next_run_ends_as_
     shutil.copytree(place, start)
     results = [ended(command, start, *OTHER[command])] if replacing else []
     shutil.copytree(start, tmp_path / "unbroken")
-    code, count = child(command, tmp_path / "unbroken", *more)
-    assert (code, count > 20) == (0, True)
+    code, operations = child(command, tmp_path / "unbroken", *more)
+    assert (code, len(operations) > 20) == (0, True)
     expected = state(tmp_path / "unbroken")
     shutil.copytree(start, tmp_path / "again")
     assert ended(command, tmp_path / "again", *more) == expected, "two runs give the same"
-    for number in range(max(count - LAST, 0) + 1 if replacing else 1, count + 1):
+    numbers = of_each_kind(operations)
+    for number in numbers[-LAST:] if replacing else numbers:
         folder = tmp_path / f"killed at {number}"
         shutil.copytree(start, folder)
         code, done = child(command, folder, *more, kill_at=number)
-        assert (code, done) == (-signal.SIGKILL, number - 1)
+        assert (code, len(done)) == (-signal.SIGKILL, number - 1)
         check_whole(command, folder, [*results, expected])
-        assert ended(command, folder, "--overwrite") == expected, f"killed at operation {number} of {count}"
+        assert ended(command, folder, "--overwrite") == expected, f"killed at {number}: {operations[number - 1]}"
         shutil.rmtree(folder)

@@ -17,6 +17,7 @@ from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import new_directory
 from diffprune_plugin.utils.hashes import json_hash
+from diffprune_plugin.utils.reading import read_json
 from diffprune_plugin.utils.tensors import HASH, load_tensors, save_tensors
 
 Curve = npt.NDArray[np.float64]
@@ -111,7 +112,7 @@ class Calibration:
         """What `save` wrote; raises BadInput if it is missing, damaged or altered, or its files are of two."""
         directory = Path(directory)
         try:
-            content = json.loads((directory / FILE).read_text())
+            content = read_json(directory / FILE, "calibrate again")
             check_whole(directory, content)
             gradients, metadata = load_tensors(directory / GRADIENTS_FILE)
             if metadata[HASH] != content.pop("gradients"):
@@ -121,8 +122,6 @@ class Calibration:
                 key: np.asarray(content.pop(key)) for key in ("timesteps", "loss", "stderr", "counts")
             }
             return cls(sweep=sweep, gradients=gradients, **curves, **content)
-        except RecursionError:
-            raise BadInput(f"{directory / FILE}: nested too deeply, damaged; calibrate again") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{directory}: not a calibration, or damaged: {first_line(error)}") from None
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib import format as npy
 
 from diffprune_plugin.data.places import check_file, shown
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.data.tensors import NULL, null_rows, numbers
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.utils.memory import free_memory
 
+HARMLESS = 2**30  # bytes that may come out of however small a file
+MOST_RATIO = 200  # of unpacked to packed bytes; images of small bars on black come to 90
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -22,8 +28,11 @@ def load_npz(path: Path) -> Samples:
     those named ``null_...`` what stands for no condition."""
     check_file(path)
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: array for key in file.files if isinstance(array := file[key], np.ndarray)}
+    except BadInput:
+        raise
     except Exception as error:
         kind = type(error).__name__  # numpy's own words advise to unpickle what cannot be read
         raise BadInput(
@@ -40,6 +49,39 @@ def load_npz(path: Path) -> Samples:
     nulls = {key: found.pop(key) for key in list(found) if key.startswith(NULL)}
     extra = {key: value for key, value in found.items() if len(value) == len(samples)}
     return Samples(samples.values, extra, null_rows(nulls, extra, path))
+
+
+def check_archive(path: Path) -> None:
+    """Raises BadInput, before anything is unpacked, for more than memory holds, for a small file that blows itself up,
+    and for an array that is not as large as its header says."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked, packed = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+        if unpacked > free_memory(torch.device("cpu")) or unpacked > max(HARMLESS, MOST_RATIO * packed):
+            raise BadInput(
+                f"data: {shown(path)}: its {packed:,} bytes unpack to {unpacked:,}, which is more than memory holds or "
+                "images do; is it the right file?"
+            )
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                holds = member.file_size - header_size(file, member.file_size)
+            if holds != 0:
+                raise BadInput(
+                    f"data: {shown(path)}: {shown(member.filename)} holds {member.file_size:,} bytes, not what its "
+                    "header says; make it again"
+                )
+
+
+def header_size(file: IO[bytes], size: int) -> int:
+    """Bytes of a member of an .npz by its header, of what is no array those that it has; raises ValueError for a
+    damaged header."""
+    if file.read(len(npy.MAGIC_PREFIX)) != npy.MAGIC_PREFIX:
+        return size
+    version = tuple(file.read(2))
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"version {version}")  # of records with strange names
+    shape, _, dtype = read(file)
+    return size if dtype.hasobject else file.tell() + math.prod(shape) * dtype.itemsize
 
 
 def native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -63,10 +63,10 @@ def beside(pipeline: Any, model: Any) -> Iterator[None]:
 
 def latents_of(pipeline: Any, model: nn.Module, samples: Samples) -> Tensor:
     """uint8 images through the pipeline's autoencoder if it has one: the mean of their latents, in its units."""
-    encoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+    encoder = autoencoder(pipeline)
+    samples = coloured(samples, image_channels(pipeline))
     if encoder is None:
-        return coloured(samples, min(find_adapter(model).channels(model))).values
-    samples = coloured(samples, encoder.config.in_channels)
+        return samples.values
     channels, height, width = samples.shape
     scale = 2 ** (len(encoder.config.block_out_channels) - 1)
     expected = (encoder.config.in_channels, *(side * scale for side in find_adapter(model).sample_shape(model)[1:]))
@@ -86,6 +86,16 @@ def latents_of(pipeline: Any, model: nn.Module, samples: Samples) -> Tensor:
     if upcast:
         encoder.to(torch.float16)
     return torch.cat(parts)
+
+
+def autoencoder(pipeline: Any) -> Any:
+    return getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+
+
+def image_channels(pipeline: Any) -> int:
+    """Of the images that a pipeline is trained with, and draws: 1 or 3, or whatever else its model has."""
+    encoder, (_, model) = autoencoder(pipeline), denoiser_of(pipeline)
+    return int(encoder.config.in_channels) if encoder is not None else min(find_adapter(model).channels(model))
 
 
 def normalized(latents: Tensor, config: Any) -> Tensor:

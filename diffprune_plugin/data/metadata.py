@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from diffprune_plugin.data.columns import LABELS, TEXTS, Label, label_of, text_of
 from diffprune_plugin.data.places import refusal, shown
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.utils.reading import regular_bytes
+from diffprune_plugin.utils.reading import parse_json, regular_bytes
 
 FILE = "file_name"  # the column that names an image, relative to the metadata
 MOST_BYTES = 2**31
@@ -73,14 +72,8 @@ def decoded(data: bytes, where: str) -> str:
 
 def json_rows(data: bytes, where: str) -> Found:
     for number, line in enumerate(decoded(data, where).split("\n"), 1):  # splitlines() would cut at U+2028 too
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except RecursionError:
-            raise BadInput(f"{where}: line {number} is nested too deeply") from None
-        except ValueError as error:
-            raise BadInput(f"{where}: line {number} is no JSON: {first_line(error)}") from None
+        if line.strip():
+            yield f"line {number}", parse_json(line, f"{where}: line {number}")
 
 
 def csv_rows(data: bytes, where: str) -> Found:

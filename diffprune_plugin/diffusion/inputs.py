@@ -50,13 +50,22 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
 
 def check_timesteps(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> None:
     """Raises BadInput for a scheduler with timesteps that the model does not take."""
+    check_time_table(model, adapter, scheduler)
     taken, total = adapter.timesteps(config_of(model)), int(scheduler.config.num_train_timesteps)
-    computed = taken.stop == any_timestep(config_of(model)).stop
-    if taken.start > 0 or (total > taken.stop and not computed):
-        last = "on" if computed else f"to {taken[-1]}"
+    if taken.start > 0:
         raise BadInput(
             f"scheduler: its timesteps go from 0 to {total - 1}, this {type(model).__name__} takes those from "
-            f"{taken.start} {last}; use an importance without data (magnitude), or the scheduler it was trained with"
+            f"{taken.start} on; use an importance without data (magnitude), or the scheduler it was trained with"
+        )
+
+
+def check_time_table(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> None:
+    """Raises BadInput for a scheduler with more timesteps than the model has learned embeddings of."""
+    taken, total = adapter.timesteps(config_of(model)), int(scheduler.config.num_train_timesteps)
+    if total > taken.stop != any_timestep(config_of(model)).stop:
+        raise BadInput(
+            f"scheduler: its timesteps go from 0 to {total - 1}, this {type(model).__name__} has learned those to "
+            f"{taken[-1]}; give it the scheduler it was trained with (num_train_timesteps: {taken.stop})"
         )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from diffprune_plugin.calibration.run import loss_curve
 from diffprune_plugin.calibration.timesteps import strata
-from diffprune_plugin.data.encoding import encode
+from diffprune_plugin.data.encoding import encode, image_channels
 from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.schedulers import prediction_type, same_noise, training_scheduler
 from diffprune_plugin.errors import BadInput
@@ -126,7 +127,8 @@ def evaluate(
     facts: dict[str, Any] = {"drawing": drawing_facts(drawing, pipeline)}
     real = None
     if features is not None and samples is not None:
-        real = features.of(samples.values.permute(0, 3, 1, 2), drawing.batch_size)
+        shown = coloured(samples, image_channels(pipeline))
+        real = features.of(shown.values.permute(0, 3, 1, 2), drawing.batch_size)
         size = real.shape[1]
         facts["features"] = {"name": features.frechet, "sha256": features.sha256, "size": size}
         facts["features"]["least_images"] = features.least_images(size)

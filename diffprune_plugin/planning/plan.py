@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
+from diffprune_plugin.utils.reading import read_json
 
 PLAN_FILE = "pruning_plan.json"
 WITHIN = 0.01  # a target is met within this share of it
@@ -119,13 +120,13 @@ class PruningPlan(Frozen):
 
         Raises BadInput if it is missing, is no plan, or was altered since it was written.
         """
+        if not path.exists():
+            raise BadInput(f"{path}: no such file; is the directory a pruned model?")
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, "restore it or prune again")
             stated = content.pop("sha256")
             plan = cls.model_validate(content)
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such file; is the directory a pruned model?") from None
-        except (ValidationError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{path}: not a pruning plan: {first_line(error)}") from None
         if plan.sha256 != stated:
             raise BadInput(f"{path}: altered since it was written (its sha256 differs); restore it or prune again")

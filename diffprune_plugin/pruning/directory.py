@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.plugins import adapters, components, no_adapter, no_denoiser, plugin_manager
+from diffprune_plugin.utils import reading
 
 PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -69,14 +70,7 @@ def check_described(folder: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object in a JSON file; raises BadInput if there is none."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except RecursionError:
-        raise BadInput(f"{path}: not readable as JSON: nested too deeply") from None
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not readable as JSON: {first_line(error)}") from None
+    content = reading.read_json(path)
     if not isinstance(content, dict):
         raise BadInput(f"{path}: holds a {type(content).__name__}, not an object")
     return content

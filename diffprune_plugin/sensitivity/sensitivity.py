@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
+from diffprune_plugin.utils.reading import read_json
 
 Scores = npt.NDArray[np.float64]
 
@@ -52,12 +53,12 @@ class Sensitivity:
     def load(cls, path: Path) -> Sensitivity:
         """What `save` wrote; raises BadInput if it is missing, damaged or was altered."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = read_json(Path(path), "measure again")
             stated = content.pop("sha256")
             content["scores"] = {root: tuple(map(float, values)) for root, values in content["scores"].items()}
             found = cls(**content)
             same = found.sha256 == stated
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{path}: not a sensitivity, or damaged: {first_line(error)}; measure again") from None
         if not same:
             raise BadInput(f"{path}: altered since it was written (its sha256 differs); measure again")

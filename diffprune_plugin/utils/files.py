@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.utils.reading import read_json
 
 LIST_FILE = "diffprune.files.json"  # in each directory of ours: what it is, and its files with their hashes
 ENDING = ".diffprune"  # of what is being written: .NAME.xxxxxxxx.diffprune
@@ -184,9 +185,9 @@ def check_ours(path: Path, kind: str) -> None:
 def read_list(path: Path) -> tuple[str, dict[str, str] | None]:
     """What `write_list` wrote: the kind, and the files with their hashes; None if there is no such list."""
     try:
-        content = json.loads((path / LIST_FILE).read_text())
+        content = read_json(path / LIST_FILE)
         return str(content["kind"]), {str(name): str(digest) for name, digest in content["files"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (BadInput, LookupError, TypeError, AttributeError):
         return "", None
 
 

@@ -62,9 +62,13 @@ def regular_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     return data
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; raises BadInput for a file that holds none, or one nested more than 100 deep."""
-    return parse_json(read_text(path), str(path))
+def read_json(path: Path, remedy: str = "") -> Any:
+    """The value in a JSON file; raises BadInput, with the remedy, for a file that holds none, or one nested more than
+    100 deep."""
+    try:
+        return parse_json(read_text(path), str(path))
+    except BadInput as error:
+        raise BadInput(f"{error}; {remedy}" if remedy else str(error)) from None
 
 
 def parse_json(text: str, where: str) -> Any:

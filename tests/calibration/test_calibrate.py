@@ -252,7 +252,7 @@ def test_altered_files_and_those_of_two_calibrations_or_of_an_older_version_are_
         json.dumps(content): r"calibration.json: altered since it was written .*; calibrate again",
         json.dumps(old): "calibration.json: without a sha256, of an older version; calibrate again",
         two.read_text(): r"one: gradients.safetensors is of another calibration than calibration.json; calibrate",
-        "[" * 100_000: "calibration.json: nested too deeply",
+        "[" * 100_000: "calibration.json: not valid json: nested too deeply; calibrate again",
         "[]": "one: not a calibration, or damaged",
     }
     for damaged, words in bad.items():

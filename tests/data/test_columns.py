@@ -94,7 +94,7 @@ def test_parquet_without_its_reader_is_one_line(folder, monkeypatch) -> None:
             r"line 2 has \['image', 'text'\], not a 'file_name' and a 'text' \(or",
         ),
         ("metadata.csv", "file_name,text\n", "no line in it"),
-        ("metadata.jsonl", '{"a": ' * 100000, "line 1 is nested too deeply"),
+        ("metadata.jsonl", '{"a": ' * 100000, "line 1: not valid json: nested too deeply"),
         ("metadata.jsonl", '{"file_name": "a\\u0000b.png", "text": ""}', r"'.*a\\x00b\.png': embedded null byte"),
         ("metadata.jsonl", '{"file_name": "a\\nb.png", "text": ""}', r"'.*a\\nb\.png': no such image; mend metadata"),
         ("metadata.jsonl", f'{{"file_name": "0.png", "label": {10**30}}}', f"'{10**30}' is no class number"),

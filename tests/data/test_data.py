@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import tracemalloc
+import zipfile
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffprune_plugin.data import arrays
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
@@ -110,6 +118,75 @@ def test_a_damaged_npz_and_one_without_images_are_named(tmp_path) -> None:
         load_samples(tmp_path / "broken.npz")
     with pytest.raises(BadInput, match=r"has \['pictures'\], not an array 'images'"):
         load_samples(tmp_path / "other.npz")
+
+
+def npz_of(path: Path, header: bytes, size: int = 1 << 20) -> Path:
+    """An .npz whose array has this header and so many zeros."""
+    archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with archive, archive.open("images.npy", "w", force_zip64=True) as file:
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+        for _ in range(size >> 20):
+            file.write(bytes(1 << 20))
+    return path
+
+
+def declared(count: int) -> bytes:
+    return f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 1024, 1024, 1)}}\n".encode()
+
+
+def png_of(path: Path, side: int) -> Path:
+    """A PNG whose header tells of a square, without its pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunks = [(13, header), (0, b"IDAT")]
+    parts = [struct.pack(">I", size) + chunk + struct.pack(">I", zlib.crc32(chunk)) for size, chunk in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+def jpeg_of(path: Path, side: int) -> Path:
+    path.write_bytes(b"\xff\xd8\xff\xc0" + struct.pack(">HBHHBBBB", 11, 8, side, side, 1, 1, 17, 0) + bytes(99))
+    return path
+
+
+def safetensors_of(path: Path, count: int) -> Path:
+    entry = {"latents": {"dtype": "F32", "shape": [count, 4, 8, 8], "data_offsets": [0, count * 1024]}}
+    text = json.dumps(entry).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(1024))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda folder: npz_of(folder / "a.npz", declared(10**15)),
+            "images.npy holds .* not what its header says",
+        ),
+        (lambda folder: npz_of(folder / "a.npz", declared(-1)), "images.npy holds .* not what its header says"),
+        (lambda folder: safetensors_of(folder / "a.safetensors", 10**15), "not a readable .safetensors file"),
+        (lambda folder: png_of(folder / "a.png", 50_000).parent, "a.png: damaged image: .*exceeds limit"),
+        (lambda folder: jpeg_of(folder / "a.jpg", 65_500).parent, "a.jpg: damaged image: .*exceeds limit"),
+    ],
+)
+def test_what_says_that_it_is_huge_is_refused_before_any_of_it_is_unpacked(make, words, tmp_path) -> None:
+    source = make(tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match=words):
+            load_samples(source)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_zip_that_memory_does_not_hold_or_that_blows_itself_up_is_refused(tmp_path, monkeypatch) -> None:
+    bomb = npz_of(tmp_path / "a.npz", declared(8), 8 << 20)
+    assert len(load_samples(bomb)) == 8, "small enough to be harmless"
+    for name, limit in (("free_memory", lambda device: 2**20), ("HARMLESS", 2**20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(arrays, name, limit)
+            with pytest.raises(BadInput, match=r"unpack to 8,388,.*, which is more than"):
+                load_samples(bomb)
 
 
 def test_further_arrays_of_the_npz_are_inputs_by_name(tmp_path, images) -> None:

@@ -198,7 +198,7 @@ def test_a_damaged_safetensors_file_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("no json\n", r"metadata.jsonl: line 1 is no JSON"),
+        ("no json\n", r"metadata.jsonl: line 1: not valid json"),
         ('\n{"file_name": "0.png"}\n', r"line 2 has \['file_name'\], not a 'file_name' and a 'text'"),
         ('["0.png"]\n', "line 1 has list"),
         ("\n", "no line in it"),

@@ -106,6 +106,21 @@ def test_losses_of_models_that_were_trained_otherwise_are_not_compared(
         evaluate(other, against=pipeline, reference=images, drawing=QUICK, progress=False)
 
 
+def test_pictures_in_colour_are_compared_in_grey_with_what_a_grey_model_draws(
+    pipeline: DDPMPipeline, images: np.ndarray, tmp_path: Path
+) -> None:
+    """Their features too, as their losses are: a folder of the same pictures in colour gives what the array gives."""
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).convert("RGB").save(tmp_path / "folder" / f"{i:02}.png")
+    features = load_features(write_network(tmp_path / "rows.onnx", ("n", 1, "h", "w")))
+    measured = [
+        evaluate(pipeline, reference=source, features=features, drawing=QUICK, progress=False).facts["models"]
+        for source in (images, str(tmp_path / "folder"))
+    ]
+    assert measured[0] == measured[1]
+
+
 def test_of_very_many_reference_images_all_have_features_and_every_nth_a_loss(
     images: np.ndarray, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:

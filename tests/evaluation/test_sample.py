@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation.evaluate import evaluate
 from diffprune_plugin.evaluation.sampling import AnyStepDDIM, quadratic, sample_images, sampler
-from diffprune_plugin.evaluation.settings import SamplingSettings
+from diffprune_plugin.evaluation.settings import Drawing, SamplingSettings
 
 
 def draw(pipeline: Any, **asked: Any) -> list[Any]:
@@ -108,6 +110,20 @@ def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
 def test_what_cannot_be_sampled_is_one_line(pipeline: DDPMPipeline, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         draw(pipeline, count=1, **{"steps": 4, **asked})
+
+
+def test_a_scheduler_longer_than_a_learned_time_table_is_one_line_wherever_the_two_meet() -> None:
+    pipeline = DDIMPipeline(make_unet(time_embedding_type="learned", num_train_timesteps=7), DDIMScheduler())
+    words = r"its timesteps go from 0 to 999, this \w+ has learned those to 6; .*num_train_timesteps: 7"
+    grey = np.zeros((4, 16, 16, 1), np.uint8)
+    for meet in (
+        lambda: draw(pipeline, count=1, steps=2),
+        lambda: dp.calibrate(pipeline.unet, pipeline.scheduler, grey, progress=False),
+        lambda: evaluate(pipeline, reference=grey, drawing=Drawing(count=0), progress=False),
+        lambda: evaluate(pipeline, drawing=Drawing(count=1, steps=2), progress=False),
+    ):
+        with pytest.raises(BadInput, match=words):
+            meet()
 
 
 def test_an_image_that_is_not_finite_is_no_black_one(pipeline: DDPMPipeline, run: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from diffprune_plugin.cli import run_app
-from diffprune_plugin.errors import BadInput, DiffPruneError, HardwareUnproved
+from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export import check_files, cli, integrity, workflow
 
 
@@ -59,10 +59,13 @@ def exported(models, monkeypatch):
     def copy_instead(model: object, path: Path, **options: object) -> object:
         from diffprune_plugin.export.convert import ExportReport
 
-        with integrity.new_model(path, options["overwrite"]) as temporary:
+        files: integrity.Files = {}
+        with integrity.new_model(path, options["overwrite"], written=files) as temporary:
             shutil.copy(models.pruned_onnx, temporary)
-        return ExportReport(path, integrity.read_manifest(path)["files"], 1, 0.0, {})
+            copy_instead.meanwhile()
+        return ExportReport(path, files, 1, 0.0, {})
 
+    copy_instead.meanwhile = lambda: None  # what happens between the writing and the renaming
     monkeypatch.setattr(workflow, "to_onnx", copy_instead)
     monkeypatch.setattr(workflow, "dense_twin", lambda unet: None)
     return models.pruned
@@ -136,6 +139,49 @@ def test_while_nothing_is_proved_yet_the_verdict_says_so(exported, tmp_path, mon
     monkeypatch.setattr(workflow, "prove_all", lambda *_: seen.append(json.loads(verdict.read_text())))
     workflow.run(exported, tmp_path / "m.onnx", workflow.Options())
     assert (seen[0]["passed"], seen[0]["failure"]) == (False, "interrupted before all of it was proved")
+
+
+def verdict_is_of_the_file(path: Path) -> bool:
+    verdict = json.loads(path.with_name(path.name + integrity.VERDICT).read_text())
+    check_files(path)
+    return verdict["passed"] and verdict["export"]["files"] == integrity.read_manifest(path)["files"]
+
+
+def test_of_two_exports_at_once_the_second_to_end_is_refused_with_all_that_is_its(exported, tmp_path, monkeypatch):
+    output, quick = tmp_path / "m.onnx", workflow.Options(latency=False, verify=False)
+
+    def other() -> None:
+        monkeypatch.setattr(workflow.to_onnx, "meanwhile", lambda: None)
+        workflow.run(exported, output, quick)
+        monkeypatch.setattr(workflow, "prove_all", None)  # the second never gets there
+
+    monkeypatch.setattr(workflow.to_onnx, "meanwhile", other)
+    with pytest.raises(BadInput, match=r"m\.onnx exists; use --overwrite"):
+        workflow.run(exported, output, quick)
+    assert verdict_is_of_the_file(output)
+
+
+@pytest.mark.parametrize("misses", [False, True])
+def test_an_export_that_another_overwrites_before_it_is_proved_fails_and_leaves_the_other_alone(
+    misses, models, exported, tmp_path, monkeypatch
+):
+    output, quick = tmp_path / "m.onnx", workflow.Options(latency=False, verify=False)
+
+    def replaced(verdict: workflow.Verdict, *_: object) -> None:
+        with integrity.new_model(output, overwrite=True) as temporary:
+            shutil.copy(models.dense_onnx, temporary)
+        files = integrity.read_manifest(output)["files"]
+        workflow.write_verdict(
+            output.with_name("m.onnx.verdict.json"), output, {"export": {"files": files}, "passed": True}
+        )
+        if misses:
+            integrity.reject(output, verdict.content["export"]["files"])
+
+    monkeypatch.setattr(workflow, "prove_all", replaced)
+    with pytest.raises(CheckFailed, match=r"m\.onnx: another export has written there before this one was proved"):
+        workflow.run(exported, output, quick)
+    assert output.read_bytes() == models.dense_onnx.read_bytes()
+    assert verdict_is_of_the_file(output)
 
 
 def test_no_path_of_the_machine_is_left_in_the_verdict(models, exported, tmp_path):

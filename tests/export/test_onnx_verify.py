@@ -56,6 +56,9 @@ def test_a_learned_time_embedding_is_fed_the_timesteps_that_it_has_rows_for(tmp_
     result = verify_onnx(tmp_path / "m.onnx", unet)
     assert result.passed, summary(result)
     assert [c.name for c in result.cases][:4] == [f"batch 1, timestep {t}" for t in (0, 1, 6, 6)]
+    with pytest.raises(BadInput, match="its timesteps go from 0 to 999, this UNet2DModel has learned those to 6"):
+        verify_onnx(tmp_path / "m.onnx", unet, scheduler=DDIMScheduler(), steps=2)
+    assert (tmp_path / "m.onnx").exists(), "nothing is wrong with the file"
 
 
 @pytest.mark.parametrize(("make", "step", "odd"), [(lambda: make_conditional(SD), 1, 13), (make_unet, 2, 22)])

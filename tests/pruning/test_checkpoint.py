@@ -139,7 +139,7 @@ def flip_plan(path: Path) -> None:
         (PLAN_FILE, flip_plan, "altered since"),
         (PLAN_FILE, Path.unlink, "no such file"),
         ("config.json", Path.unlink, "neither a pipeline"),
-        ("config.json", lambda p: p.write_text("{"), "not readable as JSON"),
+        ("config.json", lambda p: p.write_text("{"), "config.json: not valid json"),
         ("config.json", lambda p: p.write_text("[]"), "holds a list"),
     ],
 )
