@@ -42,6 +42,7 @@ from diffprune_plugin.sensitivity.stored import sensitivity_for
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import check_absent, check_apart, relative
+from diffprune_plugin.utils.files import sweep as sweep_left
 from diffprune_plugin.utils.memory import out_of_memory
 
 
@@ -132,6 +133,9 @@ def measured(
     """
     scheduler, sweep = getattr(job.loaded, "scheduler", None), getattr(job.criterion, "sweep", None)
     place = progress_directory(job.config.output)
+    if store and processes.is_first:  # a run that was killed after it had stored one; who reads it sweeps nothing
+        for path in filter(None, (job.config.calibration, job.config.sensitivity)):
+            sweep_left(Path(path))
     kept: dict[str, Any] = {"store": store, "progress_in": place, "progress": progress}
     given = job.model, scheduler, job.samples, processes
     calibration = calibration_for(job.config, sweep, *given, **kept)

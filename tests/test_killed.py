@@ -6,6 +6,7 @@ SIGKILL, before operation N. What it cannot see, the writes of safetensors and O
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -152,7 +153,9 @@ def state(folder: Path) -> dict[str, Any]:
 def content(path: Path) -> Any:
     if path.is_dir():
         return "a directory"
-    return without_clocks(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+    with contextlib.suppress(ValueError):  # half a file, in a directory that a killed run left
+        return without_clocks(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+    return path.read_bytes()
 
 
 def without_clocks(value: Any) -> Any:

@@ -76,10 +76,10 @@ def header_size(file: IO[bytes], size: int) -> int:
     damaged header."""
     if file.read(len(npy.MAGIC_PREFIX)) != npy.MAGIC_PREFIX:
         return size
-    version = tuple(file.read(2))
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    version = file.read(2)
+    read = {b"\1\0": npy.read_array_header_1_0, b"\2\0": npy.read_array_header_2_0}.get(version)
     if read is None:
-        raise ValueError(f"version {version}")  # of records with strange names
+        raise ValueError(f"version {version!r}")  # of records with strange names
     shape, _, dtype = read(file)
     return size if dtype.hasobject else file.tell() + math.prod(shape) * dtype.itemsize
 

@@ -97,7 +97,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 def sweep(path: Path) -> None:
     """Remove what killed processes left beside ``path`` when they wrote it."""
     left = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(ENDING)}")
-    for place in [each for each in path.parent.iterdir() if left.fullmatch(each.name)]:
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    for place in [each for each in beside if left.fullmatch(each.name)]:
         with contextlib.suppress(OSError):
             handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
             try:
