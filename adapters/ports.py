@@ -20,17 +20,18 @@ class Port:
 
     ``axes`` is its shape, as a text or a tuple: a number, ``{key}`` the config's value, a function of the config, any
     other word a dynamic axis. ``dtype``: a torch dtype, or its name, for which a table need not import torch. ``when``:
-    a function of the config that says whether the port exists. ``integers_below`` (config keys, the first that is set
-    counts) makes it an integer index. ``inside``: the forward takes it as an item of this dict argument; ONNX names
-    are flat.
+    a function of the config that says whether the port exists. ``integers_below`` (a number, or config keys, the first
+    that is set counts) makes it an integer index. ``inside``: the forward takes it as an item of this dict argument;
+    ONNX names are flat. ``optional``: the forward computes without it too, something else.
     """
 
     name: str
     axes: str | tuple[Axis, ...]
     dtype: str | torch.dtype = "float32"
     when: Callable[[Config], bool] | None = None
-    integers_below: tuple[str, ...] = ()
+    integers_below: tuple[str, ...] | int = ()
     inside: str = ""
+    optional: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -55,6 +56,8 @@ class Port:
 
     def classes(self, config: Config) -> int:
         """How many values an integer index has."""
+        if isinstance(self.integers_below, int):
+            return self.integers_below
         return next(int(value) for key in self.integers_below if (value := config.get(key)))
 
 
@@ -93,6 +96,12 @@ def configured_size(config: Config) -> tuple[int, int]:
 def two_pixels_at_the_bottom(config: Config) -> tuple[int, int]:
     """The smallest (height, width) whose bottom level still has two pixels a side: cheap to trace through."""
     side = 2 ** len(config["block_out_channels"])
+    return side, side
+
+
+def two_patches(config: Config) -> tuple[int, int]:
+    """The smallest (height, width) of which a transformer makes more than one token a side."""
+    side = 2 * int(config["patch_size"])
     return side, side
 
 

@@ -16,13 +16,19 @@ class Heads:
     Heads lose equally many dimensions each; the softmax keeps the dense scale: ``query``'s weights are multiplied by
     sqrt(new / old head size), which cancels the 1/sqrt(head size) that scaled_dot_product_attention applies, and the
     attribute ``scale``, which other processors read, is set to 1/sqrt(new head size).
+    ``whole``: heads go whole or stay, since something (rotary positions, a norm over a head's dimensions) ties the
+    dimensions of all heads. ``norms``: layers with one weight for all heads, which whole heads leave as it is.
+    ``widths``: attributes that repeat the width of all heads together. Layers that an owner lacks are left out.
     """
 
     owner: str
     count: str
     layers: tuple[str, ...]
     query: str
-    scale: str
+    scale: str = ""
+    whole: bool = False
+    norms: tuple[str, ...] = ()
+    widths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Keep:
-    """Layers, by pattern, whose output channels must stay ``when`` the config says so: something of a fixed width that
-    comes from outside is added to them."""
+    """Layers, by pattern, whose output channels must stay ``when`` the config says so, and in words ``why``: by default
+    since something of a fixed width that comes from outside is added to them."""
 
     layers: str
     when: Callable[[Config], bool]
+    why: str = "kept: the adapter says that its width is the output's"
 
 
 @dataclass(frozen=True)

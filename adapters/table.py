@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffprune_plugin.adapters.heads import AttentionFacts, attribute_at, below, modules_of
 from diffprune_plugin.adapters.ports import (
     Config,
     Port,
@@ -29,7 +29,7 @@ __all__ = ["Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Refused
 
 
 @dataclass(frozen=True)
-class ModelAdapter:
+class ModelAdapter(AttentionFacts):
     """One model class as a table; everything else is derived from it.
 
     component: the attribute of a pipeline that holds the model. sample, timestep: names of the inputs that hold the
@@ -151,36 +151,20 @@ class ModelAdapter:
         """The smallest (height, width) of a sample that passes through every layer."""
         return self.smallest(config_of(model))
 
-    def kept_layers(self, model: nn.Module) -> set[str]:
-        """Names of the layers whose output channels must stay.
+    def kept_layers(self, model: nn.Module) -> dict[str, str]:
+        """The layers whose output channels must stay, with the reason.
 
         Raises BadInput if a pattern of the table matches no layer.
         """
         names = [name for name, _ in model.named_modules()]
-        kept = set()
+        kept: dict[str, str] = {}
         rows = (Keep(row, always) if isinstance(row, str) else row for row in self.keep)
-        for pattern in (row.layers for row in rows if row.when(config_of(model))):
-            found = fnmatch.filter(names, pattern)
+        for row in (row for row in rows if row.when(config_of(model))):
+            found = fnmatch.filter(names, row.layers)
             if not found:
-                raise BadInput(f"adapter {self.model_class}: keep={pattern!r} matches no layer; mend its table")
-            kept.update(found)
+                raise BadInput(f"adapter {self.model_class}: keep={row.layers!r} matches no layer; mend its table")
+            kept |= dict.fromkeys(found, row.why)
         return kept
-
-    def equal_parts(self, model: nn.Module) -> dict[str, int]:
-        """For each layer, into how many parts its channels fall that must lose equally many: norm groups, heads."""
-        from torch import nn
-
-        parts = {name: m.num_groups for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
-        return parts | self.head_counts(model)
-
-    def head_counts(self, model: nn.Module) -> dict[str, int]:
-        """For each layer whose outputs an attention splits into heads, how many heads."""
-        return {
-            below(name, layer): int(getattr(owner, row.count))
-            for row in self.heads
-            for name, owner in modules_of(model, row.owner)
-            for layer in row.layers
-        }
 
     def torch_pruning_kwargs(self, model: nn.Module) -> dict[str, Any]:
         """What torch_pruning.pruner.BasePruner has to be told about this UNet, in dicts of its own for each call.
@@ -239,34 +223,6 @@ class ModelAdapter:
                     f"{remedy}"
                 )
 
-    def head_sizes(self, model: nn.Module) -> dict[str, int]:
-        """Dimensions per head of each attention, by module name."""
-        return {
-            name: owner.get_submodule(row.query).out_features // int(getattr(owner, row.count))
-            for row in self.heads
-            for name, owner in modules_of(model, row.owner)
-        }
-
-    def head_layers(self, model: nn.Module) -> dict[str, str]:
-        """For each layer whose outputs are split into heads the attention that it belongs to."""
-        return {
-            below(name, layer): name
-            for row in self.heads
-            for name, _ in modules_of(model, row.owner)
-            for layer in row.layers
-        }
-
-    def set_heads_(self, model: nn.Module, heads: Mapping[str, tuple[int, int]]) -> None:
-        """Tell each attention that lost whole heads how many (before, after) it has now."""
-        for row in self.heads:
-            for name, owner in modules_of(model, row.owner):
-                if name in heads:
-                    setattr(owner, row.count, heads[name][1])
-
-    def queries(self, model: nn.Module) -> dict[str, str]:
-        """For each query projection the attention that it belongs to."""
-        return {below(name, row.query): name for row in self.heads for name, _ in modules_of(model, row.owner)}
-
     def mend_(self, model: nn.Module) -> None:
         """Set every attribute that repeats a size from the layer it repeats."""
         for mirror in self.mirrors:
@@ -276,50 +232,11 @@ class ModelAdapter:
                 target = attribute_at(owner, ".".join(path)) if path else owner
                 if size is not None and target is not None:
                     setattr(target, last, size)
-        for row in self.heads:
-            for _, owner in modules_of(model, row.owner):
-                size = owner.get_submodule(row.query).out_features // int(getattr(owner, row.count))
-                setattr(owner, row.scale, size**-0.5)
-
-    def keep_softmax_scale_(self, model: nn.Module, dense_head_sizes: dict[str, int]) -> None:
-        """Multiply each query projection by sqrt(new / dense head size), so that the logits keep the dense scale."""
-        import torch
-
-        sizes = self.head_sizes(model)
-        for row in self.heads:
-            for name, owner in modules_of(model, row.owner):
-                query = owner.get_submodule(row.query)
-                factor = math.sqrt(sizes[name] / dense_head_sizes[name])
-                if factor != 1:
-                    with torch.no_grad():
-                        for parameter in query.parameters():
-                            parameter.mul_(factor)
-
-
-def modules_of(model: nn.Module, class_name: str) -> Iterator[tuple[str, Any]]:
-    """Name and module of everything in the model whose class has this name; its own may be that of a base class."""
-    own = any(base.__name__ == class_name for base in type(model).__mro__)
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if (own if module is model else type(module).__name__ == class_name)
-    )
-
-
-def below(name: str, layer: str) -> str:
-    """The name of a layer of the module ``name``, which is nothing for the model itself."""
-    return f"{name}.{layer}" if name else layer
+        self.mend_heads_(model)
 
 
 def always(_: Config) -> bool:
     return True
-
-
-def attribute_at(owner: Any, path: str) -> Any:
-    """``owner.a.b`` for ``"a.b"``; None where a step is missing."""
-    for step in path.split("."):
-        owner = getattr(owner, step, None)
-    return owner
 
 
 UNetAdapter = ModelAdapter  # its name of before

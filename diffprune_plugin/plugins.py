@@ -289,7 +289,8 @@ def denoiser_of(pipeline: Any) -> tuple[str, Any]:
 
 def no_denoiser(where: Any, kind: str, parts: Mapping[str, str]) -> BadInput:
     """The error for a pipeline that holds no model which an adapter describes; ``parts``: its classes by component."""
-    called = " or ".join("UNet" if name == "unet" else name for name in components())
+    *others, last = ["UNet" if name == "unet" else name for name in components()]
+    called = " or ".join([", ".join(others), last]) if others else last
     denoiser = next((name for name in DENOISERS if name in parts), None)
     known = adapters(plugin_manager())
     why = f"; its {denoiser}: {no_adapter(parts[denoiser], known)}" if denoiser and parts[denoiser] not in known else ""

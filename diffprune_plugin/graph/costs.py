@@ -58,7 +58,7 @@ def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]
 
     modules = {name: module for name, module in copied.named_modules() if own_parameters(module)}
     for name, module in modules.items():
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(module, nn.Embedding) and not any(module.children()):  # of a block they are tables, added
             module.register_forward_hook(count(name))
     with torch.no_grad():
         copied(**adapter.example_inputs(copied))

@@ -17,6 +17,7 @@ from torch_pruning.dependency import index_mapping
 
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.axes import feature_axes
 from diffprune_plugin.utils.modes import differentiable
 
 Channels = npt.NDArray[np.int64]
@@ -86,15 +87,16 @@ class Settled(dict[Any, Any]):
 
 
 def trace_groups(model: nn.Module, adapter: ModelAdapter) -> list[CoupledGroup]:
-    """The UNet's coupled groups, found by torch-pruning's dependency graph; every output channel is in at most one.
+    """The model's coupled groups, found by torch-pruning's dependency graph; every output channel is in at most one.
 
-    Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked UNet.
+    Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked model.
     """
     adapter.check(model)
-    example = adapter.trace_inputs(model)
-    with differentiable(model):  # torch-pruning traces through autograd: a frozen layer would be invisible to it
-        graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
-    return groups_of(graph, model, adapter)
+    example, alone = adapter.trace_inputs(model), [model.get_parameter(name) for name in adapter.uncoupled(model)]
+    # torch-pruning traces through autograd: a frozen layer would be invisible to it.
+    with differentiable(model), feature_axes():
+        graph = tp.DependencyGraph().build_dependency(model, example, ignored_params=alone, verbose=False)
+        return groups_of(graph, model, adapter)
 
 
 def groups_of(
@@ -107,13 +109,15 @@ def groups_of(
     """The coupled groups of a dependency graph; ``parts``: equal parts by layer, by default those of the adapter."""
     names = {module: name for name, module in model.named_modules()}
     parts, paired = adapter.equal_parts(model) if parts is None else parts, adapter.paired(model)
-    groups = []
+    kept, groups = adapter.kept_layers(model), []
     with settled(graph):
         for group in graph.get_all_groups(root_module_types=root_types):
-            members = tuple(members_of(group, graph, names))
+            stays = any(names.get(item.dep.target.module) in kept for item in group.items)
+            members = tuple(members_of(group, graph, names, stays))
             root = names[group[0].dep.target.module]
             pairs = paired.get(root, 1)
-            check_pairs(group, graph, root, pairs, adapter)
+            if not stays:  # how its channels are tied matters to nobody
+                check_pairs(group, graph, root, pairs, adapter)
             equal = (parts.get(m.layer, 1) for m in members if m.side == "out")
             groups.append(CoupledGroup(root, len(group[0].idxs), pairs, math.lcm(*equal), members, group))
     return groups
@@ -131,11 +135,14 @@ def settled(graph: Any) -> Iterator[None]:
         graph.module2node = nodes
 
 
-def members_of(group: Any, graph: Any, names: dict[nn.Module, str]) -> Iterable[Member]:
-    """The layers of a torch-pruning group with their channels; operations without weights are left out."""
+def members_of(group: Any, graph: Any, names: dict[nn.Module, str], stays: bool) -> Iterable[Member]:
+    """The layers of a torch-pruning group with their channels; operations without weights are left out.
+
+    Raises BadInput for a parameter outside any layer, unless the group ``stays``.
+    """
     for item in group.items:
         module = item.dep.target.module
-        if isinstance(module, nn.Parameter):
+        if isinstance(module, nn.Parameter) and not stays:
             raise BadInput(f"{graph._param_to_name[module]}: a parameter outside any layer is coupled: not supported")
         if module in names:
             side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"

@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import nn
 
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.axes import feature_axes
 from diffprune_plugin.graph.costs import layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, groups_of
 from diffprune_plugin.integrations.torch_pruning_arguments import arguments, check_heads, equal_parts, layers_of, stays
@@ -101,15 +102,18 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         given |= fresh | {
             "importance": importance_of(importance),
             "pruning_ratio_dict": {tuple(map(model.get_submodule, layers[key])): ratios[key] for key in ratios},
-            "ignored_layers": [model.get_submodule(name) for name in self._stays],
+            "ignored_layers": [
+                *(model.get_submodule(name) for name in self._stays),
+                *(model.get_parameter(name) for name in self.adapter.uncoupled(model)),
+            ],
         }
-        with differentiable(model):
+        with differentiable(model), feature_axes():
             super().__init__(**given)
         self._scopes = [
             Scope(f"pruning_ratio_dict[{i}]", layers[key], self._ratios(ratios[key])) for i, key in enumerate(ratios)
         ]
         self._ratios(self.pruning_ratio)
-        self._head_layers = self.adapter.head_layers(model) if self.prune_num_heads else {}
+        self._head_layers = self.adapter.head_layers(model, whole=not self.prune_num_heads)
         self._heads = self.adapter.head_sizes(model)
         self._dense, self._costs = self._groups(), layer_costs(model, self.adapter)
         self._units = {group.root: group.units for group in self._dense}
@@ -175,17 +179,20 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _groups(self) -> list[CoupledGroup]:
         parts = equal_parts(self.model, self.adapter, self._parts)
-        return groups_of(self.DG, self.model, self.adapter, parts, self.root_module_types)
+        with feature_axes():
+            return groups_of(self.DG, self.model, self.adapter, parts, self.root_module_types)
 
     def _decide(self, step: int) -> None:
         """Choose, for each group as it is now, what goes in this step."""
         self.importance = calibrated(self._wanted, self._calibration, self.model)
         common, of_heads = (float(self._ratios(ratio)[step]) for ratio in (self.pruning_ratio, self.head_pruning_ratio))
-        options = self._options.with_wishes_of(self.importance).model_copy(update={"head_pruning_ratio": of_heads})
+        options = self._options.with_wishes_of(self.importance)
+        options = options.model_copy(update={"head_pruning_ratio": of_heads if self.prune_num_heads else None})
         groups = self._groups()
         heads = head_groups(groups, self._head_layers)
         special = {layer: (float(s.ratios[step]), s.label) for s in self._scopes for layer in s.layers}
-        requests = requests_of_heads({g.root: request_of(g, special, self._stays) for g in groups}, heads)
+        requests = {g.root: request_of(g, special, self._stays) for g in groups}
+        requests = requests_of_heads(requests, heads, options.head_pruning_ratio)
         items = [
             replace(
                 asked_group(g, requests[g.root], self.importance, heads.get(g.root, "")),
@@ -210,7 +217,8 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         layer, group = self.model.get_submodule(root), self._decided[root]
         paired = CoupledGroup(root, group.units * group.pairs, group.pairs, group.parts, (), None)
         prune = self.DG.get_pruner_of_module(layer).prune_out_channels
-        return self.DG.get_pruning_group(layer, prune, paired.closed(group.removed).tolist())
+        with feature_axes():
+            return self.DG.get_pruning_group(layer, prune, paired.closed(group.removed).tolist())
 
     def _refresh(self) -> None:
         """Bring everything that depends on the sizes up to date."""

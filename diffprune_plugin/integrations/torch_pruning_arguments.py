@@ -90,7 +90,7 @@ def layers_of(model: nn.Module, key: Key, argument: str) -> frozenset[str]:
 
 def stays(model: nn.Module, adapter: ModelAdapter, given: Mapping[str, Any]) -> dict[str, str]:
     """The layers that stay as they are, and why."""
-    found = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
+    found = adapter.kept_layers(model)
     if not given["prune_head_dims"] and not given["prune_num_heads"]:
         found |= dict.fromkeys(adapter.head_counts(model), "prune_head_dims is False")
     for key in given["ignored_layers"] or ():

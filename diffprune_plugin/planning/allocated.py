@@ -10,7 +10,15 @@ import numpy as np
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.costs import LayerCost
 from diffprune_plugin.planning.allocation import KEYS, Menu, SizeOf, allocate
-from diffprune_plugin.planning.channels import AskedGroup, plan_group, select
+from diffprune_plugin.planning.channels import (
+    AskedGroup,
+    ChosenHeads,
+    attentions,
+    head_order,
+    plan_group,
+    plan_heads,
+    select,
+)
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, Allocation, GroupPlan
 
@@ -32,7 +40,8 @@ def allocated(
 ) -> tuple[list[GroupPlan], Allocation]:
     """The plan of every group within the target of the options, with the least summed error; and what it costs.
 
-    Groups that stay, lose whole heads or have a ratio of their own are as they would be without an allocation.
+    Groups that stay, lose heads by a head_pruning_ratio or have a ratio of their own are as they would be without an
+    allocation.
 
     Raises BadInput for a target that is less than what is left when every group loses all it can.
     """
@@ -56,7 +65,8 @@ def menus_of(
     fixed = select(items, 0.0, options)
     found = []
     for item, as_it_is in zip(items, fixed, strict=True):
-        free = not (item.request.stays or item.heads or item.request.ratio is not None)
+        heads = len(attentions(items).get(item.heads, ())) > 1 or options.head_pruning_ratio is not None
+        free = not (item.request.stays or (item.heads and heads) or item.request.ratio is not None)
         plans = {len(plan.removed): plan for plan in (widths(item, options) if free else [as_it_is])}
         counts = tuple(sorted(plans))
         rising = np.maximum.accumulate([errors.error(item.group.root, plans[count].removed) for count in counts])
@@ -66,10 +76,15 @@ def menus_of(
 
 def widths(item: AskedGroup, options: PlanOptions) -> list[GroupPlan]:
     """The plans of a group that loses nothing, a step, two steps ... as many as may go."""
-    step = plan_group(item, 0, options).step
-    counts = range(0, int(MOST * item.group.units) + 1, step)
-    every = -(-len(counts) // WIDTHS)
-    plans = [plan_group(item, count, options) for count in counts[::every]]
+    if item.heads:
+        order = head_order([item])
+        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in range(int(MOST * item.group.parts) + 1)]
+        plans = [plan_heads(item, each, options) for each in chosen]
+    else:
+        step = plan_group(item, 0, options).step
+        counts = range(0, int(MOST * item.group.units) + 1, step)
+        every = -(-len(counts) // WIDTHS)
+        plans = [plan_group(item, count, options) for count in counts[::every]]
     return [plan.model_copy(update={"requested": len(plan.removed), "reason": ""}) for plan in plans]
 
 

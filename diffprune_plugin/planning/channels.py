@@ -57,9 +57,9 @@ class AskedGroup:
 def select(groups: Sequence[AskedGroup], common: float, options: PlanOptions) -> list[GroupPlan]:
     """The plan of every group, ``common`` being the ratio of those that have none of their own."""
     counts = requested_units(groups, common, options)
-    chosen = {name: chosen_heads(own, options) for name, own in attentions(groups).items()}
+    chosen = {name: chosen_heads(own, common, options) for name, own in attentions(groups).items()}
     return [
-        plan_heads(item, chosen[item.heads])
+        plan_heads(item, chosen[item.heads], options)
         if item.heads
         else plan_group(item, counts.get(item.group.root, 0), options)
         for item in groups
@@ -130,20 +130,31 @@ def attentions(groups: Sequence[AskedGroup]) -> dict[str, list[AskedGroup]]:
     return found
 
 
-def chosen_heads(groups: Sequence[AskedGroup], options: PlanOptions) -> ChosenHeads:
-    """Of one attention's H dense heads H - int(H * (1 - head_pruning_ratio)) are asked to go; those of lowest score do.
+def chosen_heads(groups: Sequence[AskedGroup], common: float, options: PlanOptions) -> ChosenHeads:
+    """Of one attention's H dense heads H - int(H * (1 - ratio)) are asked to go; those of lowest score do.
 
-    A head's score is the sum over its queries, keys and values, each group's divided by the group's mean.
+    The ratio is head_pruning_ratio, else the attention's own, else the common one.
     """
-    heads = groups[0].group.parts
+    heads, own = groups[0].group.parts, groups[0].request.ratio
+    ratio = next(each for each in (options.head_pruning_ratio, own, common) if each is not None)
     gone = groups[0].gone * heads // groups[0].group.units
-    asked = max(asked_of(heads + gone, options.head_pruning_ratio or 0.0) - gone, 0)
+    asked = max(asked_of(heads + gone, ratio) - gone, 0)
     limits = head_limits(groups, heads, gone, options)
     allowed = [n for n in range(asked + 1) if not n or all(fits(n) for fits in limits.values())]
     count = allowed[-1]
     bound = [limit for limit, fits in limits.items() if count < asked and not fits(count + 1)]
-    score = sum(item.scores.reshape(heads, -1).sum(1) / max(item.scores.mean(), 1e-300) for item in groups)
-    return ChosenHeads(asked, tuple(sorted(np.argsort(score, kind="stable")[:count].tolist())), " and ".join(bound))
+    return ChosenHeads(asked, tuple(sorted(head_order(groups)[:count])), " and ".join(bound))
+
+
+def head_order(groups: Sequence[AskedGroup]) -> list[int]:
+    """An attention's heads, the lowest score first.
+
+    A head's score is the sum over its queries, keys and values, each group's divided by the group's mean.
+    """
+    parts = groups[0].group.parts
+    score = sum(item.scores.reshape(parts, -1).sum(1) / max(item.scores.mean(), 1e-300) for item in groups)
+    order: list[int] = np.argsort(score, kind="stable").tolist()
+    return order
 
 
 def head_limits(
@@ -160,13 +171,14 @@ def head_limits(
     }
 
 
-def plan_heads(item: AskedGroup, chosen: ChosenHeads) -> GroupPlan:
+def plan_heads(item: AskedGroup, chosen: ChosenHeads, options: PlanOptions) -> GroupPlan:
     """The same whole heads of every group of one attention."""
     size = item.group.units // item.group.parts
     removed = [head * size + place for head in chosen.removed for place in range(size)]
     reason = f"{chosen.limit}: {size} at a time" if chosen.limit else ""
     if not chosen.asked and not item.gone:
-        reason = f"head_pruning_ratio: one of {item.group.parts} heads is more than was asked"
+        key = "pruning_ratio" if options.head_pruning_ratio is None else "head_pruning_ratio"
+        reason = f"{key}: one of {item.group.parts} heads is more than was asked"
     return group_plan(item.group, 1, size, item.gone + chosen.asked * size, removed, reason)
 
 

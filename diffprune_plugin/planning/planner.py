@@ -81,8 +81,8 @@ def material_of(
         criterion = importance(criterion)
     options.with_wishes_of(criterion)  # wrong ones are told before anything is scored
     groups = trace_groups(model, adapter)
-    heads = {} if options.head_pruning_ratio is None else head_groups(groups, adapter.head_layers(model))
-    requests = requests_of_heads(requested(groups, model, adapter, options), heads)
+    heads = head_groups(groups, adapter.head_layers(model, whole=options.head_pruning_ratio is None))
+    requests = requests_of_heads(requested(groups, model, adapter, options), heads, options.head_pruning_ratio)
     items = tuple(asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups)
     return Material(adapter, architecture_hash(model), criterion, items, heads, layer_costs(model, adapter))
 
@@ -144,7 +144,7 @@ def requested(
 ) -> dict[str, Request]:
     """What is asked of each group, by its root."""
     names = layer_names(model)
-    stays = dict.fromkeys(adapter.kept_layers(model), "kept: the adapter says that its width is the output's")
+    stays = adapter.kept_layers(model)
     wanted = {name for pattern in options.target_layers for name in matching(pattern, names, "target_layers")}
     if options.target_layers:
         stays |= {name: "outside target_layers" for name, also in names.items() if also and name not in wanted}
@@ -171,19 +171,27 @@ def request_of(group: CoupledGroup, special: Mapping[str, tuple[float, str]], st
     return Request(next(iter(asked), None))
 
 
-def requests_of_heads(requests: Mapping[str, Request], heads: Mapping[str, str]) -> dict[str, Request]:
-    """What is asked of each group, where attentions lose whole heads: if one group of an attention stays, all do.
+def requests_of_heads(
+    requests: Mapping[str, Request], heads: Mapping[str, str], common: float | None
+) -> dict[str, Request]:
+    """What is asked of each group, where attentions lose whole heads: one thing of all groups of an attention; if one
+    stays, all do.
 
-    Raises BadInput for a group of heads with a ratio of its own.
+    Raises BadInput for a ratio of its own beside the ``common`` one, or two for one attention.
     """
-    of_heads = {root: request for root, request in requests.items() if root in heads}
-    for root, request in of_heads.items():
-        if request.ratio is not None:
+    asked: dict[str, Request] = {}
+    for root, attention in heads.items():
+        request, known = requests[root], asked.get(attention, Request())
+        if request.ratio is not None and common is not None:
             raise BadInput(
                 f"pruning_ratio_dict: {root} gets {request.ratio}, but head_pruning_ratio takes whole heads; drop one"
             )
-    staying = {heads[root]: request for root, request in of_heads.items() if request.stays}
-    return {root: staying.get(heads.get(root, ""), request) for root, request in requests.items()}
+        if None not in (request.ratio, known.ratio) and request.ratio != known.ratio:
+            raise BadInput(f"pruning_ratio_dict: {attention} gets {known.ratio} and {request.ratio}; give it one ratio")
+        stays = known.stays or request.stays
+        ratio = known.ratio if request.ratio is None else request.ratio
+        asked[attention] = Request(stays=stays) if stays else Request(ratio)
+    return {root: asked[heads[root]] if root in heads else request for root, request in requests.items()}
 
 
 def asked_group(group: CoupledGroup, request: Request, criterion: Criterion, heads: str) -> AskedGroup:

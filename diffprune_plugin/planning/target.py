@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.costs import LayerCost, Size
 from diffprune_plugin.graph.groups import CoupledGroup, removed_channels
-from diffprune_plugin.planning.channels import AskedGroup, select
+from diffprune_plugin.planning.channels import AskedGroup, attentions, select
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, GroupPlan, LayerSize
 
@@ -21,7 +21,8 @@ def nearest_to(
 
     Groups of one width jump together where a whole channel of each norm group goes, too coarse a step for a target:
     bisection finds that jump, and then the groups take it one by one, those first whose share of the group's score is
-    lowest, each only if that comes nearer; and again, back or forth, until nothing does.
+    lowest, each only if that comes nearer; and again, back or forth, until nothing does. Groups that lose the heads of
+    one attention go together.
     """
     low, high = 0.0, 1.0
     for _ in range(steps):
@@ -30,12 +31,15 @@ def nearest_to(
         low, high = (middle, high) if above else (low, middle)
     before, after = (select(groups, ratio, options) for ratio in (low, high))
     order, best = by_harm(groups, before, after), list(before)
+    heads = attentions(groups)
+    place_of = {item.group.root: place for place, item in enumerate(groups)}
     last: list[GroupPlan] = []
     while best != last:
         last = best
         for place in order:
-            other = before[place] if best[place] == after[place] else after[place]
-            tried = [*best[:place], other, *best[place + 1 :]]
+            other, tried = before if best[place] == after[place] else after, list(best)
+            for item in heads.get(groups[place].heads, [groups[place]]):
+                tried[place_of[item.group.root]] = other[place_of[item.group.root]]
             if abs(size(tried) - wanted) < abs(size(best) - wanted):
                 best = tried
     return high, best

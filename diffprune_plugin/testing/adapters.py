@@ -50,7 +50,7 @@ def check_adapter(adapter: ModelAdapter, *unets: nn.Module, export: bool = True)
     if export:
         check_export(adapter, unets[0])
     for field in ROWS:
-        for row in getattr(adapter, field):
+        for row in (row for row in getattr(adapter, field) if not getattr(row, "optional", False)):
             rest: Any = tuple(other for other in getattr(adapter, field) if other is not row)
             shorter = dataclasses.replace(adapter, **{field: rest})
             if not any(fails(shorter, model) for model in unets):
@@ -98,11 +98,12 @@ def check_shapes(adapter: ModelAdapter, model: nn.Module) -> None:
 def check_coupling(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless the units of each group can change places without any effect."""
     inputs, kept, moved = adapter.flat_inputs(model, 2), adapter.kept_layers(model), copy.deepcopy(model)
-    expected = adapter.denoise(model, inputs)
+    expected, whole = adapter.denoise(model, inputs), adapter.head_layers(model, whole=True)
     for number, group in enumerate(trace_groups(model, adapter)):
-        if not kept.intersection(group.layers):
+        if kept.keys().isdisjoint(group.layers):
             weights = dict(model.state_dict())
-            reorder_(weights, model, group, new_order(model, group, np.random.default_rng(number)))
+            order = new_order(model, group, np.random.default_rng(number), group.root in whole)
+            reorder_(weights, model, group, order)
             moved.load_state_dict(weights)
             compare(moved, adapter, inputs, expected, f"those of {group.root} have an effect")
 
@@ -110,17 +111,22 @@ def check_coupling(adapter: ModelAdapter, model: nn.Module) -> None:
 def check_dead(adapter: ModelAdapter, model: nn.Module) -> None:
     """Raises CheckFailed unless dead units, in groups that no norm sees, can be removed without any effect."""
     inputs, kept, dead = adapter.flat_inputs(model, 2), adapter.kept_layers(model), copy.deepcopy(model)
-    units = {}
+    units, heads, whole = {}, {}, adapter.head_layers(model, whole=True)
     for group in trace_groups(model, adapter):
         normed = any(isinstance(model.get_submodule(member.layer), NORMS) for member in group.members)
-        size = group.units // group.parts
-        if not normed and not kept.intersection(group.layers) and size > 1:
+        size, half = group.units // group.parts, group.parts // 2
+        if normed or not kept.keys().isdisjoint(group.layers):
+            continue
+        if half and group.root in whole:
+            units[group.root] = list(range(half * size))
+            heads[whole[group.root]] = (group.parts, group.parts - half)
+        elif size > 1 and group.root not in whole:
             units[group.root] = [part * size + i for part in range(group.parts) for i in range(size // 2, size)]
-            kill_(dead, group, units[group.root])
+        kill_(dead, group, units.get(group.root, []))
     expected = adapter.denoise(dead, inputs)
     plan = make_plan(dead, "magnitude", pruning_ratio=0.0, adapter=adapter)
     chosen = tuple(g.model_copy(update={"removed": tuple(units.get(g.root, ()))}) for g in plan.groups)
-    remove_(dead, plan.model_copy(update={"groups": chosen}), adapter=adapter)
+    remove_(dead, plan.model_copy(update={"groups": chosen, "heads": heads}), adapter=adapter)
     compare(dead, adapter, inputs, expected, f"some of {', '.join(units)} has an effect (heads: query and scale?)")
 
 

@@ -11,9 +11,12 @@ from diffprune_plugin.graph.groups import Channels, CoupledGroup, Member
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
-def new_order(model: nn.Module, group: CoupledGroup, rng: np.random.Generator) -> Channels:
-    """A random order of the group's units, in which only those that share heads and norm groups change places."""
+def new_order(model: nn.Module, group: CoupledGroup, rng: np.random.Generator, whole: bool = False) -> Channels:
+    """A random order of the group's units, in which only those that share heads and norm groups change places; of
+    ``whole`` heads these change places."""
     order = np.arange(group.units)
+    if whole:
+        return rng.permutation(order.reshape(group.parts, -1)).ravel()
     places = [[unit * group.parts // group.units] for unit in range(group.units)]
     for member in group.members:
         layer = model.get_submodule(member.layer)

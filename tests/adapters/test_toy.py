@@ -89,7 +89,9 @@ def test_an_objective_that_nobody_knows_is_named(
 
 def test_a_pipeline_with_nothing_to_prune_says_what_it_has(pipeline: MixerPipeline) -> None:
     del pipeline.denoiser
-    with pytest.raises(BadInput, match=r"MixerPipeline has no denoiser or UNet \(it has denoiser, scheduler\)"):
+    with pytest.raises(
+        BadInput, match=r"MixerPipeline has no denoiser, transformer or UNet \(it has denoiser, scheduler\)"
+    ):
         dp.encode(pipeline, np.zeros((2, 8, 8, 1), np.uint8))
 
 

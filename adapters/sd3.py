@@ -1,0 +1,42 @@
+"""diffusers' SD3Transformer2DModel: Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from diffprune_plugin.adapters.dit import RESIDUAL
+from diffprune_plugin.adapters.ports import Port, two_patches
+from diffprune_plugin.adapters.rows import Heads, Keep
+from diffprune_plugin.adapters.table import ModelAdapter, always
+
+SD3 = ModelAdapter(
+    model_class="SD3Transformer2DModel",
+    component="transformer",
+    sample="hidden_states",
+    objective="flow_matching",
+    smallest=two_patches,
+    inputs=(
+        Port("hidden_states", "batch {in_channels} height width"),
+        Port("encoder_hidden_states", "batch sequence {joint_attention_dim}"),
+        Port("pooled_projections", "batch {pooled_projection_dim}"),
+        Port("timestep", "batch"),
+    ),
+    outputs=(Port("out_sample", "batch {out_channels} height width"),),
+    keep=(
+        Keep("pos_embed.proj", always, RESIDUAL),
+        Keep("context_embedder", always, RESIDUAL),
+        "proj_out",
+    ),
+    heads=(
+        Heads(
+            "Attention",
+            "heads",
+            ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+            "to_q",
+            "scale",
+            whole=True,
+            norms=("norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+            widths=("inner_dim", "inner_kv_dim"),
+        ),
+    ),
+    processors=("JointAttnProcessor2_0",),
+    words=(("sequence", 333),),
+)

@@ -1,0 +1,167 @@
+"""Transformers by their tables: every unit goes as the dense model without it says, and what is left loads again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_transformers import MODELS, make
+
+import diffprune_plugin as dp
+from diffprune_plugin.adapters import BUILT_IN
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.testing import check_adapter
+
+JOINT, SELF, MLP = ("to_out.0", "to_add_out"), ("to_out.0",), ("net.2",)
+# The root layer of each kind of unit, and the layers, by glob-free suffix, that read these units and nothing else.
+UNITS: list[tuple[str, str, Sequence[str]]] = [
+    ("DiT", "transformer_blocks.0.ff.net.0.proj", ["transformer_blocks.0.ff.net.2"]),
+    (
+        "DiT",
+        "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2",
+        ["transformer_blocks.0.norm1.linear", "proj_out_1"],
+    ),
+    ("PixArt sigma", "transformer_blocks.1.ff.net.0.proj", ["transformer_blocks.1.ff.net.2"]),
+    ("PixArt alpha", "caption_projection.linear_1", ["caption_projection.linear_2"]),
+    (
+        "PixArt alpha",
+        "adaln_single.emb.resolution_embedder.linear_1",
+        ["adaln_single.emb.resolution_embedder.linear_2"],
+    ),
+    *((name, "transformer_blocks.0.ff.net.0.proj", ["transformer_blocks.0.ff.net.2"]) for name in ("SD 3", "SD 3.5")),
+    ("SD 3.5", "transformer_blocks.0.ff_context.net.0.proj", ["transformer_blocks.0.ff_context.net.2"]),
+    (
+        "SD 3.5",
+        "time_text_embed.timestep_embedder.linear_2",
+        [f"transformer_blocks.{i}.{norm}.linear" for i in range(3) for norm in ("norm1", "norm1_context")]
+        + ["norm_out.linear"],
+    ),
+]
+HEADS: list[tuple[str, str, Sequence[str]]] = [
+    ("DiT", "transformer_blocks.0.attn1", SELF),
+    ("PixArt sigma", "transformer_blocks.0.attn1", SELF),
+    ("PixArt sigma", "transformer_blocks.1.attn2", SELF),
+    ("SD 3", "transformer_blocks.0.attn", JOINT),
+    ("SD 3", "transformer_blocks.2.attn", SELF),
+    ("SD 3.5", "transformer_blocks.0.attn", JOINT),
+    ("SD 3.5", "transformer_blocks.1.attn2", SELF),
+]
+
+
+@torch.no_grad()
+def output_of(model: Any, seed: int = 0) -> torch.Tensor:
+    adapter = find_adapter(model)
+    return adapter.denoise(model, adapter.flat_inputs(model, batch=2, seed=seed))
+
+
+@torch.no_grad()
+def without(model: Any, layers: Sequence[str], channels: Sequence[int]) -> Any:
+    """The dense model whose layers do not see these inputs."""
+    blind = copy.deepcopy(model)
+    for name in layers:
+        blind.get_submodule(name).weight[:, list(channels)] = 0
+    return blind
+
+
+def check_oracle(model: Any, plan: dp.PruningPlan, blind: Any) -> None:
+    dense, expected = output_of(model), output_of(blind)
+    dp.remove_(model, plan)
+    found = output_of(model)
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-5 * scale
+    assert (dense - expected).abs().max() > 1e-4 * scale  # they had an effect
+
+
+@pytest.mark.parametrize(("name", "root", "readers"), UNITS)
+def test_units_that_go_leave_the_dense_model_that_does_not_read_them(name: str, root: str, readers: Any) -> None:
+    model = make(name)
+    plan = dp.make_plan(model, "magnitude", pruning_ratio=0.0, pruning_ratio_dict={root: 0.5})
+    (gone,) = [group.removed for group in plan.groups if group.removed]
+    assert len(gone) == next(group.units for group in plan.groups if group.removed) // 2
+    check_oracle(model, plan, without(model, readers, gone))
+
+
+@pytest.mark.parametrize(("name", "attention", "outputs"), HEADS)
+def test_whole_heads_that_go_leave_the_dense_model_without_them(name: str, attention: str, outputs: Any) -> None:
+    model = make(name)
+    others = [other for other, module in model.named_modules() if hasattr(module, "heads") and other != attention]
+    plan = dp.make_plan(model, "magnitude", pruning_ratio=0.0, head_pruning_ratio=0.25, ignored_layers=others)
+    assert plan.heads == {attention: (4, 3)}
+    (gone,) = [group.removed for group in plan.groups if group.removed]
+    check_oracle(model, plan, without(model, [f"{attention}.{out}" for out in outputs], gone))
+    module = model.get_submodule(attention)
+    assert (module.heads, module.inner_dim, module.inner_kv_dim) == (3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("DiT", "transformer_blocks.1.attn1"), ("PixArt sigma", "transformer_blocks.0.attn2")]
+)
+def test_dimensions_inside_heads_go_where_nothing_ties_them(name: str, attention: str) -> None:
+    model = make(name)
+    plan = dp.make_plan(model, "magnitude", pruning_ratio=0.0, pruning_ratio_dict={attention: 0.5})
+    (gone,) = [list(group.removed) for group in plan.groups if group.removed]
+    blind = without(model, [f"{attention}.to_out.0"], gone)
+    with torch.no_grad():
+        for parameter in blind.get_submodule(f"{attention}.to_q").parameters():
+            parameter[gone] = 0
+    check_oracle(model, plan, blind)
+    assert model.get_submodule(attention).inner_dim == 16
+
+
+@pytest.mark.parametrize("name", ["SD 3", "SD 3.5"])
+def test_attention_of_joint_streams_loses_whole_heads_by_the_common_ratio_or_its_own(name: str) -> None:
+    model = make(name)
+    plan = dp.make_plan(model, "magnitude", pruning_ratio=0.5)
+    assert set(plan.heads.values()) == {(4, 2)}
+    own = dp.make_plan(model, "magnitude", pruning_ratio=0.5, pruning_ratio_dict={"transformer_blocks.0.attn": 0.75})
+    assert own.heads["transformer_blocks.0.attn"] == (4, 1)
+    assert own.heads["transformer_blocks.1.attn"] == (4, 2)
+
+
+@pytest.mark.parametrize("ratio", [*(pytest.param(r, marks=pytest.mark.slow) for r in (0.1, 0.3, 0.7)), 0.5])
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_are_reached_within_a_step_and_pruned_models_load_with_difference_0(
+    name: str, ratio: float, tmp_path: Path
+) -> None:
+    model = make(name)
+    plan = dp.make_plan(model, "magnitude", pruning_ratio=ratio)
+    assert all(group.requested - len(group.removed) < group.step for group in plan.groups)
+    dp.remove_(model, plan)
+    assert plan.params[1] == sum(p.numel() for p in model.parameters())
+    loaded = dp.load(dp.save(model, tmp_path / "pruned"))
+    assert torch.equal(output_of(loaded), output_of(model))
+
+
+@pytest.mark.parametrize("name", ["DiT", "SD 3.5"])
+def test_a_target_is_met_by_heads_and_widths_together(name: str) -> None:
+    model = make(name, num_layers=4)
+    plan = dp.make_plan(model, "magnitude", params_target=0.6)
+    assert plan.params[1] / plan.params[0] == pytest.approx(0.6, rel=0.01)
+
+
+TABLES = {
+    "DiTTransformer2DModel": ["DiT"],
+    "PixArtTransformer2DModel": ["PixArt sigma", "PixArt alpha"],
+    "SD3Transformer2DModel": ["SD 3", "SD 3.5"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TABLES)
+def test_its_table_holds_all_that_it_needs_and_no_more(kind: str) -> None:
+    (adapter,) = [adapter for adapter in BUILT_IN if adapter.model_class == kind]
+    check_adapter(adapter, *map(make, TABLES[kind]), export=False)
+
+
+def test_without_the_norms_of_its_row_the_weights_that_all_heads_share_would_go_with_one() -> None:
+    model = make("SD 3.5")
+    adapter = find_adapter(model)
+    shared = dataclasses.replace(adapter, heads=(dataclasses.replace(adapter.heads[0], norms=()),))
+    with pytest.raises(BadInput, match="a parameter outside any layer is coupled"):
+        dp.make_plan(model, "magnitude", adapter=shared)

@@ -1,0 +1,33 @@
+"""Tiny random transformers of every class that has an adapter, their biases and norms away from zeros and ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+
+from diffprune_plugin.testing.tiny import unsettled_
+
+SIZES: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
+DIT = {**SIZES, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 10}
+PIXART = {**SIZES, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 12}
+ALPHA = {**PIXART, "num_layers": 1, "attention_head_dim": 6, "cross_attention_dim": 24}
+ALPHA |= {"use_additional_conditions": True}
+SD3 = {**SIZES, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 24, "caption_projection_dim": 32}
+SD3 |= {"num_layers": 3, "pooled_projection_dim": 20, "pos_embed_max_size": 8}
+SD35 = {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DiT": (DiTTransformer2DModel, DIT),
+    "PixArt sigma": (PixArtTransformer2DModel, PIXART),
+    "PixArt alpha": (PixArtTransformer2DModel, ALPHA),
+    "SD 3": (SD3Transformer2DModel, SD3),
+    "SD 3.5": (SD3Transformer2DModel, SD35),
+}
+
+
+def make(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A model of some 0.1 M random parameters, in eval mode."""
+    cls, config = MODELS[name]
+    torch.manual_seed(seed)
+    return unsettled_(cls(**{**config, **changes})).eval()
