@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffprune_plugin.adapters.dit import DIT
+from diffprune_plugin.adapters.flux import FLUX
 from diffprune_plugin.adapters.pixart import PIXART
 from diffprune_plugin.adapters.ports import Port
 from diffprune_plugin.adapters.sd3 import SD3
@@ -14,7 +15,7 @@ from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.hookspecs import hookimpl
 
 __all__ = ["BUILT_IN", "REFUSED", "Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Port", "Refused"]
-BUILT_IN = (UNET_2D, UNET_2D_CONDITION, DIT, PIXART, SD3)
+BUILT_IN = (UNET_2D, UNET_2D_CONDITION, DIT, PIXART, SD3, FLUX)
 
 # Models that people try and that cannot be pruned on their own, and why.
 REFUSED = {

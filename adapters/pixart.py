@@ -42,4 +42,10 @@ PIXART = ModelAdapter(
     ),
     known=(Known("activation_fn", ("gelu-approximate", "gelu")), Known("attention_type", (None, "default"))),
     words=(("sequence", 300),),
+    encoded=(
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "null encoder_hidden_states",
+        "null encoder_attention_mask",
+    ),
 )

@@ -23,6 +23,7 @@ class Port:
     a function of the config that says whether the port exists. ``integers_below`` (a number, or config keys, the first
     that is set counts) makes it an integer index. ``inside``: the forward takes it as an item of this dict argument;
     ONNX names are flat. ``optional``: the forward computes without it too, something else.
+    ``made``: of the sizes of all axes by word the input itself, which no data has to give.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Port:
     integers_below: tuple[str, ...] | int = ()
     inside: str = ""
     optional: bool = False
+    made: Callable[[Mapping[str, int]], torch.Tensor] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -59,6 +61,18 @@ class Port:
         if isinstance(self.integers_below, int):
             return self.integers_below
         return next(int(value) for key in self.integers_below if (value := config.get(key)))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Latents (batch, channels, height, width) go through the model as (batch, tokens, squares * channels).
+
+    ``unpack`` takes these, the height and the width of the latents.
+    """
+
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor, int, int], torch.Tensor]
+    squares: int
 
 
 def axis_of(axis: Axis, config: Config) -> int | str:

@@ -13,6 +13,7 @@ SD3 = ModelAdapter(
     sample="hidden_states",
     objective="flow_matching",
     smallest=two_patches,
+    any_size=True,
     inputs=(
         Port("hidden_states", "batch {in_channels} height width"),
         Port("encoder_hidden_states", "batch sequence {joint_attention_dim}"),
@@ -39,4 +40,10 @@ SD3 = ModelAdapter(
     ),
     processors=("JointAttnProcessor2_0",),
     words=(("sequence", 333),),
+    encoded=(
+        "encoder_hidden_states",
+        "null encoder_hidden_states",
+        "pooled_projections",
+        "null pooled_projections",
+    ),
 )

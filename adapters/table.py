@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffprune_plugin.adapters.heads import AttentionFacts, attribute_at, below, modules_of
 from diffprune_plugin.adapters.ports import (
     Config,
+    Packing,
     Port,
     any_timestep,
     config_of,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Refused"]
 
+# What the pipelines of Stable Diffusion and XL return for prompts.
+STATES_AND_POOLED = ("encoder_hidden_states", "null encoder_hidden_states", "text_embeds", "null text_embeds")
+
 
 @dataclass(frozen=True)
 class ModelAdapter(AttentionFacts):
@@ -35,7 +39,11 @@ class ModelAdapter(AttentionFacts):
     component: the attribute of a pipeline that holds the model. sample, timestep: names of the inputs that hold the
         noisy sample (batch, channels, ...) and its timesteps (batch,).
     size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; timesteps: taken.
-    objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`. module: where the class is imported from.
+    words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
+    any_size: data of any size are taken. packing: of latents into tokens, where the pipeline does it.
+    objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`; model_time: what its timesteps are times
+        those of the scheduler. encoded: the inputs that the pipeline's encode_prompt returns, by place, or nothing;
+        after "null" those for no prompt. module: where the class is imported from.
     """
 
     model_class: str
@@ -47,7 +55,7 @@ class ModelAdapter(AttentionFacts):
     mirrors: tuple[Mirror, ...] = ()
     known: tuple[Known, ...] = ()
     refused: tuple[Refused, ...] = ()
-    words: tuple[tuple[str, int], ...] = ()  # sizes of dynamic axes other than batch, height and width, in examples
+    words: tuple[tuple[str, int | Callable[[Mapping[str, int]], int]], ...] = ()
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
     module: str = "diffusers"
     component: str = "unet"
@@ -56,26 +64,53 @@ class ModelAdapter(AttentionFacts):
     size: Callable[[Config], tuple[int, int]] = configured_size
     smallest: Callable[[Config], tuple[int, int]] = two_pixels_at_the_bottom
     timesteps: Callable[[Config], range] = any_timestep
+    any_size: bool = False
+    packing: Packing | None = None
     objective: str = "noise_prediction"
+    model_time: float = 1.0
+    encoded: tuple[str, ...] = (
+        "encoder_hidden_states",
+        "null encoder_hidden_states",
+        "text_embeds",
+        "null text_embeds",
+    )
 
     def ports(self, model: nn.Module) -> tuple[Port, ...]:
         """The inputs that this model's config asks for."""
         return tuple(port for port in self.inputs if port.exists(config_of(model)))
 
     def further_ports(self, model: nn.Module) -> tuple[Port, ...]:
-        """The inputs other than the sample and its timesteps."""
-        return tuple(port for port in self.ports(model) if port.name not in (self.sample, self.timestep))
+        """The inputs other than the sample and its timesteps that data have to give."""
+        given = (port for port in self.ports(model) if port.made is None)
+        return tuple(port for port in given if port.name not in (self.sample, self.timestep))
 
     def sample_shape(self, model: nn.Module) -> tuple[int, ...]:
-        """(channels, height, width) of one sample of the config's size."""
+        """(channels, height, width) of one sample of the config's size, before it is packed."""
         height, width = self.size(config_of(model))
-        sizes = {"height": height, "width": width, **dict(self.words)}
-        return tuple(sized(self.shapes(model)[self.sample][1:], sizes))
+        if self.packing:
+            return self.channels(model)[0], height, width
+        return tuple(sized(self.shapes(model)[self.sample][1:], self.sizes(model)))
 
     def channels(self, model: nn.Module) -> tuple[int, int]:
         """How many channels of a sample the model takes, and how many it gives."""
-        given = self.outputs[0].shape(config_of(model))[1]
-        return self.sample_shape(model)[0], given if isinstance(given, int) else dict(self.words)[given]
+        sizes, places = self.sizes(model), (-1 if self.packing else 1, self.packing.squares if self.packing else 1)
+        shapes = self.shapes(model)[self.sample], self.outputs[0].shape(config_of(model))
+        taken, given = (sized((shape[places[0]],), sizes)[0] // places[1] for shape in shapes)
+        return taken, given
+
+    def sizes(
+        self,
+        model: nn.Module,
+        batch: int = 1,
+        size: tuple[int, int] | None = None,
+        words: Mapping[str, int] | None = None,
+    ) -> dict[str, int]:
+        """The size of each axis by its word: ``words`` or the table's, ``size`` (height, width) or the config's."""
+        height, width = size or self.size(config_of(model))
+        found: dict[str, int] = {"batch": batch, "height": height, "width": width}
+        for word, count in self.words:
+            found[word] = (words or {}).get(word, count(found) if callable(count) else count)
+        return found | dict(words or {})
 
     def example_inputs(
         self,
@@ -103,16 +138,16 @@ class ModelAdapter(AttentionFacts):
         import torch
 
         generator, config = torch.Generator().manual_seed(seed), config_of(model)
-        steps, (height, width) = self.timesteps(config), size or self.size(config)
-        parameter = next(model.parameters())
-        sizes = {"batch": batch, "height": height, "width": width, **dict(self.words), **(words or {})}
-        inputs = {}
+        steps, parameter = self.timesteps(config), next(model.parameters())
+        sizes, inputs = self.sizes(model, batch, size, words), {}
         for port in self.ports(model):
             shape = sized(port.shape(config), sizes)
-            if port.integers_below:
+            if port.made:
+                tensor = port.made(sizes).to(parameter.dtype)
+            elif port.integers_below:
                 tensor = torch.randint(0, port.classes(config), shape, generator=generator, dtype=port.torch_dtype)
             elif port.torch_dtype is torch.int64 or port.name == self.timestep:
-                rows = [steps[(i + 1) % len(steps)] for i in range(batch)]
+                rows = [steps[(i + 1) % len(steps)] * self.model_time for i in range(batch)]
                 tensor = torch.tensor(rows, dtype=port.torch_dtype)
             else:
                 tensor = torch.randn(shape, generator=generator).to(parameter.dtype)
@@ -140,12 +175,34 @@ class ModelAdapter(AttentionFacts):
     def predict(
         self, model: nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, extra: Mapping[str, Any]
     ) -> torch.Tensor:
-        """The model's output for noisy samples (batch, channels, ...), timesteps (batch,) and further inputs."""
-        return self.denoise(model, {self.sample: sample, self.timestep: timesteps, **extra})
+        """The model's output, of the shape of a sample, for noisy samples (batch, channels, ...), timesteps (batch,)
+        and further inputs."""
+        return self.unpacked(self.denoise(model, self.given(model, sample, timesteps, extra)), sample)
+
+    def given(
+        self, model: nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All inputs by name for what `predict` takes: packed, and with those that no data has to give."""
+        shapes = {name: shape for name, shape in self.shapes(model).items() if name in extra}
+        words = {
+            axis: extra[name].shape[place]
+            for name, shape in shapes.items()
+            for place, axis in enumerate(shape)
+            if isinstance(axis, str)
+        }
+        sizes = self.sizes(model, len(sample), (sample.shape[-2], sample.shape[-1]), words)
+        made = {port.name: port.made(sizes).to(sample) for port in self.ports(model) if port.made}
+        packed = self.packing.pack(sample) if self.packing else sample
+        return {self.sample: packed, self.timestep: timesteps, **made, **extra}
+
+    def unpacked(self, output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """An output of the model in the shape of a sample."""
+        return self.packing.unpack(output, like.shape[-2], like.shape[-1]) if self.packing else output
 
     def trace_inputs(self, model: nn.Module) -> dict[str, Any]:
         """The smallest inputs that pass through every layer."""
-        return self.example_inputs(model, size=self.trace_size(model), words={word: 2 for word, _ in self.words})
+        words = {word: 2 for word, count in self.words if not callable(count)}
+        return self.example_inputs(model, size=self.trace_size(model), words=words)
 
     def trace_size(self, model: nn.Module) -> tuple[int, int]:
         """The smallest (height, width) of a sample that passes through every layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from diffprune_plugin.testing.tiny import unsettled_
 
@@ -17,12 +17,16 @@ ALPHA |= {"use_additional_conditions": True}
 SD3 = {**SIZES, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 24, "caption_projection_dim": 32}
 SD3 |= {"num_layers": 3, "pooled_projection_dim": 20, "pos_embed_max_size": 8}
 SD35 = {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+FLUX = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16}
+FLUX |= {"num_attention_heads": 4, "joint_attention_dim": 24, "pooled_projection_dim": 20}
+FLUX |= {"axes_dims_rope": (4, 6, 6), "guidance_embeds": True}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DiT": (DiTTransformer2DModel, DIT),
     "PixArt sigma": (PixArtTransformer2DModel, PIXART),
     "PixArt alpha": (PixArtTransformer2DModel, ALPHA),
     "SD 3": (SD3Transformer2DModel, SD3),
     "SD 3.5": (SD3Transformer2DModel, SD35),
+    "Flux": (FluxTransformer2DModel, FLUX),
 }
 
 
@@ -30,4 +34,6 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
     """A model of some 0.1 M random parameters, in eval mode."""
     cls, config = MODELS[name]
     torch.manual_seed(seed)
-    return unsettled_(cls(**{**config, **changes})).eval()
+    model = cls(**{**config, **changes})
+    model.register_to_config(sample_size=8)  # Flux has none of its own
+    return unsettled_(model).eval()

@@ -18,8 +18,8 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.testing import check_adapter
 
-JOINT, SELF, MLP = ("to_out.0", "to_add_out"), ("to_out.0",), ("net.2",)
-# The root layer of each kind of unit, and the layers, by glob-free suffix, that read these units and nothing else.
+JOINT, SELF = ("to_out.0", "to_add_out"), ("to_out.0",)
+# The root layer of each kind of unit, and the layers that read these units.
 UNITS: list[tuple[str, str, Sequence[str]]] = [
     ("DiT", "transformer_blocks.0.ff.net.0.proj", ["transformer_blocks.0.ff.net.2"]),
     (
@@ -42,7 +42,18 @@ UNITS: list[tuple[str, str, Sequence[str]]] = [
         [f"transformer_blocks.{i}.{norm}.linear" for i in range(3) for norm in ("norm1", "norm1_context")]
         + ["norm_out.linear"],
     ),
+    ("Flux", "transformer_blocks.1.ff.net.0.proj", ["transformer_blocks.1.ff.net.2"]),
+    ("Flux", "transformer_blocks.0.ff_context.net.0.proj", ["transformer_blocks.0.ff_context.net.2"]),
+    ("Flux", "single_transformer_blocks.0.proj_mlp", ["single_transformer_blocks.0.proj_out"]),
+    (
+        "Flux",
+        "time_text_embed.guidance_embedder.linear_2",
+        [f"transformer_blocks.{i}.{norm}.linear" for i in range(2) for norm in ("norm1", "norm1_context")]
+        + [f"single_transformer_blocks.{i}.norm.linear" for i in range(2)]
+        + ["norm_out.linear"],
+    ),
 ]
+BEHIND = {"single_transformer_blocks.0.proj_out": 64}  # the attention's outputs come first
 HEADS: list[tuple[str, str, Sequence[str]]] = [
     ("DiT", "transformer_blocks.0.attn1", SELF),
     ("PixArt sigma", "transformer_blocks.0.attn1", SELF),
@@ -51,6 +62,8 @@ HEADS: list[tuple[str, str, Sequence[str]]] = [
     ("SD 3", "transformer_blocks.2.attn", SELF),
     ("SD 3.5", "transformer_blocks.0.attn", JOINT),
     ("SD 3.5", "transformer_blocks.1.attn2", SELF),
+    ("Flux", "transformer_blocks.0.attn", JOINT),
+    ("Flux", "single_transformer_blocks.1.attn", ("",)),
 ]
 
 
@@ -84,7 +97,8 @@ def test_units_that_go_leave_the_dense_model_that_does_not_read_them(name: str, 
     plan = dp.make_plan(model, "magnitude", pruning_ratio=0.0, pruning_ratio_dict={root: 0.5})
     (gone,) = [group.removed for group in plan.groups if group.removed]
     assert len(gone) == next(group.units for group in plan.groups if group.removed) // 2
-    check_oracle(model, plan, without(model, readers, gone))
+    places = [place + BEHIND.get(readers[0], 0) for place in gone]
+    check_oracle(model, plan, without(model, readers, places))
 
 
 @pytest.mark.parametrize(("name", "attention", "outputs"), HEADS)
@@ -94,9 +108,12 @@ def test_whole_heads_that_go_leave_the_dense_model_without_them(name: str, atten
     plan = dp.make_plan(model, "magnitude", pruning_ratio=0.0, head_pruning_ratio=0.25, ignored_layers=others)
     assert plan.heads == {attention: (4, 3)}
     (gone,) = [group.removed for group in plan.groups if group.removed]
-    check_oracle(model, plan, without(model, [f"{attention}.{out}" for out in outputs], gone))
+    readers = [f"{attention}.{out}" if out else attention.replace("attn", "proj_out") for out in outputs]
+    check_oracle(model, plan, without(model, readers, gone))
     module = model.get_submodule(attention)
-    assert (module.heads, module.inner_dim, module.inner_kv_dim) == (3, 24, 24)
+    width = module.to_q.out_features
+    assert (module.heads, module.inner_dim) == (3, width)
+    assert getattr(module, "inner_kv_dim", width) == width
 
 
 @pytest.mark.parametrize(
@@ -114,7 +131,7 @@ def test_dimensions_inside_heads_go_where_nothing_ties_them(name: str, attention
     assert model.get_submodule(attention).inner_dim == 16
 
 
-@pytest.mark.parametrize("name", ["SD 3", "SD 3.5"])
+@pytest.mark.parametrize("name", ["SD 3.5", "Flux"])
 def test_attention_of_joint_streams_loses_whole_heads_by_the_common_ratio_or_its_own(name: str) -> None:
     model = make(name)
     plan = dp.make_plan(model, "magnitude", pruning_ratio=0.5)
@@ -149,6 +166,7 @@ TABLES = {
     "DiTTransformer2DModel": ["DiT"],
     "PixArtTransformer2DModel": ["PixArt sigma", "PixArt alpha"],
     "SD3Transformer2DModel": ["SD 3", "SD 3.5"],
+    "FluxTransformer2DModel": ["Flux"],
 }
 
 
