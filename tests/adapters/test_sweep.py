@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.unets import unet_2d_blocks
 from tiny_conditional import SD, SDXL
 
 import diffprune_plugin as dp
@@ -142,6 +145,9 @@ CONDITIONAL = [
     *each("conv_in_kernel", 1, 5),
     *each("conv_out_kernel", 1, 5),
     *each("cross_attention_norm", "layer_norm"),
+    *each("block_out_channels", (32, 32), (64, 32)),
+    *each("norm_eps", 1e-3),
+    *each("reverse_transformer_layers_per_block", (2, 1), transformer_layers_per_block=(1, 2)),
 ]
 CONDITIONAL_REFUSED = [
     *down("SimpleCrossAttnDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D", "KDownBlock2D"),
@@ -167,6 +173,7 @@ REFUSED = [
     *((UNet2DModel, PLAIN, change) for change in UNCONDITIONAL_REFUSED),
     *((UNet2DConditionModel, SD, change) for change in CONDITIONAL_REFUSED),
 ]
+LEFT_OUT = {"num_attention_heads"}  # diffusers raises for it
 # Those with a way of their own through the exporter: embeddings, inputs, resampling.
 OWN_WAY = ("time_embedding_type", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "in_channels")
 EXPORTED = [row for row in PRUNED if set(row[2]) & set(OWN_WAY)]
@@ -219,3 +226,24 @@ def test_what_cannot_be_pruned_is_refused_in_a_line_that_names_the_key(cls: Any,
     key = next(iter(change))
     with pytest.raises(BadInput, match=rf"^{key}: .+$"):
         dp.make_plan(made(cls, base, change), "magnitude")
+
+
+@pytest.mark.parametrize(
+    ("cls", "base", "changes"),
+    [
+        (UNet2DModel, PLAIN, UNCONDITIONAL + UNCONDITIONAL_REFUSED),
+        (UNet2DConditionModel, SD, CONDITIONAL + CONDITIONAL_REFUSED),
+    ],
+)
+def test_every_option_and_block_type_that_diffusers_has_is_in_the_sweep(
+    cls: Any, base: Config, changes: list[Config]
+) -> None:
+    options = set(inspect.signature(cls).parameters) - {key for change in changes for key in change}
+    assert options <= LEFT_OUT, "neither pruned nor refused here"
+    for key, make in (("down_block_types", "get_down_block"), ("up_block_types", "get_up_block")):
+        built = set(re.findall(r'== "(\w+Block2D)"', inspect.getsource(getattr(unet_2d_blocks, make))))
+        tried = {name for change in changes for name in change.get(key, ())} | set(base[key])
+        if cls is UNet2DModel:  # those with text do not take its calls
+            built = {name for name in built if "CrossAttn" not in name}
+        assert len(built) >= 8
+        assert built <= tried
