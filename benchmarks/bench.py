@@ -19,7 +19,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of a pool too
 
-from quality import allocation, calibration, compensate, criteria, recover, reference
+from quality import allocation, calibration, compensate, criteria, recover, reference, regressions
 from size import export_sd15, latency, scale
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -27,7 +27,18 @@ Quick = Annotated[bool, typer.Option("--quick", help="fewer seeds, steps and ima
 Workers = Annotated[int, typer.Option(help="processes, of one thread each")]
 LARGE_BATCH = ("random", "magnitude", "taylor", criteria.PAPER, criteria.SCRATCH)
 
-for module in (recover, criteria, reference, allocation, calibration, compensate, latency, scale, export_sd15):
+for module in (
+    recover,
+    criteria,
+    reference,
+    allocation,
+    calibration,
+    compensate,
+    regressions,
+    latency,
+    scale,
+    export_sd15,
+):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"), help=(module.__doc__ or "").split("\n\n")[0])(
         module.main
     )
@@ -70,6 +81,7 @@ def more() -> None:
     batches()
     calibration.main()
     compensate.main()
+    regressions.main()
 
 
 @app.command()

@@ -165,31 +165,37 @@ class Run:
         return sum(self.squares) / self.noisy.count
 
     def passes(self, probes: int, bar: Any) -> None:
-        """A backward pass for each batch and probe, shared out over the processes."""
-        jobs = [(rows, probe) for rows in self.rows() for probe in range(probes)]
+        """A forward pass for each batch and a backward pass for each of its probes; processes share the batches."""
+        jobs = self.rows()
         task = bar.add_task("sensitivity", total=len(jobs), completed=self.done)
         step = self.processes.count
         while self.done < len(jobs):
-            for rows, probe in self.processes.part_of(jobs[self.done : self.done + step]):
-                self.add(rows, probe)
+            for rows in self.processes.part_of(jobs[self.done : self.done + step]):
+                self.add(rows, probes)
             self.done = min(self.done + step, len(jobs))
             bar.update(task, completed=self.done)
             self.save(now=False)
 
-    def add(self, rows: range, probe: int) -> None:
-        """One backward pass: the squared sums of its samples for each unit."""
+    def add(self, rows: range, probes: int) -> None:
+        """One forward pass, and a backward pass of its graph for each probe: the squared sums for each unit."""
         like = next(self.model.parameters())
         with self.watched() as found:
             output = self.adapter.denoise(self.model, self.noisy.batch(rows, like))
-            noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
-            (noise * output).sum().backward()  # type: ignore[no-untyped-call]
+            for probe in range(probes):
+                noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
+                output.backward(noise, retain_graph=probe + 1 < probes)  # type: ignore[no-untyped-call]
+                self.take(found, len(rows), output[0].numel())
+                found.clear()
+
+    def take(self, found: dict[str, Tensor], samples: int, values: int) -> None:
+        """Add what one probe found for each layer, over the layers that a unit goes into."""
         for group in self.groups:
-            moved = torch.zeros(len(rows), group.channels)
+            moved = torch.zeros(samples, group.channels)
             for member in group.members:
                 if member.side == "in" and member.layer in found:
                     at = torch.as_tensor(member.roots), torch.as_tensor(member.channels)
                     moved.index_add_(1, at[0], found[member.layer][:, at[1]])
-            self.sums[group.root] += moved.double().square().sum(0) / output[0].numel()
+            self.sums[group.root] += moved.double().square().sum(0) / values
 
     def noise(self, row: int, probe: int, shape: Sequence[int]) -> Tensor:
         """v for one sample, by its number and the probe's alone."""

@@ -86,14 +86,14 @@ def test_the_same_seed_gives_the_same_scores_another_does_not(images: np.ndarray
 
 
 def test_interrupted_it_goes_on_to_the_same_bits(images: np.ndarray, tmp_path: Path, monkeypatch) -> None:
-    whole, add, calls = measured(images), linear.Run.add, iter(range(3))
+    whole, add, calls = measured(images, batch_size=1), linear.Run.add, iter(range(3))
 
     def until_the_third(run: linear.Run, *job: Any) -> None:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         add(run, *job)
 
-    storing = {"checkpoint": tmp_path, "checkpoint_seconds": 0.0}
+    storing = {"checkpoint": tmp_path, "checkpoint_seconds": 0.0, "batch_size": 1}
     with monkeypatch.context() as patch:
         patch.setattr(linear.Run, "add", until_the_third)
         with pytest.raises(KeyboardInterrupt):
