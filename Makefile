@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint docs bench bench-quick bench-more bench-scale clean
+.PHONY: demo test test-all lint docs bench bench-quick bench-more bench-scale dist dist-check clean
 
 $(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,18 @@ bench-more: $(READY)
 # Real sizes, random weights: Stable Diffusion and others.
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/bench.py sizes
+
+# What a release uploads, checked as the index does.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/pip install -q build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# The wheel alone, in a fresh environment for each extra, prunes the embedded model: minutes and gigabytes each.
+EXTRAS := none cpu eval nncf train text
+dist-check: dist
+	for extra in $(EXTRAS); do $(PYTHON) tests/fresh_install.py dist/*.whl $$extra || exit 1; done
 
 clean:
 	rm -rf .venv build dist site diffprune-demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*
