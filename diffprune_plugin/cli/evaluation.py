@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from diffprune_plugin.cli.console import console, say
-from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile
+from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile, Report
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
 from diffprune_plugin.export.options import Overwrite
@@ -67,11 +67,15 @@ def evaluate(
     prompts: PromptsFile = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
+    report: Report = None,
     json: Json = False,
 ) -> None:
     """Measure a model: size, loss per timestep, distance to real images, likeness to the dense model's images."""
     from diffprune_plugin.evaluation.evaluate import run
+    from diffprune_plugin.utils.html_report import check_report, write_report
 
+    if report:
+        check_report(report, overwrite)
     result = run(
         directory,
         output,
@@ -84,8 +88,10 @@ def evaluate(
         device=device,
         overwrite=overwrite,
     )
+    if report:
+        write_report(report, f"Evaluation of {directory}", (output / "report.md").read_text(), output)
     if json:
         console.print_json(data=result.facts)
         return
     say(result.markdown())
-    say(f"wrote {output}")
+    say(f"wrote {' and '.join(str(path) for path in (output, report) if path)}")

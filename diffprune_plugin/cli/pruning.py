@@ -10,7 +10,8 @@ from rich.console import Console
 
 from diffprune_plugin.cli.console import console, say
 from diffprune_plugin.cli.inspection import show_plan
-from diffprune_plugin.cli.options import ConfigFile, Data, FromFlags, Json, Model, Seed, SetKeys
+from diffprune_plugin.cli.options import ConfigFile, Data, FromFlags, Json, Model, Report, Seed, SetKeys
+from diffprune_plugin.cli.reports import write_frontier, write_pruning
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.options import Overwrite
 
@@ -31,12 +32,17 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     keys: SetKeys = None,
     overwrite: Overwrite = False,
+    report: Report = None,
     json: Json = False,
 ) -> None:
     """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
     from diffprune_plugin.config.dialects import read, settle
     from diffprune_plugin.utils.distributed import Processes
+    from diffprune_plugin.utils.html_report import check_report
     from diffprune_plugin.workflow import prune_shared
+
+    if report:
+        check_report(report, overwrite)
 
     def given() -> tuple[Listing, PruningConfig]:
         listing = read(config, flags)
@@ -53,6 +59,8 @@ def prune(
         raise listing.located(error) from None
     if result is None:  # the first process speaks for all
         return
+    if report:
+        write_pruning(report, settled, result)
     show_plan(result.plan, json)
     if accelerator and not json:
         say(f"processes: {processes.count} ({accelerator.device.type})")
@@ -73,19 +81,25 @@ def frontier(
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw it as PNG.")] = None,
     overwrite: Overwrite = False,
+    report: Report = None,
     json: Json = False,
 ) -> None:
     """Show what every budget would cost, before choosing one: the error of the output, uniform and allocated."""
     from diffprune_plugin.config.dialects import read, settle
+    from diffprune_plugin.utils.html_report import check_report
     from diffprune_plugin.utils.optional import check_installed
     from diffprune_plugin.workflow import frontier_of
 
-    if plot:
+    if report:
+        check_report(report, overwrite)
+    if plot or report:
         check_installed("matplotlib")
-        if plot.exists() and not overwrite:
-            raise BadInput(f"{plot} exists; use --overwrite or another file")
+    if plot and plot.exists() and not overwrite:
+        raise BadInput(f"{plot} exists; use --overwrite or another file")
     listing = read(config, flags)
     found = frontier_of(settle(listing, keys or [], model=model, data=data), verify)
+    if report:
+        write_frontier(report, found)
     if json:
         console.print_json(data=found.as_dict())
     else:

@@ -23,6 +23,7 @@ from diffprune_plugin.planning.report import plan_markdown, size_change
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.pruning.saving import PRUNED
 from diffprune_plugin.utils.files import new_directory, write_list, write_text
+from diffprune_plugin.utils.html_report import write_report
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.workflow import Pruned, prune
 
@@ -31,7 +32,7 @@ MODEL = HERE / "model"
 CALIBRATION_IMAGES = HERE / "calibration.npz"
 HELD_OUT_IMAGES = HERE / "held_out.npz"
 IMAGES = 8
-NEEDED = ("matplotlib", "onnxscript", "onnxruntime")  # for pictures and export
+NEEDED = ("markdown", "matplotlib", "onnxscript", "onnxruntime")  # for pictures and export
 
 
 def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -68,12 +69,14 @@ def make(work: Path, output: Path, seed: int, console: Console) -> None:
     plot_calibration(result, removed, work)
     console.print("[bold]4/4[/] export to ONNX, verify against PyTorch, time against the dense model")
     verdict = export(work, lambda line: console.print(line.replace(str(work), str(output)), markup=False))
-    write_text(work / "report.md", report_text(work, removed, result, verdict, seed))
+    report = report_text(work, removed, result, verdict, seed)
+    write_text(work / "report.md", report)
+    write_report(work / "report.html", "Demo: a diffusion model of digits, pruned", report, work)
 
 
 def name_(work: Path, output: Path) -> None:
     """Name the output where a text names the folder that was worked in."""
-    for file in [path for path in work.rglob("*") if path.suffix in (".json", ".md", ".yaml")]:
+    for file in [path for path in work.rglob("*") if path.suffix in (".json", ".md", ".html", ".yaml")]:
         text = file.read_text()
         named = text.replace(os.path.relpath(work), os.path.relpath(output)).replace(str(work), str(output))
         if named != text:

@@ -10,6 +10,7 @@ from diffprune_plugin.errors import MissingExtra
 
 # Extra by package; what is not listed comes with the extra cpu, as ONNX and its runtime do.
 EXTRAS = {
+    "markdown": "eval",
     "matplotlib": "eval",
     "nncf": "nncf",
     "tensorboard": "train",
