@@ -178,6 +178,18 @@ def test_no_repair_is_worse_on_held_out_images_and_the_output_comes_nearer(image
     assert error(unet, dense, images) < 0.7 * before
 
 
+def test_in_bfloat16_the_same_sums_are_refitted_and_the_output_comes_nearer(images: np.ndarray) -> None:
+    reports = []
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = make_unet().to(dtype)
+        unet, plan = pruned(dense)
+        before = error(unet, dense, images)
+        reports.append(repair(unet, dense, plan, images, samples=32))
+        assert error(unet, dense, images) < 0.75 * before
+    first, second = ([(r.layers, r.block, r.unknowns) for r in report.repairs] for report in reports)
+    assert first == second
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_in_half_precision_the_update_that_is_judged_is_the_one_that_is_written(bias: bool) -> None:
     """The oracle: what the layers compute afterwards less what they computed before."""
