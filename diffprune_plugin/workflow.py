@@ -6,8 +6,8 @@ import copy
 import functools
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,18 +25,23 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.graph.running import execution_order
 from diffprune_plugin.hookspecs import Criterion
+from diffprune_plugin.planning.allocated import predicted
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.planning.planner import check_patterns, material_of, plan_with
+from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
+from diffprune_plugin.planning.plot import plot_widths
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
-from diffprune_plugin.pruning.loading import load_model
+from diffprune_plugin.pruning.loading import load_model, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.compensate import SAMPLES, CompensationReport, compensate_, passes_that_fit
 from diffprune_plugin.recovery.draws import check_enough
+from diffprune_plugin.sensitivity.answers import spend_measured
 from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
+from diffprune_plugin.sensitivity.measured import Search, search
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.stored import sensitivity_for
 from diffprune_plugin.utils.device import device_of
@@ -48,12 +53,22 @@ from diffprune_plugin.utils.memory import out_of_memory
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a run made: the model (pipeline or UNet, pruned unless a dry run), its plan, and what led to it."""
+    """What a run made: the model (pipeline or UNet, pruned unless a dry run), its plan, and what led to it.
+
+    errors: what a budget was spent by, the error that each width of each group would have by itself, by root layer and
+    by how many units go; empty where it was not spent so.
+    """
 
     model: Any
     plan: PruningPlan
     calibration: Calibration | None
     compensation: CompensationReport | None
+    errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def plot(self, path: Path) -> None:
+        """The widths before and after, and what others would have cost; raises MissingExtra without matplotlib."""
+        model = self.model if isinstance(self.model, nn.Module) else model_of(self.model)
+        plot_widths(self.plan, execution_order(model, find_adapter(model)), path, self.errors)
 
 
 @dataclass(frozen=True)
@@ -96,12 +111,14 @@ def prune_shared(
     processes = Processes(accelerator.device if accelerator else torch.device(config.device))
     job = processes.on_all(lambda: prepare(config_on(accelerator, config), overwrite, dry_run))
     calibration, sensitivity = measured(job, processes, not dry_run, progress)
-    plan = processes.on_first(lambda: plan_of(job, calibration, sensitivity))
-    if plan is None:
+    made = processes.on_first(lambda: material_for(job, calibration))
+    plan = plan_of(job, made, sensitivity, processes, not dry_run, progress)
+    if plan is None or made is None:
         return None
-    if dry_run:
-        return Pruned(job.loaded, plan, calibration, None)
-    return finish(job, plan, calibration, overwrite, progress)
+    wished = job.config.with_wishes_of(made.criterion)
+    errors = {} if sensitivity is None else predicted(made.items, wished, sensitivity)
+    result = Pruned(job.loaded, plan, calibration, None, errors)
+    return result if dry_run else replace(result, compensation=finish(job, plan, overwrite, progress))
 
 
 def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -> Frontier:
@@ -111,9 +128,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -
     """
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
     calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
-    if calibration is not None:
-        job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    material = material_of(config, job.model, job.criterion)
+    material = material_for(job, calibration)
     found = frontier(material, config, cast(Sensitivity, sensitivity))
     if verify:
         adapter, scheduler = material.adapter, job.loaded.scheduler
@@ -178,15 +193,47 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     return Job(config, criterion, loaded, model, compensating, functools.cache(samples))
 
 
-def plan_of(job: Job, calibration: Calibration | None, sensitivity: Sensitivity | None) -> PruningPlan:
+def material_for(job: Job, calibration: Calibration | None) -> Material:
+    """What the plan is made from, scored with the calibration."""
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    told = describe(job.criterion, job.config)
-    return plan_with(job.config, job.model, job.criterion, description=told, sensitivity=sensitivity)
+    return material_of(job.config, job.model, job.criterion)
 
 
-def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwrite: bool, progress: bool) -> Pruned:
-    """Remove, compensate, save."""
+def plan_of(
+    job: Job,
+    material: Material | None,
+    sensitivity: Sensitivity | None,
+    processes: Processes,
+    store: bool,
+    progress: bool,
+) -> PruningPlan | None:
+    """The plan, on the first process, which alone has the material; what it is measured by, all measure together."""
+    config = job.config
+
+    def made() -> PruningPlan:
+        return plan_from(cast(Material, material), config, describe(job.criterion, config), sensitivity)
+
+    def searching() -> Search:
+        return search(cast(Material, material), config, describe(job.criterion, config), cast(Sensitivity, sensitivity))
+
+    if config.allocation != "measured":
+        return processes.on_first(made)
+    return spend_measured(
+        searching,
+        job.model,
+        job.loaded.scheduler,
+        processes.on_all(job.samples),
+        processes,
+        samples=config.sensitivity_samples,
+        seed=config.seed,
+        progress_in=progress_directory(config.output) if store else None,
+        progress=progress,
+    )
+
+
+def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> CompensationReport | None:
+    """Remove, compensate, save; what the compensation did, if there was one."""
     config, loaded, model = job.config, job.loaded, job.model
     dense = copy.deepcopy(model) if job.compensating else None
     remove_(model, plan)
@@ -200,7 +247,7 @@ def finish(job: Job, plan: PruningPlan, calibration: Calibration | None, overwri
     save(loaded, Path(config.output), overwrite=overwrite, extra=extra)
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
     loaded.to(config.device)
-    return Pruned(loaded, plan, calibration, compensation)
+    return compensation
 
 
 def wants_compensation(config: PruningConfig, loaded: Any) -> bool:

@@ -30,6 +30,7 @@ def prune(
     data: Data = None,
     output: Annotated[str | None, typer.Option(help="Where the pruned model goes; overrides the config's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the widths, and what others would cost, as PNG.")] = None,
     keys: SetKeys = None,
     overwrite: Overwrite = False,
     report: Report = None,
@@ -48,6 +49,7 @@ def prune(
         listing = read(config, flags)
         return listing, settle(listing, keys or [], model=model, data=data, output=output)
 
+    check_plot(plot, overwrite)
     accelerator = context.obj  # of accelerate launch
     processes = Processes(accelerator and accelerator.device)
     listing, settled = processes.on_all(given)
@@ -59,6 +61,8 @@ def prune(
         raise listing.located(error) from None
     if result is None:  # the first process speaks for all
         return
+    if plot:
+        result.plot(plot)
     if report:
         write_pruning(report, settled, result)
     show_plan(result.plan, json)
@@ -68,6 +72,8 @@ def prune(
         console.print(compensation_line(result.compensation))
         say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
         say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
+    if plot and not json:
+        say(f"wrote {plot}")
 
 
 def frontier(
@@ -87,15 +93,11 @@ def frontier(
     """Show what every budget would cost, before choosing one: the error of the output, uniform and allocated."""
     from diffprune_plugin.config.dialects import read, settle
     from diffprune_plugin.utils.html_report import check_report
-    from diffprune_plugin.utils.optional import check_installed
     from diffprune_plugin.workflow import frontier_of
 
     if report:
         check_report(report, overwrite)
-    if plot or report:
-        check_installed("matplotlib")
-    if plot and plot.exists() and not overwrite:
-        raise BadInput(f"{plot} exists; use --overwrite or another file")
+    check_plot(plot, overwrite, drawing=report is not None)
     listing = read(config, flags)
     found = frontier_of(settle(listing, keys or [], model=model, data=data), verify)
     if report:
@@ -108,6 +110,16 @@ def frontier(
         found.plot(plot)
         if not json:
             say(f"wrote {plot}")
+
+
+def check_plot(plot: Path | None, overwrite: bool, drawing: bool = False) -> None:
+    """Raises MissingExtra without matplotlib where something is drawn, BadInput for a file that is there."""
+    from diffprune_plugin.utils.optional import check_installed
+
+    if plot or drawing:
+        check_installed("matplotlib")
+    if plot and plot.exists() and not overwrite:
+        raise BadInput(f"{plot} exists; use --overwrite or another file")
 
 
 def compensation_line(report: CompensationReport | None) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.graph.costs import meta_copy
 
 
 @torch.no_grad()
@@ -19,6 +20,20 @@ def smallest_output(model: nn.Module, adapter: ModelAdapter) -> tuple[int, ...]:
     with failures_named(model):
         output: torch.Tensor = model(**adapter.trace_inputs(model), return_dict=False)[0]
     return tuple(output.shape)
+
+
+@torch.no_grad()
+def execution_order(model: nn.Module, adapter: ModelAdapter) -> list[str]:
+    """Names of the modules in the order in which the smallest forward first enters them; nothing is computed."""
+    copied, order = meta_copy(model), dict[str, None]()
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: order.setdefault(name)
+
+    for name, module in copied.named_modules():
+        module.register_forward_pre_hook(enter(name))
+    copied(**adapter.trace_inputs(copied), return_dict=False)
+    return list(order)
 
 
 @contextlib.contextmanager

@@ -23,16 +23,23 @@ from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, Allocation, GroupPlan
 
 WIDTHS = 64  # of one group at most: of more, evenly spaced ones
-MOST = 0.75  # of a group: beyond it the linear estimate is too low, since units that are left matter more
 
 
 class Errors(Protocol):
-    """What a sensitivity says: the error of the output when these units of a group are gone."""
+    """What a sensitivity says: the error of the output when these units of a group are gone, and for which counts.
+
+    ``most``: the largest share of a group for which it holds.
+    """
+
+    @property
+    def most(self) -> float: ...
 
     @property
     def sha256(self) -> str: ...
 
     def error(self, root: str, units: Collection[int]) -> float: ...
+
+    def knows(self, root: str, count: int) -> bool: ...
 
 
 def allocated(
@@ -62,27 +69,43 @@ def menus_of(
     items: Sequence[AskedGroup], options: PlanOptions, errors: Errors
 ) -> list[tuple[Menu, dict[int, GroupPlan]]]:
     """For each group its widths with their errors, and the plan of each by how many units go."""
-    fixed = select(items, 0.0, options)
     found = []
-    for item, as_it_is in zip(items, fixed, strict=True):
-        heads = len(attentions(items).get(item.heads, ())) > 1 or options.head_pruning_ratio is not None
-        free = not (item.request.stays or (item.heads and heads) or item.request.ratio is not None)
-        plans = {len(plan.removed): plan for plan in (widths(item, options) if free else [as_it_is])}
+    for item, every in zip(items, choices(items, options, errors.most), strict=True):
+        plans = {count: plan for count, plan in every.items() if errors.knows(item.group.root, count)}
         counts = tuple(sorted(plans))
         rising = np.maximum.accumulate([errors.error(item.group.root, plans[count].removed) for count in counts])
         found.append((Menu(item.group.root, counts, tuple(rising.tolist())), plans))
     return found
 
 
-def widths(item: AskedGroup, options: PlanOptions) -> list[GroupPlan]:
+def choices(items: Sequence[AskedGroup], options: PlanOptions, most: float) -> list[dict[int, GroupPlan]]:
+    """The plans that each group can have, by how many units go, ``most`` of them at most: one where it stays or has a
+    wish of its own."""
+    found = []
+    for item, as_it_is in zip(items, select(items, 0.0, options), strict=True):
+        heads = len(attentions(items).get(item.heads, ())) > 1 or options.head_pruning_ratio is not None
+        free = not (item.request.stays or (item.heads and heads) or item.request.ratio is not None)
+        found.append({len(plan.removed): plan for plan in (widths(item, options, most) if free else [as_it_is])})
+    return found
+
+
+def predicted(items: Sequence[AskedGroup], options: PlanOptions, errors: Errors) -> dict[str, dict[int, float]]:
+    """The error that each width of each group would have by itself, by root layer and by how many units go."""
+    return {
+        item.group.root: {count: errors.error(item.group.root, plan.removed) for count, plan in of.items()}
+        for item, of in zip(items, choices(items, options, errors.most), strict=True)
+    }
+
+
+def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPlan]:
     """The plans of a group that loses nothing, a step, two steps ... as many as may go."""
     if item.heads:
         order = head_order([item])
-        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in range(int(MOST * item.group.parts) + 1)]
+        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in range(int(most * item.group.parts) + 1)]
         plans = [plan_heads(item, each, options) for each in chosen]
     else:
         step = plan_group(item, 0, options).step
-        counts = range(0, int(MOST * item.group.units) + 1, step)
+        counts = range(0, int(most * item.group.units) + 1, step)
         every = -(-len(counts) // WIDTHS)
         plans = [plan_group(item, count, options) for count in counts[::every]]
     return [plan.model_copy(update={"requested": len(plan.removed), "reason": ""}) for plan in plans]

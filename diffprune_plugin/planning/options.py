@@ -45,11 +45,12 @@ class PlanOptions(Checked):
         default=None,
         description="Instead of a ratio: the share of the dense model's parameters that is to be left, met within 1 %.",
     )
-    allocation: Literal["uniform", "linear"] | None = Field(
+    allocation: Literal["uniform", "linear", "measured"] | None = Field(
         default=None,
         description="How a target is met. uniform: by one ratio for all groups. linear: each group gets the width that "
-        "costs least, by the linear sensitivity of the output to its channels (needs images and a scheduler). By "
-        "default uniform; linear where make_plan is given a sensitivity.",
+        "costs least, by the linear sensitivity of the output to its channels (needs images and a scheduler). "
+        "measured: then the widths next to it are tried, compensated, while the measured error falls. By default "
+        "uniform; linear where make_plan is given a sensitivity.",
     )
     max_pruning_ratio: Share = Field(default=1.0, description="No group loses a larger share of its channels.")
     head_pruning_ratio: Ratio | None = Field(
@@ -93,16 +94,23 @@ class PlanOptions(Checked):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         given = {key: getattr(self, key) for key in ("pruning_ratio", *TARGETS) if getattr(self, key) is not None}
-        if len(given) > 1 and not (self.allocation == "linear" and set(given) == set(TARGETS)):
+        if len(given) > 1 and not (self.spends and set(given) == set(TARGETS)):
             listed = " and ".join(f"{key} {value}" for key, value in given.items())
             raise ValueError(f"{listed} ask for different things; give one of them (null takes back the other)")
-        if self.allocation == "linear" and not self.target:
-            raise ValueError("allocation: linear spends a budget; add macs_target or params_target")
-        if self.allocation == "linear" and self.global_pruning:
-            raise ValueError("global_pruning: true ranks groups together, allocation: linear weighs them; drop one")
+        if self.spends and not self.target:
+            raise ValueError(f"allocation: {self.allocation} spends a budget; add macs_target or params_target")
+        if self.spends and self.global_pruning:
+            raise ValueError(
+                f"global_pruning: true ranks groups together, allocation: {self.allocation} weighs them; drop one"
+            )
         if self.isomorphic and not self.global_pruning:
             raise ValueError("isomorphic: true ranks like groups together and needs global_pruning: true; set it too")
         return self
+
+    @property
+    def spends(self) -> bool:
+        """Whether a target is spent by a sensitivity."""
+        return self.allocation in ("linear", "measured")
 
     @property
     def target(self) -> dict[str, float]:

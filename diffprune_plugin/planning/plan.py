@@ -16,6 +16,7 @@ from diffprune_plugin.utils.reading import read_json
 
 PLAN_FILE = "pruning_plan.json"
 WITHIN = 0.01  # a target is met within this share of it
+HAIR = 1e-9  # of a group's units: far below one, far above rounding
 TARGETS = {"macs_target": "macs", "params_target": "params"}  # and the size that each is a share of
 
 
@@ -58,11 +59,14 @@ class Allocation(Frozen):
     """Where a budget was spent: the predicted error of the output, in all and by root layer, and by which sensitivity.
 
     An error is the mean squared change of a value of the model's output; ``sensitivity`` the SHA-256 of what says so.
+    ``measured``: those of the plans that were tried, after compensation, of fresh samples: first that of the plan made
+    by the sensitivity alone, then of one a round; the plan with the least is the one that was taken.
     """
 
     error: float
     errors: dict[str, float]
     sensitivity: str
+    measured: tuple[float, ...] = ()
 
 
 class PruningPlan(Frozen):
@@ -92,6 +96,8 @@ class PruningPlan(Frozen):
     def sha256(self) -> str:
         """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
         content = self.model_dump(mode="json", exclude={"versions", *([] if self.allocation else ["allocation"])})
+        if self.allocation and not self.allocation.measured:
+            del content["allocation"]["measured"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def shortfalls(self) -> list[str]:
@@ -108,6 +114,13 @@ class PruningPlan(Frozen):
     def removed_units(self) -> dict[str, list[int]]:
         """The units that go, by root layer."""
         return {group.root: list(group.removed) for group in self.groups}
+
+    def ratios(self) -> dict[str, float]:
+        """The share of each group's units that goes, by root layer: a ``pruning_ratio_dict`` that asks for just these.
+
+        A hair less than the share, since what is asked of a ratio is rounded up to whole units.
+        """
+        return {group.root: max(len(group.removed) / group.units - HAIR, 0.0) for group in self.groups}
 
     def write(self, path: Path) -> None:
         """As JSON with its hash, atomically."""

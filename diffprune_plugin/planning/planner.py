@@ -57,6 +57,8 @@ def plan_with(
     sensitivity: Errors | None = None,
 ) -> PruningPlan:
     """As `make_plan`, with its options in one object."""
+    if options.allocation == "measured":
+        raise BadInput("allocation: measured tries plans out: diffprune prune does; make_plan takes linear and uniform")
     return plan_from(material_of(options, model, criterion, adapter), options, description, sensitivity)
 
 
@@ -96,8 +98,10 @@ def plan_from(
     """The plan of options that ask the same of single groups as those that the material was made with."""
     items, costs, criterion = material.items, material.costs, material.criterion
     options, groups, allocation = options.with_wishes_of(criterion), [item.group for item in items], None
-    if options.allocation == "linear" and sensitivity is None:
-        raise BadInput("allocation: linear needs a sensitivity; give make_plan what measure_sensitivity returns")
+    if options.spends and sensitivity is None:
+        raise BadInput(
+            f"allocation: {options.allocation} needs a sensitivity; give make_plan what measure_sensitivity returns"
+        )
     if options.target and sensitivity is not None and options.allocation != "uniform":
         planned, allocation = allocated(items, costs, options, sensitivity)
         ratio = 0.0

@@ -173,18 +173,20 @@ def nncf_prune(
     model: Any,
     importance: str | Criterion = "diff_taylor",
     *,
-    ratio: float = 0.3,
+    ratio: float | None = None,
     ignored_scope: Any = None,
     examples_inputs: Any = None,
     calibration: Calibration | None = None,
     exact_norms: bool = True,
     adapter: ModelAdapter | None = None,
+    **options: Any,
 ) -> Any:
     """``nncf.prune`` for whole channels: masks those of least importance in place and returns the model.
 
     ``importance`` stands where NNCF has its mode: a criterion or its name, with ``calibration`` where it needs one
-    (``diff_taylor``: that, or gradients in ``.grad``). ``ratio`` is the share of each group's channels; the plan is
-    ``model.mask_report.plan``. In ``ignored_scope`` (`nncf.IgnoredScope`) name layers by parameter, as in
+    (``diff_taylor``: that, or gradients in ``.grad``). ``ratio`` is the share of each group's channels, 0.3 unless
+    ``options``, further ones of `make_plan`, have a target, with the ``sensitivity`` that it is spent by, say; the plan
+    is ``model.mask_report.plan``. In ``ignored_scope`` (`nncf.IgnoredScope`) name layers by parameter, as in
     ``names=["conv_in.weight"]`` or ``patterns=[r"mid_block\\..*"]``: NNCF's operation names are call numbers in
     diffusers' UNets. ``examples_inputs``: a tuple or dict of the forward's arguments, by default the adapter's.
 
@@ -198,9 +200,8 @@ def nncf_prune(
         criterion, description = plugins.importance(importance, calibration=calibration), {"name": importance}
     elif calibration is not None:
         criterion = plugins.with_calibration(importance, calibration)
-    plan = make_plan(
-        model, criterion, pruning_ratio=ratio, ignored_layers=ignored, adapter=adapter, description=description
-    )
+    options["ignored_layers"] = [*ignored, *options.get("ignored_layers", ())]
+    plan = make_plan(model, criterion, pruning_ratio=ratio, adapter=adapter, description=description, **options)
     mask_(model, plan, exact_norms=exact_norms, adapter=adapter)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def remove_(model: nn.Module, plan: PruningPlan, *, adapter: ModelAdapter | None
     stock_(model)
     gone = channels_to_go(model, plan, adapter)
     check_trial(model, gone, plan, adapter)
-    shrink_(model, gone, plan, adapter)
+    shrink_(model, gone, plan.heads, adapter)
     as_pruned_(model, plan)
     return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
 
@@ -56,7 +57,7 @@ def check_trial(model: nn.Module, gone: ChannelsToGo, plan: PruningPlan, adapter
     output has the dense one's shape."""
     trial = meta_copy(model)
     dense = smallest_output(trial, adapter)
-    shrink_(trial, gone, plan, adapter)
+    shrink_(trial, gone, plan.heads, adapter)
     kind = type(model).__name__
     try:
         found = smallest_output(trial, adapter)
@@ -69,13 +70,13 @@ def check_trial(model: nn.Module, gone: ChannelsToGo, plan: PruningPlan, adapter
         )
 
 
-def shrink_(model: nn.Module, gone: ChannelsToGo, plan: PruningPlan, adapter: ModelAdapter) -> None:
-    """Take the channels away, and set right what depends on sizes: attributes, head counts, the softmax scale."""
-    heads = adapter.head_sizes(model)
+def shrink_(model: nn.Module, gone: ChannelsToGo, heads: Mapping[str, tuple[int, int]], adapter: ModelAdapter) -> None:
+    """Take the channels away, and set right what depends on sizes: attributes, the softmax scale, and ``heads``."""
+    sizes = adapter.head_sizes(model)
     remove_channels_(model, gone)
-    adapter.set_heads_(model, plan.heads)
+    adapter.set_heads_(model, heads)
     adapter.mend_(model)
-    adapter.keep_softmax_scale_(model, heads)
+    adapter.keep_softmax_scale_(model, sizes)
 
 
 def channels_to_go(model: nn.Module, plan: PruningPlan, adapter: ModelAdapter) -> ChannelsToGo:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,22 @@ import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.graph.groups import removed_channels, trace_groups
+from diffprune_plugin.graph.groups import ChannelsToGo, removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.pruning.removal import check_groups
 from diffprune_plugin.recovery.residual import residual_sum, trace
 from diffprune_plugin.recovery.ridge import Part, System, refusal
 
 UNKNOWNS = 4_608  # of one system; a layer with more is solved in blocks of input channels
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where layers stand: their sums' module and coefficient there, why others have none; the order of execution."""
+
+    sums: Mapping[str, tuple[str, float]]
+    left: Mapping[str, str]
+    order: Mapping[str, int]
 
 
 def find_systems(
@@ -27,25 +37,45 @@ def find_systems(
     groups = trace_groups(dense, adapter)
     check_groups(groups, plan)
     gone = removed_channels(groups, plan.removed_units())
+    layout = layout_of(model, (layer for layer, side in gone if side == "in"), adapter)
+    return systems_of(model, dense, gone, layout, adapter), dict(layout.left)
+
+
+def layout_of(model: nn.Module, layers: Iterable[str], adapter: ModelAdapter) -> Layout:
+    """The sums of these layers; a model has those that it has after a removal too."""
     calls, repeated = trace(model, adapter)
-    sums: dict[tuple[str, float], list[str]] = {}
-    left: dict[str, str] = {}
-    for name in (layer for layer, side in gone if side == "in"):
+    sums, left = {}, {}
+    for name in layers:
         reason = "called repeatedly" if name in repeated else "" if name in calls else "not called"
         reason = reason or refusal(model.get_submodule(name), calls[name].output)
         if reason:
             left[name] = reason
         else:
-            sums.setdefault(residual_sum(model, calls, name), []).append(name)
-    order = {name: place for place, name in enumerate(calls)}
-    factors = softmax_factors(model, dense, adapter)
+            sums[name] = residual_sum(model, calls, name)
+    return Layout(sums, left, {name: place for place, name in enumerate(calls)})
+
+
+def systems_of(
+    model: nn.Module,
+    dense: nn.Module,
+    gone: ChannelsToGo,
+    layout: Layout,
+    adapter: ModelAdapter,
+    only: Collection[str] | None = None,
+) -> list[System]:
+    """The regressions of the layers behind these cuts in order of execution; ``only``: of these layers alone."""
+    sums: dict[tuple[str, float], list[str]] = {}
+    for name in (layer for layer, side in gone if side == "in"):
+        if name in layout.sums and (only is None or name in only):
+            sums.setdefault(layout.sums[name], []).append(name)
+    order, factors = layout.order, softmax_factors(model, dense, adapter)
     systems = []
     for (block, coefficient), names in sorted(sums.items(), key=lambda item: order[item[0][0]]):
         channels = np.arange(len(dense.get_submodule(names[0]).weight))  # type: ignore[arg-type]
         kept = torch.from_numpy(np.setdiff1d(channels, gone.get((names[0], "out"), [])))
         for parts in split(model, sorted(names, key=order.__getitem__)):
             systems.append(System(block, parts, kept, coefficient, factors.get(block, 1.0)))
-    return systems, left
+    return systems
 
 
 def softmax_factors(model: nn.Module, dense: nn.Module, adapter: ModelAdapter) -> dict[str, float]:

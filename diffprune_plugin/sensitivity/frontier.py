@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -20,15 +19,13 @@ from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.recovery.compensate import compensate_
-from diffprune_plugin.sensitivity.linear import Noisy
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.sensitivity.trials import Look
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need_pyplot
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 WAYS = ("uniform", "linear")
-LOOK = 64  # noisy samples that a verified point is measured on
-OTHER = 1_000_003  # added to the seed of what measures: the sensitivity has not seen these samples
 
 
 @dataclass(frozen=True)
@@ -134,21 +131,13 @@ def verified(
     """With ``count`` budgets really pruned and compensated, both ways, and measured on fresh samples."""
     shares = list(dict.fromkeys(point.asked for point in found.points))
     chosen = {shares[(2 * i + 1) * len(shares) // (2 * count)] for i in range(min(count, len(shares)))}
-    noisy = Noisy(samples, scheduler, LOOK, seed + OTHER, adapter)
-    inputs = noisy.batch(range(LOOK), next(model.parameters()))
-    wanted = output_of(model, inputs, adapter)
+    look = Look(model, scheduler, samples, adapter, seed)
     points = []
     for point, plan in zip(found.points, found.plans, strict=True):
         if point.asked in chosen:
             small = copy.deepcopy(model)
             remove_(small, plan)
             compensate_(small, model, plan, scheduler, samples, seed=seed, progress=progress)
-            error = (output_of(small, inputs, adapter) - wanted).square().mean() / wanted.square().mean()
-            point = replace(point, measured=float(error))
+            point = replace(point, measured=look.error(small) / look.power)
         points.append(point)
     return replace(found, points=tuple(points))
-
-
-@torch.no_grad()
-def output_of(model: nn.Module, inputs: dict[str, Any], adapter: ModelAdapter) -> torch.Tensor:
-    return adapter.denoise(model.eval(), inputs).float()

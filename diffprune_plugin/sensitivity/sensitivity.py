@@ -37,9 +37,18 @@ class Sensitivity:
     images: str
     scheduler: dict[str, Any]
 
+    @property
+    def most(self) -> float:
+        """The largest share of a group for which it holds: what is left matters more, the more is gone."""
+        return 0.75
+
     def error(self, root: str, units: Collection[int]) -> float:
         """The error of removing these units together: their own added up."""
         return float(np.asarray(self.scores[root])[list(units)].sum())
+
+    def knows(self, root: str, count: int) -> bool:
+        """Whether it says anything of so many units: of any."""
+        return True
 
     @property
     def sha256(self) -> str:

@@ -21,15 +21,20 @@ from diffprune_plugin.utils.tensors import weights_hash
 
 
 def wants_sensitivity(config: PruningConfig, scheduler: Any, scoring: bool = False) -> bool:
-    """Whether a plan is to be allocated, or its channels are scored by a sensitivity.
+    """Whether a plan is to be allocated, as asked or for a target where there is what it takes, or its channels are
+    scored by a sensitivity.
 
-    Raises BadInput if so and there are no images or there is no scheduler.
+    Raises BadInput if it is asked for and there are no images or there is no scheduler, or it is to be measured after a
+    compensation that is switched off.
     """
-    if config.allocation == "linear" and (config.data is None or scheduler is None):
-        raise BadInput("allocation: linear needs 'data' and a pipeline directory as 'model'; add them or say uniform")
-    if scoring and (config.data is None or scheduler is None):
+    way, possible = config.allocation, config.data is not None and scheduler is not None
+    if config.spends and not possible:
+        raise BadInput(f"allocation: {way} needs 'data' and a pipeline directory as 'model'; add them or say uniform")
+    if way == "measured" and config.compensate is False:
+        raise BadInput("allocation: measured compares compensated models; drop 'compensate: false' or say linear")
+    if scoring and not possible:
         raise BadInput("importance: it needs 'data' and a pipeline directory as 'model'; add them or take magnitude")
-    return scoring or config.allocation == "linear"
+    return scoring or config.spends or (way is None and possible and bool(config.target) and not config.global_pruning)
 
 
 def sensitivity_for(

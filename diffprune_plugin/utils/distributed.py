@@ -122,6 +122,17 @@ class Processes:
             raise error
         raise KINDS[codes[failed]](f"process {failed}: {message}") from error
 
+    def shared(self, text: str) -> str:
+        """The text that the first process has, on each."""
+        if self.count == 1:
+            return text
+        sent = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
+        size = torch.tensor(len(sent), device=self.device)
+        distributed.broadcast(size, 0)
+        sent = sent if self.is_first else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        distributed.broadcast(sent, 0)
+        return bytes(sent.tolist()).decode()
+
     def told(self, text: str, by: int) -> str:
         """The text that process ``by`` has, on each, cut to TOLD bytes."""
         cut = text.encode()[:TOLD] if self.rank == by else b""

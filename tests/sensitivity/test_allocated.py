@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMScheduler
-from tiny import make_unet
+from tiny import FAST, make_unet, output_of
 
 import diffprune_plugin as dp
+from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PruningPlan
@@ -51,6 +54,40 @@ def test_a_target_is_met_with_less_predicted_error_than_by_one_ratio(
     if len(target) == 1:
         uniform = dp.make_plan(make_unet(), "magnitude", **target)
         assert plan.allocation.error < 0.7 * sum(sensitivity.error(g.root, g.removed) for g in uniform.groups)
+
+
+def test_masks_torch_pruning_and_nncf_take_an_allocation_as_they_take_ratios(sensitivity: Sensitivity) -> None:
+    asked: dict[str, Any] = {"macs_target": 0.6, "sensitivity": sensitivity}
+    plan = dp.make_plan(make_unet(), "magnitude", **asked)
+    removed, shares = plan.removed_units(), {len(group.removed) / group.units for group in plan.groups}
+    assert len(shares) > 3
+    unet = make_unet()
+    pruner = dp.Pruner(
+        unet, UNET_2D.example_inputs(unet), "magnitude", pruning_ratio=0.0, pruning_ratio_dict=plan.ratios()
+    )
+    pruner.step()
+    assert pruner.plan.removed_units() == removed
+    by_ratios = dp.make_plan(make_unet(), "magnitude", pruning_ratio=0.0, pruning_ratio_dict=plan.ratios())
+    assert by_ratios.removed_units() == removed
+    masked = make_unet()
+    dp.mask_(masked, plan)
+    small = make_unet()
+    dp.remove_(small, plan)
+    assert torch.allclose(output_of(masked), output_of(small), atol=1e-5)
+    assert dp.nncf_prune(make_unet(), "magnitude", **asked).mask_report.plan.removed_units() == removed
+
+
+@pytest.mark.parametrize("name", ["random", "magnitude", "filter_norm", "taylor", "fisher"])
+def test_any_criterion_ranks_inside_the_groups(name: str, sensitivity: Sensitivity, images: np.ndarray) -> None:
+    unet, criterion = make_unet(), dp.importance(name)
+    if hasattr(criterion, "sweep"):
+        scheduler = DDPMScheduler(num_train_timesteps=20)
+        sweep = replace(criterion.sweep, samples=8, curve_samples=2)
+        criterion.calibration = dp.calibrate(unet, scheduler, images, sweep, **FAST)
+    plan = dp.make_plan(unet, criterion, sensitivity=sensitivity, macs_target=0.6)
+    assert left(plan, "macs") == pytest.approx(0.6, abs=0.01)
+    uniform = dp.make_plan(unet, criterion, macs_target=0.6)
+    assert plan.allocation.error < sum(sensitivity.error(g.root, g.removed) for g in uniform.groups)
 
 
 def test_a_planted_insensitive_group_is_emptied_first_and_a_critical_one_stays(sensitivity: Sensitivity) -> None:

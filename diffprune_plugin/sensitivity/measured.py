@@ -1,0 +1,126 @@
+"""A budget spent by measuring: around a plan each group has a step more and a step less tried, and the plan moves.
+
+Cuts interact, which no sum of single errors knows: so the first plan, made by the linear sensitivity, is compensated,
+and what a step of each group changes there is measured (`trials`). The knapsack chooses again among these widths; the
+new plan is taken if its own error, compensated, is lower. So on with smaller steps: a coordinate search with a trust
+region, where Numerical Optimization (Nocedal and Wright, 2006), chapters 4 and 9, has the general form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffprune_plugin.planning.allocated import Errors, choices
+from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.plan import Allocation, GroupPlan, PruningPlan
+from diffprune_plugin.planning.planner import Material, plan_from
+
+FRACTIONS = (0.25, 0.125)  # of a group's units that a round's step is, at least one step of the group
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be measured: the plan that loses these units, and the same with one group's units changed."""
+
+    removed: dict[str, list[int]]
+    heads: dict[str, tuple[int, int]]
+    changes: list[tuple[str, list[int]]]
+
+    @classmethod
+    def of(cls, plan: PruningPlan, changes: Sequence[GroupPlan] = ()) -> Question:
+        return cls(plan.removed_units(), plan.heads, [(group.root, list(group.removed)) for group in changes])
+
+    def key(self, change: Any = None) -> str:
+        """By what an answer is stored: that of the plan itself, or of a change."""
+        return hashlib.sha256(json.dumps([self.removed, self.heads, change]).encode()).hexdigest()[:24]
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(), *(self.key(change) for change in self.changes)]
+
+
+Search = Generator[Question, list[float], PruningPlan]
+
+
+@dataclass(frozen=True)
+class Around:
+    """What each width near a plan changes: by root, and by how many units go, the difference of the error.
+
+    The plan itself is exact, and the others are noisy: fewer units gone never count as a loss, nor more as a gain.
+    """
+
+    plan: PruningPlan
+    changes: Mapping[str, Mapping[int, float]]
+    sha256: str = ""
+    most: float = 1.0
+
+    def knows(self, root: str, count: int) -> bool:
+        return count in self.changes[root]
+
+    def error(self, root: str, units: Collection[int]) -> float:
+        """Above that of the least width measured."""
+        of, now = self.changes[root], len(self.plan.removed_units()[root])
+        least = min(0.0, *(change for count, change in of.items() if count <= now))
+        change = of[len(units)]
+        return (min(change, 0.0) if len(units) < now else max(change, 0.0)) - least
+
+    def reason(self, group: GroupPlan, error: float) -> str:
+        """Why a group has its width, in words: what the step to it changed, or what another would."""
+        now, count = len(self.plan.removed_units()[group.root]), len(group.removed)
+        others = {other: change for other, change in self.changes[group.root].items() if other != now}
+        if not others:
+            return group.reason
+        if count != now:
+            return f"measured: {count} instead of {now} changed the output's error by {others[count] / error:+.1%}"
+        told = " and ".join(f"{other} by {change / error:+.1%}" for other, change in sorted(others.items()))
+        return f"measured: {told} would change the output's error"
+
+
+def search(material: Material, options: PlanOptions, description: dict[str, Any] | None, sensitivity: Errors) -> Search:
+    """Asks for errors, one question at a time, and returns the plan."""
+
+    def spent(errors: Errors) -> PruningPlan:
+        return plan_from(material, options, description, errors)
+
+    options = options.with_wishes_of(material.criterion)
+    best = spent(sensitivity)
+    (error,) = yield Question.of(best)
+    tried, reasons = [error], {group.root: group.reason for group in best.groups}
+    for fraction in FRACTIONS:
+        steps = near(best, material, options, fraction)
+        answers = yield Question.of(best, steps)
+        changes: dict[str, dict[int, float]] = {group.root: {len(group.removed): 0.0} for group in best.groups}
+        for group, answer in zip(steps, answers[1:], strict=True):
+            changes[group.root][len(group.removed)] = answer - error
+        around = Around(best, changes)
+        proposed = spent(around)
+        if proposed.removed_units() == best.removed_units():
+            continue
+        (found,) = yield Question.of(proposed)
+        tried.append(found)
+        if found < error:
+            reasons = {group.root: around.reason(group, error) for group in proposed.groups}
+            best, error = proposed, found
+    errors = {group.root: sensitivity.error(group.root, group.removed) for group in best.groups}
+    allocation = Allocation(
+        error=sum(errors.values()), errors=errors, sensitivity=sensitivity.sha256, measured=tuple(tried)
+    )
+    groups = tuple(group.model_copy(update={"reason": reasons[group.root]}) for group in best.groups)
+    return best.model_copy(update={"groups": groups, "allocation": allocation})
+
+
+def near(plan: PruningPlan, material: Material, options: PlanOptions, fraction: float) -> list[GroupPlan]:
+    """For each group the widths a step below and above that of the plan, as far as there are any."""
+    found = []
+    for group, of in zip(plan.groups, choices(material.items, options, Around.most), strict=True):
+        now = len(group.removed)
+        step = max(int(fraction * group.units), 1)
+        fewer = [count for count in of if count < now]
+        more = [count for count in of if count > now]
+        places = [min(some, key=lambda count: abs(abs(count - now) - step)) for some in (fewer, more) if some]
+        found += [of[place] for place in places]
+    return found
