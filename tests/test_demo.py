@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from PIL import Image
@@ -25,12 +26,16 @@ def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_pat
     assert code == 0
     assert "report.md" in out
     report = (output / "report.md").read_text()
-    for picture in ("samples.png", "loss_curve.png", "latency.png"):
+    for picture in ("samples.png", "loss_curve.png", "latency.png", "widths.png"):
         assert picture in report
         assert Image.open(output / picture).size[0] > 300
     assert "diffprune prune" in report
-    plan = dp.load(output / "pruned").pruning_plan
-    assert 0.4 < 1 - plan.macs[1] / plan.macs[0] < 0.5
+    plan, uniform = (dp.load(output / name).pruning_plan for name in ("pruned", "uniform"))
+    for each in (plan, uniform):
+        assert each.macs[1] / each.macs[0] == pytest.approx(demo.BUDGET, abs=0.01)
+    assert plan.allocation is not None
+    assert uniform.allocation is None
+    assert plan.params[1] < 0.8 * uniform.params[1]
     assert type(DiffusionPipeline.from_pretrained(output / "pruned").unet).__name__ == "PrunedUNet2DModel"
     assert run("demo", "--output", output)[0] == 2
     verdict = json.loads((output / "model.onnx.verdict.json").read_text())
@@ -88,7 +93,7 @@ def test_no_held_out_image_is_among_those_for_calibration() -> None:
 def test_a_demo_that_fails_leaves_nothing_and_takes_nothing_of_the_users(tmp_path, run, monkeypatch) -> None:
     def make(work: Path, output: Path, seed: int, console: object) -> None:
         (work / "report.md").write_text(f"diffprune inspect {work / 'pruned'}")
-        for name in ("pruned", "removed"):
+        for name in ("pruned", "uniform"):
             (work / name).mkdir()
         if fails:
             raise CheckFailed("no")

@@ -40,8 +40,9 @@ PYPROJECT = parse_mapping((ROOT / "pyproject.toml").read_text(), Path("pyproject
 FENCED = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONGEST = 150  # lines of the README
 # What makes a command of a page take seconds instead of minutes; its own words stand before these.
+FEWER = "sensitivity_samples=4"
 FAST = {
-    "prune": ("--set", "timesteps=5", "--set", "batch_size=4", "--set", "compensate=false"),
+    "prune": ("--set", "timesteps=5", "--set", "batch_size=4", "--set", "compensate=false", "--set", FEWER),
     "sample": ("--count", "2", "--steps", "2"),
     "evaluate": ("--count", "2", "--steps", "2", "--loss-samples", "2"),
     "finetune": ("--set", "steps=2", "--set", "batch_size=2"),

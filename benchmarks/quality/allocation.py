@@ -1,41 +1,57 @@
 """Where channels go: the embedded model at the same MACs by one ratio and by allocation, compensated, nothing trained.
 
-    python benchmarks/bench.py allocation            # three seeds, two budgets
-    python benchmarks/bench.py allocation --quick    # one seed, one budget
+    python benchmarks/bench.py allocation                        # five seeds, two budgets, five ways: hours
+    python benchmarks/bench.py allocation --quick                # one seed, one budget, uniform and linear
+    python benchmarks/bench.py allocation --speed                # and how fast ONNX Runtime runs those of seed 0
+    python benchmarks/bench.py allocation --ways uniform,linear --seeds 2
 
-Everything is what `diffprune prune` does with `macs_target` and `allocation`. Results are kept in
-benchmarks/results/allocation.json; interrupted, it goes on where it was.
+Everything is what `diffprune prune` does with `macs_target` and `allocation` or `global_pruning`. Results are kept in
+benchmarks/results/allocation.json; interrupted, it goes on where it was, and other ways, seeds and budgets add to it.
 """
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from shared.embedded import MODEL, WORK, Look, Row, measure, measure_dense
-from shared.results import Store, mean, over, p_text, paired_p, publish, table
+from shared.embedded import MODEL, WORK, Look, Row, dense, measure, measure_dense
+from shared.results import Store, mean, p_text, paired_p, publish, table
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
+from diffprune_plugin.export import measure as timed
+from diffprune_plugin.export import to_onnx
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.workflow import prune
 
 BUDGETS = (0.46, 0.25)  # of the MACs
-WAYS = ("uniform", "linear")
+WAYS: dict[str, dict[str, Any]] = {
+    "uniform": {"allocation": "uniform"},
+    "global_pruning": {"allocation": "uniform", "global_pruning": True},
+    "isomorphic": {"allocation": "uniform", "global_pruning": True, "isomorphic": True},
+    "linear": {"allocation": "linear"},
+    "measured": {"allocation": "measured"},
+}
+QUICK = "uniform,linear"
 LOOK = Look(held_out=500, repeats=2, count=66, steps=20)
 COLUMNS = {"macs": 3, "params": 3, "loss": 4, "ssim": 3, "distance": 0}
+TESTED = ("loss", "ssim")
+HEAD = ["budget", "way", "seeds", "MACs", "params", "held-out loss", "p", "SSIM", "p", "FD (digits_classifier)"]
 
 
 def made(way: str, budget: float, seed: int) -> Path:
-    """Directory of the embedded model at a share of its MACs; the calibration is one of a seed, the sensitivity too."""
+    """Directory of the embedded model at a share of its MACs; the calibration and the sensitivity are one of a seed."""
     output = WORK / "models" / f"allocation-{way}-{budget}-{seed}"
     if not output.exists():
         values: dict[str, Any] = {"model": str(demo.MODEL), "output": str(output), "data": str(demo.CALIBRATION_IMAGES)}
-        values |= {"macs_target": budget, "allocation": way, "seed": seed}
+        values |= {"macs_target": budget, "seed": seed, **WAYS[way]}
+        values |= {key: str(output.parent / f"allocation-{key}-{seed}") for key in ("calibration", "sensitivity")}
         start = time.perf_counter()
         prune(dp.PruningConfig.make(values), progress=False)
         output.with_suffix(".seconds").write_text(f"{time.perf_counter() - start:.1f}")
@@ -50,26 +66,58 @@ def measured(way: str, budget: float, seed: int) -> Row:
     return {**shares, **measure(load_pipeline(output), LOOK)}
 
 
+def row(store: Store, budget: float, way: str, seeds: int) -> list[str]:
+    """Means over the seeds that were measured, and paired tests against uniform over those that both have."""
+    runs = {seed: run for seed in range(seeds) if (run := store.values.get(f"{way} {budget} {seed}"))}
+    both = [(run, other) for seed, run in runs.items() if (other := store.values.get(f"uniform {budget} {seed}"))]
+    cells = []
+    for key, digits in COLUMNS.items():
+        cells.append(mean([run[key] for run in runs.values()], digits))
+        if key in TESTED:
+            cells.append(p_text(paired_p([run[key] for run, _ in both], [other[key] for _, other in both])))
+    return [f"{budget:.0%}", way, str(len(runs)), *cells]
+
+
+def speed(store: Store, budget: float) -> list[str]:
+    """ONNX Runtime on one thread: how much faster than dense the models of the first seed are, interleaved."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        dense_file = Path(folder) / "dense.onnx"
+        to_onnx(dense().unet, dense_file)
+        for way in WAYS:
+            if f"{way} {budget} 0" in store.values:
+                file = Path(folder) / f"{way}.onnx"
+                to_onnx(load_pipeline(made(way, budget, 0)).unet, file)
+                result = timed(file, dense_file, provider="cpu", batches=[1], threads=1)
+                ratio = next(ratio for ratio in result.ratios if ratio.name == "dense / pruned")
+                rows.append([f"{budget:.0%}", way, f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"])
+    return table(["budget", "way", "faster than dense, 95 % interval"], rows)
+
+
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget")] = False,
-    seeds: int = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget, uniform and linear")] = False,
+    seeds: int = 5,
+    ways: Annotated[str, typer.Option(help="separated by commas")] = ",".join(WAYS),
+    budgets: Annotated[str, typer.Option(help="shares of the MACs, separated by commas")] = "0.46,0.25",
+    speeds: Annotated[bool, typer.Option("--speed", help="time the first seed's models in ONNX Runtime too")] = False,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
-    title, seeds, budgets = ("allocation_quick", 1, BUDGETS[:1]) if quick else ("allocation", seeds, BUDGETS)
-    store = Store(title, [MODEL, str(LOOK)])
-    jobs = {f"{w} {b} {s}": partial(measured, w, b, s) for b in budgets for w in WAYS for s in range(seeds)}
-    store.fill({"dense": partial(measure_dense, LOOK)} | jobs, workers)
-    dense, rows = store.values["dense"], []
-    for budget in budgets:
-        of = {way: [store.values[f"{way} {budget} {seed}"] for seed in range(seeds)] for way in WAYS}
-        for way, runs in of.items():
-            cells = [mean([run[key] for run in runs], digits) for key, digits in COLUMNS.items()]
-            p = paired_p([run["loss"] for run in runs], [run["loss"] for run in of[WAYS[0]]])
-            rows.append([f"{budget:.0%}", way, *cells, p_text(p)])
-    head = ["budget", "allocation", "MACs", "params", "held-out loss", "SSIM", "FD (digits_classifier)", "p"]
+    title = "allocation_quick" if quick else "allocation"
+    seeds, ways, budgets = (1, QUICK, "0.46") if quick else (seeds, ways, budgets)
+    store, shares = Store(title, [MODEL, str(LOOK)]), [float(share) for share in budgets.split(",")]
+    places = itertools.product(range(seeds), shares, ways.split(","))
+    jobs = {f"{way} {share} {seed}": partial(measured, way, share, seed) for seed, share, way in places}
+    first = {key: jobs[key] for key in (f"{ways.split(',')[0]} {shares[0]} {seed}" for seed in range(seeds))}
+    store.fill({"dense": partial(measure_dense, LOOK)} | first, workers)  # each makes the calibration of its seed
+    store.fill(jobs, workers)
+    of_dense = store.values["dense"]
+    known = [(b, way) for b in BUDGETS for way in WAYS if f"{way} {b} 0" in store.values]
     intro = (
-        f"{over(seeds)}. diff_taylor, compensated, not trained; {LOOK.count} images of {LOOK.steps} DDIM steps. p: "
-        f"paired t-test of the loss against uniform. Dense: loss {dense['loss']:.4f}, FD {dense['distance']:.0f}."
+        "Mean and standard error over seeds. diff_taylor, compensated, not trained; "
+        f"{LOOK.count} images of {LOOK.steps} DDIM steps. p: paired t-test against uniform. "
+        f"Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
     )
-    publish(title, [intro, "", *table(head, rows)])
+    most = max(int(key.rpartition(" ")[2]) for key in store.values if key != "dense") + 1
+    lines = [intro, "", *table(HEAD, [row(store, budget, way, most) for budget, way in known])]
+    publish(title, [*lines, "", *speed(store, shares[0])] if speeds else lines)

@@ -32,6 +32,7 @@ MODEL = HERE / "model"
 CALIBRATION_IMAGES = HERE / "calibration.npz"
 HELD_OUT_IMAGES = HERE / "held_out.npz"
 IMAGES = 8
+BUDGET = 0.45  # of the dense MACs
 NEEDED = ("markdown", "matplotlib", "onnxscript", "onnxruntime")  # for pictures and export
 
 
@@ -57,19 +58,18 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False, console: Consol
 def make(work: Path, output: Path, seed: int, console: Console) -> None:
     """Everything that the demo shows, in a folder that becomes the output."""
     config = PruningConfig(**config_for(work, seed))
-    plain = config.model_copy(update={"compensate": False, "output": str(work / "removed")})
-    console.print(f"[bold]1/4[/] prune {output / 'dense'}: importance: diff_taylor, pruning_ratio: 0.3")
-    removed = prune(plain)
-    console.print(
-        f"[bold]2/4[/] {size_change('MACs', removed.plan.macs)}; the same, and refit the layers behind the cuts"
-    )
+    plain = config.model_copy(update={"allocation": "uniform", "output": str(work / "uniform")})
+    console.print(f"[bold]1/4[/] prune {output / 'dense'} to macs_target: {BUDGET} by one ratio; compensate")
+    uniform = prune(plain)
+    console.print(f"[bold]2/4[/] {size_change('MACs', uniform.plan.macs)}; as many, where they cost least; compensate")
     result = prune(config)
     console.print("[bold]3/4[/] draw with all three, from the same noise (50 DDIM steps)")
     draw(work, seed)
-    plot_calibration(result, removed, work)
+    plot_calibration(result, uniform, work)
+    result.plot(work / "widths.png")
     console.print("[bold]4/4[/] export to ONNX, verify against PyTorch, time against the dense model")
     verdict = export(work, lambda line: console.print(line.replace(str(work), str(output)), markup=False))
-    report = report_text(work, removed, result, verdict, seed)
+    report = report_text(work, uniform, result, verdict, seed)
     write_text(work / "report.md", report)
     write_report(work / "report.html", "Demo: a diffusion model of digits, pruned", report, work)
 
@@ -81,7 +81,7 @@ def name_(work: Path, output: Path) -> None:
         named = text.replace(os.path.relpath(work), os.path.relpath(output)).replace(str(work), str(output))
         if named != text:
             file.write_text(named)
-    for folder in ("pruned", "removed"):
+    for folder in ("pruned", "uniform"):
         write_list(work / folder, PRUNED)
 
 
@@ -93,22 +93,22 @@ def config_for(output: Path, seed: int) -> dict[str, Any]:
         "data": str(output / "calibration.npz"),
         "calibration": str(output / "calibration"),
         "importance": "diff_taylor",
-        "pruning_ratio": 0.3,
+        "macs_target": BUDGET,
         "seed": seed,
     }
 
 
 def draw(output: Path, seed: int) -> None:
-    """Images of the dense model, after removal, and after compensation, from the same noise."""
+    """Images of the dense model, pruned by one ratio, and where it costs least, from the same noise."""
     rows: dict[str, list[Image.Image]] = {}
     settings = SamplingSettings(count=IMAGES, seed=seed)
-    for name, folder in (("dense", "dense"), ("pruned", "removed"), ("pruned and compensated", "pruned")):
+    for name, folder in (("dense", "dense"), ("one ratio", "uniform"), ("allocated", "pruned")):
         rows[name] = sample_images(load_pipeline(output / folder), settings, progress=False)
     save_image(image_grid(rows, scale=3), output / "samples.png")
 
 
-def plot_calibration(result: Pruned, removed: Pruned, output: Path) -> None:
-    calibration = result.calibration or removed.calibration
+def plot_calibration(result: Pruned, uniform: Pruned, output: Path) -> None:
+    calibration = result.calibration or uniform.calibration
     assert calibration is not None
     plot_curve(calibration, output / "loss_curve.png")
 
@@ -128,9 +128,9 @@ def export(output: Path, say: Callable[[str], None]) -> dict[str, Any]:
     return run(output / "pruned", output / "model.onnx", options, say, keep).content
 
 
-def report_text(output: Path, removed: Pruned, result: Pruned, verdict: dict[str, Any], seed: int) -> str:
+def report_text(output: Path, uniform: Pruned, result: Pruned, verdict: dict[str, Any], seed: int) -> str:
     """report.md: what was done, pictures, the layer table, the verdict, and the commands to repeat each step."""
-    plan, calibration, compensation = result.plan, removed.calibration, result.compensation
+    plan, calibration, compensation = result.plan, uniform.calibration, result.compensation
     assert calibration is not None
     assert compensation is not None
     refitted = sum(repair.refitted for repair in compensation.repairs)
@@ -138,12 +138,22 @@ def report_text(output: Path, removed: Pruned, result: Pruned, verdict: dict[str
 
 {size_change("Parameters", plan.params)}; {size_change("MACs", plan.macs)} for one 32x32 sample.
 
-## Dense, pruned, and pruned and compensated, from the same noise
+## Dense, pruned by one ratio, and pruned where it costs least, from the same noise
 
 ![samples](samples.png)
 
+Both pruned models have {BUDGET:.0%} of the dense MACs. By one ratio: {size_change("parameters", uniform.plan.params)};
+allocated by what each cut does to the output: {size_change("parameters", plan.params)}.
+
 No row was fine-tuned. Compensation refitted {refitted} of {len(compensation.repairs)} layer sums to the dense model's
 outputs by ridge regression, with {compensation.samples} noisy images.
+
+## Where the channels went
+
+![widths](widths.png)
+
+A row a coupled group, in the order of execution: its channels before and after, and what each width would do to the
+output by itself; the chosen ones are marked.
 
 ## Which timesteps count
 
@@ -168,7 +178,8 @@ Plan {plan.sha256[:12]}, criterion {plan.criterion["name"]}, seed {seed}.
 
 ```
 diffprune prune {output / "config.yaml"} --overwrite
-diffprune prune {output / "config.yaml"} --set compensate=false --output {output / "removed"} --overwrite
+diffprune prune {output / "config.yaml"} --set allocation=uniform --output {output / "uniform"} --overwrite
+diffprune frontier {output / "config.yaml"}
 diffprune inspect {output / "pruned"}
 diffprune sample {output / "dense"} -o dense.png --seed {seed}
 diffprune sample {output / "pruned"} -o pruned.png --seed {seed}

@@ -60,7 +60,7 @@ def allocated(
         removed = allocate([menu for menu, _ in menus], size_of, limits)
     except BadInput as error:
         key = next(iter(options.target))
-        raise BadInput.of(key, options.target[key], f"cannot be reached: {error}") from None
+        raise BadInput.of(key, options.target[key], f"cannot be reached: {error}, or say allocation: uniform") from None
     plans = [of[count] for (_, of), count in zip(menus, removed, strict=True)]
     return described(plans, [menu for menu, _ in menus], errors)
 

@@ -50,7 +50,7 @@ class PlanOptions(Checked):
         description="How a target is met. uniform: by one ratio for all groups. linear: each group gets the width that "
         "costs least, by the linear sensitivity of the output to its channels (needs images and a scheduler). "
         "measured: then the widths next to it are tried, compensated, while the measured error falls. By default "
-        "uniform; linear where make_plan is given a sensitivity.",
+        "linear where there is what it takes (in Python, where make_plan is given a sensitivity), else uniform.",
     )
     max_pruning_ratio: Share = Field(default=1.0, description="No group loses a larger share of its channels.")
     head_pruning_ratio: Ratio | None = Field(

@@ -126,7 +126,8 @@ class Answers:
         mine = processes.on_all(lambda: [self.error(asked, place) for place in processes.part_of(places)])
         values = torch.tensor(mine, dtype=torch.float64, device=processes.device)
         everyone = processes.gather(values, len(places)).tolist()
-        processes.on_first(lambda: self.add([asked.keys[place] for place in places], everyone))
+        keys = asked.keys
+        processes.on_first(lambda: self.add([keys[place] for place in places], everyone))
 
     def error(self, asked: Question, place: int) -> float:
         """Of the plan itself at place 0, else of a change; raises CheckFailed if it is not finite."""

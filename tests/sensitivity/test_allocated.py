@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 from tiny import FAST, make_unet, output_of
 
 import diffprune_plugin as dp
@@ -128,20 +129,21 @@ def test_a_target_below_all_widths_is_refused_with_the_least(sensitivity: Sensit
         dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, macs_target=0.01)
 
 
-def test_a_config_that_says_linear_is_allocated_and_another_budget_needs_no_new_pass(
+def test_a_config_with_a_target_and_images_is_allocated_and_another_budget_needs_no_new_pass(
     run: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = tmp_path / "sensitivity.json"
     words = ["--set", f"sensitivity={stored}", "--set", "sensitivity_samples=4", "--set", "sensitivity_probes=1"]
-    words += ["--set", "allocation=linear"]
     code, out, err = run("prune", config_file, *words, "--set", "macs_target=0.7", "--json")
     assert code == 0, err
     plan = json.loads(out)
     assert plan["allocation"]["sensitivity"] == Sensitivity.load(stored).sha256
     assert PruningPlan.read(tmp_path / "pruned" / "unet" / "pruning_plan.json").allocation is not None
     monkeypatch.setattr("diffprune_plugin.sensitivity.stored.measure_sensitivity", lambda *a, **k: pytest.fail("again"))
-    more = ["--set", "params_target=0.5", "--output", tmp_path / "other", "--json"]
-    assert run("prune", config_file, *words, *more)[0] == 0
+    more = ["--set", "params_target=0.5", "--dry-run", "--plot", tmp_path / "widths.png"]
+    assert run("prune", config_file, *words, *more, "--json")[0] == 0
+    assert Image.open(tmp_path / "widths.png").size[0] > 600, "no heat map"
+    assert run("prune", config_file, *words, *more)[0] == 2
     code, _, err = run("prune", config_file, *words, "--set", "params_target=0.5", "--set", "seed=3", "--dry-run")
     assert code == 2
     assert "measured with other seed" in err
