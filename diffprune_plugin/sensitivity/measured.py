@@ -19,7 +19,7 @@ from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import Allocation, GroupPlan, PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from
 
-FRACTIONS = (0.25, 0.125)  # of a group's units that a round's step is, at least one step of the group
+FRACTIONS = (0.25, 0.125, 0.125)  # of a group's units that a round's step is, at least one step of the group
 
 
 @dataclass(frozen=True)
