@@ -43,7 +43,7 @@ from diffprune_plugin.sensitivity.answers import spend_measured
 from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
 from diffprune_plugin.sensitivity.measured import Search, search
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
-from diffprune_plugin.sensitivity.stored import sensitivity_for
+from diffprune_plugin.sensitivity.stored import is_allocated, sensitivity_for
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import check_absent, check_apart, relative
@@ -128,7 +128,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -
     """
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
     calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
-    material = material_for(job, calibration)
+    material = material_for(replace(job, config=config), calibration)
     found = frontier(material, config, cast(Sensitivity, sensitivity))
     if verify:
         adapter, scheduler = material.adapter, job.loaded.scheduler
@@ -157,7 +157,7 @@ def measured(
     found = sensitivity_for(job.config, *given, scoring=hasattr(job.criterion, "sensitivity"), **kept)
     if hasattr(job.criterion, "sensitivity"):
         job.criterion.sensitivity = found
-    return calibration, found if job.config.allocation == "linear" else None
+    return calibration, found if is_allocated(job.config, scheduler) else None
 
 
 def config_on(accelerator: Any, config: PruningConfig) -> PruningConfig:

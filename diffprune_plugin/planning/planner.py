@@ -102,7 +102,8 @@ def plan_from(
         raise BadInput(
             f"allocation: {options.allocation} needs a sensitivity; give make_plan what measure_sensitivity returns"
         )
-    if options.target and sensitivity is not None and options.allocation != "uniform":
+    by_error = options.spends or (options.allocation is None and not options.global_pruning)
+    if options.target and sensitivity is not None and by_error:
         planned, allocation = allocated(items, costs, options, sensitivity)
         ratio = 0.0
     elif options.pruning_ratio is None:

@@ -27,6 +27,8 @@ from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
 
+KEPT = 4  # compensated models: those of a round's plans
+
 
 def spend_measured(
     start: Callable[[], Search],
@@ -90,7 +92,7 @@ class Answers:
     processes: Processes
     file: Path | None
     known: dict[str, float] = field(default_factory=dict)
-    bases: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # of the last question alone
+    bases: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # of the last questions
 
     def take_up(self) -> None:
         """What is stored; raises BadInput for a file that is damaged."""
@@ -146,7 +148,8 @@ class Answers:
         key = asked.key()
         if key not in self.bases:
             model = self.trials.refitted(self.trials.dense, asked.removed, asked.heads)
-            self.bases = {key: (model, self.trials.extended(model, asked.removed))}
+            self.bases = dict([*self.bases.items()][1 - KEPT :])
+            self.bases[key] = model, self.trials.extended(model, asked.removed)
         return self.bases[key]
 
     def add(self, keys: Sequence[str], values: Sequence[float]) -> None:

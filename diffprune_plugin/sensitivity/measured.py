@@ -1,9 +1,10 @@
 """A budget spent by measuring: around a plan each group has a step more and a step less tried, and the plan moves.
 
 Cuts interact, which no sum of single errors knows: so the first plan, made by the linear sensitivity, is compensated,
-and what a step of each group changes there is measured (`trials`). The knapsack chooses again among these widths; the
-new plan is taken if its own error, compensated, is lower. So on with smaller steps: a coordinate search with a trust
-region, where Numerical Optimization (Nocedal and Wright, 2006), chapters 4 and 9, has the general form.
+and what a step of each group changes there is measured (`trials`). The knapsack chooses again among these widths, with
+more and less trust that the gains add up; the plan of the least error, compensated, is taken if that is lower. So on
+with smaller steps: a coordinate search with a trust region, whose general form is in Numerical Optimization (Nocedal
+and Wright, 2006), chapters 4 and 9.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diffprune_plugin.planning.plan import Allocation, GroupPlan, PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from
 
 FRACTIONS = (0.25, 0.125, 0.125)  # of a group's units that a round's step is, at least one step of the group
+TRUSTS = (1.0, 0.5, 0.25)  # in what single steps promise together, all of which are tried
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Around:
     """What each width near a plan changes: by root, and by how many units go, the difference of the error.
 
     The plan itself is exact, and the others are noisy: fewer units gone never count as a loss, nor more as a gain.
+    ``trust``: what gains are multiplied by and losses divided by; the less, the fewer groups move.
     """
 
     plan: PruningPlan
     changes: Mapping[str, Mapping[int, float]]
+    trust: float = 1.0
     sha256: str = ""
     most: float = 1.0
 
@@ -63,10 +67,12 @@ class Around:
 
     def error(self, root: str, units: Collection[int]) -> float:
         """Above that of the least width measured."""
-        of, now = self.changes[root], len(self.plan.removed_units()[root])
-        least = min(0.0, *(change for count, change in of.items() if count <= now))
-        change = of[len(units)]
-        return (min(change, 0.0) if len(units) < now else max(change, 0.0)) - least
+        now = len(self.plan.removed_units()[root])
+        of = {
+            count: min(change, 0.0) * self.trust if count < now else max(change, 0.0) / self.trust
+            for count, change in self.changes[root].items()
+        }
+        return of[len(units)] - min(of.values())
 
     def reason(self, group: GroupPlan, error: float) -> str:
         """Why a group has its width, in words: what the step to it changed, or what another would."""
@@ -90,21 +96,27 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     best = spent(sensitivity)
     (error,) = yield Question.of(best)
     tried, reasons = [error], {group.root: group.reason for group in best.groups}
+    asked = [best.removed_units()]
     for fraction in FRACTIONS:
         steps = near(best, material, options, fraction)
         answers = yield Question.of(best, steps)
         changes: dict[str, dict[int, float]] = {group.root: {len(group.removed): 0.0} for group in best.groups}
         for group, answer in zip(steps, answers[1:], strict=True):
             changes[group.root][len(group.removed)] = answer - error
-        around = Around(best, changes)
-        proposed = spent(around)
-        if proposed.removed_units() == best.removed_units():
-            continue
-        (found,) = yield Question.of(proposed)
-        tried.append(found)
-        if found < error:
-            reasons = {group.root: around.reason(group, error) for group in proposed.groups}
-            best, error = proposed, found
+        start = best, error
+        for trust in TRUSTS:
+            around = Around(start[0], changes, trust)
+            proposed = spent(around)
+            if proposed.removed_units() in asked:
+                continue
+            asked.append(proposed.removed_units())
+            (found,) = yield Question.of(proposed)
+            tried.append(found)
+            if found < error:
+                reasons = {group.root: around.reason(group, start[1]) for group in proposed.groups}
+                best, error = proposed, found
+        if best is start[0] and fraction == FRACTIONS[-1]:
+            break
     errors = {group.root: sensitivity.error(group.root, group.removed) for group in best.groups}
     allocation = Allocation(
         error=sum(errors.values()), errors=errors, sensitivity=sensitivity.sha256, measured=tuple(tried)

@@ -20,9 +20,8 @@ from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.tensors import weights_hash
 
 
-def wants_sensitivity(config: PruningConfig, scheduler: Any, scoring: bool = False) -> bool:
-    """Whether a plan is to be allocated, as asked or for a target where there is what it takes, or its channels are
-    scored by a sensitivity.
+def is_allocated(config: PruningConfig, scheduler: Any) -> bool:
+    """Whether a target is spent by a sensitivity: as asked, or where there is what it takes.
 
     Raises BadInput if it is asked for and there are no images or there is no scheduler, or it is to be measured after a
     compensation that is switched off.
@@ -32,9 +31,17 @@ def wants_sensitivity(config: PruningConfig, scheduler: Any, scoring: bool = Fal
         raise BadInput(f"allocation: {way} needs 'data' and a pipeline directory as 'model'; add them or say uniform")
     if way == "measured" and config.compensate is False:
         raise BadInput("allocation: measured compares compensated models; drop 'compensate: false' or say linear")
-    if scoring and not possible:
+    if way is not None:
+        return config.spends
+    return possible and bool(config.target) and not config.global_pruning
+
+
+def wants_sensitivity(config: PruningConfig, scheduler: Any, scoring: bool = False) -> bool:
+    """Whether a target is allocated, or channels are scored by a sensitivity; raises BadInput as `is_allocated` does,
+    and for scores without images or scheduler."""
+    if scoring and (config.data is None or scheduler is None):
         raise BadInput("importance: it needs 'data' and a pipeline directory as 'model'; add them or take magnitude")
-    return scoring or config.spends or (way is None and possible and bool(config.target) and not config.global_pruning)
+    return is_allocated(config, scheduler) or scoring
 
 
 def sensitivity_for(

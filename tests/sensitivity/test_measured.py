@@ -90,6 +90,8 @@ def test_fewer_units_are_never_a_loss_nor_more_a_gain() -> None:
     around = Around(plan, {ROOT: {now - 8: -0.3, now: 0.0, now + 8: 0.1}})
     assert [around.error(ROOT, range(now + more)) for more in (-8, 0, 8)] == pytest.approx([0, 0.3, 0.4])
     assert not around.knows(ROOT, now + 4)
+    around = Around(plan, around.changes, trust=0.5)
+    assert [around.error(ROOT, range(now + more)) for more in (-8, 0, 8)] == pytest.approx([0, 0.15, 0.35])
 
 
 def searched(material: Material, sensitivity: Sensitivity, error: Any) -> tuple[PruningPlan, list[Question]]:
