@@ -126,9 +126,12 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
 
 
 def near(plan: PruningPlan, material: Material, options: PlanOptions, fraction: float) -> list[GroupPlan]:
-    """For each group the widths a step below and above that of the plan, as far as there are any."""
+    """For each group the widths a step below and above that of the plan, as far as there are any; heads stay."""
     found = []
-    for group, of in zip(plan.groups, choices(material.items, options, Around.most), strict=True):
+    every = choices(material.items, options, Around.most)
+    for group, item, of in zip(plan.groups, material.items, every, strict=True):
+        if item.heads:  # their number is an attribute of the attention, which a trial leaves as it is
+            continue
         now = len(group.removed)
         step = max(int(fraction * group.units), 1)
         fewer = [count for count in of if count < now]
