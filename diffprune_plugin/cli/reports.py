@@ -28,6 +28,9 @@ def write_pruning(path: Path, config: PruningConfig, result: Pruned) -> None:
         if calibration and has("matplotlib"):
             plot_curve(calibration, Path(folder) / "loss_curve.png")
             parts += ["## Which timesteps count", "![loss at each timestep](loss_curve.png)"]
+        if has("matplotlib"):
+            result.plot(Path(folder) / "widths.png")
+            parts += ["## Where the channels went", "![widths before and after](widths.png)"]
         parts += ["## Layers", plan_markdown(plan)]
         if compensation:
             parts += ["## Compensation", "| layers | error before | after |\n|---|---|---|\n" + repairs(compensation)]
