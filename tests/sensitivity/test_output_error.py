@@ -134,7 +134,7 @@ def test_a_config_that_names_it_has_it_measured_once(
     file = tmp_path / "sensitivity.json"
     values: dict[str, Any] = {"model": str(dense_dir), "data": str(npz), "output": str(tmp_path / "pruned")}
     values |= {"importance": "output_error", "macs_target": 0.6, "compensate": False, "sensitivity": str(file)}
-    values |= {"sensitivity_samples": 2, "sensitivity_probes": 1}
+    values |= {"sensitivity_samples": 2, "sensitivity_probes": 1, "allocation": "uniform"}
     made = prune(dp.PruningConfig.make(values), progress=False).plan
     assert made.criterion["name"] == "output_error"
     assert made.allocation is None
