@@ -124,6 +124,11 @@ def any_timestep(_: Config) -> range:
     return range(1000)
 
 
+def whole_ones(_: Config) -> bool:
+    """Of a model that is not known to take timesteps between whole ones."""
+    return False
+
+
 def is_set(key: str) -> Callable[[Config], bool]:
     """For ``when``: the config has a value for the key."""
     return lambda config: bool(config.get(key))

@@ -17,6 +17,7 @@ from diffprune_plugin.adapters.ports import (
     configured_size,
     sized,
     two_pixels_at_the_bottom,
+    whole_ones,
 )
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.state import REMEDIES, check_stock
@@ -40,7 +41,7 @@ class ModelAdapter(AttentionFacts):
         noisy sample (batch, channels, ...) and its timesteps (batch,).
     size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; timesteps: taken.
     words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
-    any_size: data of any size are taken. packing: of latents into tokens, where the pipeline does it.
+    real_timesteps: whether those between whole ones are taken too. any_size: data of any size are taken. packing: of latents into tokens, where the pipeline does it.
     objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`; model_time: what its timesteps are times
         those of the scheduler. encoded: the inputs that the pipeline's encode_prompt returns, by place, or nothing;
         after "null" those for no prompt. module: where the class is imported from.
@@ -66,6 +67,7 @@ class ModelAdapter(AttentionFacts):
     timesteps: Callable[[Config], range] = any_timestep
     any_size: bool = False
     packing: Packing | None = None
+    real_timesteps: Callable[[Config], bool] = whole_ones
     objective: str = "noise_prediction"
     model_time: float = 1.0
     encoded: tuple[str, ...] = (

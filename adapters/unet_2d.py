@@ -55,6 +55,7 @@ UNET_2D = ModelAdapter(
         Port("class_labels", ("batch", time_width), when=takes_embeddings),
     ),
     timesteps=timesteps,
+    real_timesteps=lambda config: config.get("time_embedding_type") != "learned",
     known=(
         Known("class_embed_type", (None, "timestep", "identity")),
         Known("mid_block_type", (None, "UNetMidBlock2D")),

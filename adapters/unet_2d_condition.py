@@ -115,4 +115,5 @@ UNET_2D_CONDITION = ModelAdapter(
         Refused("cross_attention_dim", differs, "differs between blocks, which all take one encoder_hidden_states"),
     ),
     words=(("sequence", 77),),
+    real_timesteps=lambda _: True,  # of sinusoids
 )

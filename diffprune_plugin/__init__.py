@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from diffprune_plugin.utils.imports import when_imported
 
 if not (Path(__file__).parent / "adapters").exists():
     # In a checkout the folders adapters/ and export/ lie beside the package, not in it.
     __path__.append(str(Path(__file__).parent.parent))
 __path__.append(str(Path(__file__).parent / "renamed"))  # modules by their names of before
+
+# A saved model's folder holds a loader for people without this package. Who has imported it needs neither that file nor
+# trust_remote_code: diffusers looks for a component's library among its own pipeline modules first.
+when_imported("diffusers.pipelines", lambda module: setattr(module, __name__, sys.modules[__name__]))
 
 if TYPE_CHECKING:
     from diffprune_plugin.calibration.calibration import Calibration

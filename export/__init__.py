@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from diffprune_plugin.export.benchmark import measure
     from diffprune_plugin.export.convert import to_onnx
     from diffprune_plugin.export.integrity import check_files, read_provenance
+    from diffprune_plugin.export.ort_pipeline import ORTPipeline
     from diffprune_plugin.export.ort_unet import ORTUNet
     from diffprune_plugin.export.proofs import best_provider, prove
     from diffprune_plugin.export.verify import verify_onnx
 
 # Imported on first use: --help waits for neither torch nor ONNX Runtime, and the proofs need no torch at all.
 _HOME = {
+    "ORTPipeline": "ort_pipeline",
     "ORTUNet": "ort_unet",
     "best_provider": "proofs",
     "check_files": "integrity",
@@ -26,6 +28,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ORTPipeline",
     "ORTUNet",
     "best_provider",
     "check_files",

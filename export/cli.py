@@ -25,7 +25,9 @@ console = Console()
 )
 @with_options(Options)
 def export(
-    output: Annotated[Path, typer.Argument(help="The ONNX file to write, ending in .onnx.")],
+    output: Annotated[
+        Path, typer.Argument(help="The ONNX file to write, ending in .onnx; or a directory: the whole pipeline.")
+    ],
     model: Annotated[
         Path | None,
         typer.Option(help="Pipeline or model directory. Default: the last of pruned, diffprune-demo/pruned."),
@@ -35,14 +37,22 @@ def export(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a model as ONNX, prove its numerics against PyTorch, and time it against the dense model."""
+    from diffprune_plugin.export.pipeline_workflow import run_pipeline
     from diffprune_plugin.export.workflow import default_model, run
 
     check_results(options)
     if model is None:
         model = default_model()
         say(f"model: {model} (no --model given)")
-    run(model, output, options, say, lambda latency: show(latency, options))
-    say(f"passed; load it with: from diffprune_plugin.export import ORTUNet; ORTUNet({str(output)!r})")
+    whole = is_directory(output)
+    (run_pipeline if whole else run)(model, output, options, say, lambda latency: show(latency, options))
+    client = "ORTPipeline" if whole else "ORTUNet"
+    say(f"passed; load it with: from diffprune_plugin.export import {client}; {client}({str(output)!r})")
+
+
+def is_directory(output: Path) -> bool:
+    """Whether an output is meant as a directory: it has no ending, or none that files have."""
+    return not output.suffix[1:].isalpha()
 
 
 @with_options(BenchOptions)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import importlib.metadata
 import json
-import logging
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +15,10 @@ from torch import nn
 
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.errors import BadInput, first_line, nearest
-from diffprune_plugin.export.integrity import PREFIX, Files, check_output, new_model
+from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.export.graphs import exported, versions, written
+from diffprune_plugin.export.integrity import Files, check_output
+from diffprune_plugin.export.timestep import AXIS, check_kind, loosen_
 from diffprune_plugin.graph.costs import meta_copy, total_macs
 from diffprune_plugin.planning.plan import architecture_hash
 from diffprune_plugin.plugins import denoiser_of, find_adapter
@@ -31,8 +28,6 @@ from diffprune_plugin.utils.optional import need
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 OPSETS = range(18, 25)  # what torch's exporter writes; past 20 GroupNormalization has no kernel and is slower
 IMAGE = ("height", "width")  # axes that a model halves on its way down
-INLINE_LIMIT = 1_500_000_000  # bytes of weights; a protobuf ends at 2 GiB
-PACKAGES = ("diffprune-plugin", "torch", "diffusers", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,7 @@ def to_onnx(
     opset: int = 20,
     dynamic: Sequence[str] = ("batch",),
     dtype: str = "fp32",
+    timestep: str = "int64",
     overwrite: bool = False,
     external_data: bool | None = None,
     adapter: ModelAdapter | None = None,
@@ -73,7 +69,8 @@ def to_onnx(
     """Write a model, dense or pruned, live or from a pipeline or model directory, as an ONNX file with its manifest.
 
     ``dynamic`` names the axes left open; the others have the config's size. ``external_data``: weights in one file of
-    their own (None: where they would not fit a protobuf). The same input gives the same bytes.
+    their own (None: where they would not fit a protobuf). ``timestep``: its type, float32 for samplers that step
+    between whole ones; its length is 1 or the batch's. The same input gives the same bytes.
 
     Raises BadInput for what cannot be exported or written; nothing is half-written.
     """
@@ -85,19 +82,17 @@ def to_onnx(
     live = model_in(model, dtype)
     adapter = adapter or find_adapter(live)
     check_dynamic(live, adapter, dynamic)
+    check_kind(timestep, live, adapter)
     multiples = allowed_multiples(live, adapter, dynamic)
-    program = traced(live, adapter, opset, tuple(dynamic), irregular_size(live, adapter, multiples))
+    size = irregular_size(live, adapter, multiples)
+    program = traced(live, adapter, opset, tuple(dynamic), size, timestep)
     options = {"opset": str(opset), "dtype": dtype, "dynamic": ",".join(dynamic), "multiples": multiples}
     facts = provenance(live, adapter, options)
-    strip_(program.model)
-    program.model.producer_name, program.model.producer_version = "diffprune", facts["versions"]["diffprune-plugin"]
-    written = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in facts.items()}
-    program.model.metadata_props.update({PREFIX + key: written[key] for key in sorted(written)})
-    files: Files = {}
-    with new_model(path, overwrite, {"multiples": multiples} if multiples else {}, files) as temporary:
-        save(program.model, temporary, live, external_data, written)
-    nodes = sum(1 for _ in program.model.graph.all_nodes())
-    return ExportReport(path, files, nodes, time.perf_counter() - start, written)
+    if "batch" in dynamic:
+        loosen_(program.model, adapter.sample, adapter.timestep)
+    notes = {"multiples": multiples} if multiples else {}
+    texts, nodes, files = written(program, path, live, facts, overwrite=overwrite, external=external_data, notes=notes)
+    return ExportReport(path, files, nodes, time.perf_counter() - start, texts)
 
 
 def check_options(opset: int, dtype: str) -> None:
@@ -176,47 +171,27 @@ def odd_multiple(size: int, step: int) -> int:
     return (size // step | 1) * step
 
 
-def traced(model: nn.Module, adapter: ModelAdapter, opset: int, dynamic: tuple[str, ...], size: tuple[int, int]) -> Any:
+def traced(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    opset: int,
+    dynamic: tuple[str, ...],
+    size: tuple[int, int],
+    timestep: str,
+) -> Any:
     """The model as an ONNX program, from an example of this (height, width).
 
     The example batch is 2: with 1 the exporter writes a file that says dynamic and works at batch 1 only.
     """
     ports = adapter.ports(model)
     inputs = adapter.flat_inputs(model, batch=2 if "batch" in dynamic else 1, size=size)
+    if timestep == "float32":
+        inputs[adapter.timestep] = inputs[adapter.timestep].float()
     config = config_of(model)
-    shapes = tuple({i: word for i, word in port.words(config).items() if word in dynamic} for port in ports)
-    with quiet():
-        try:
-            return torch.onnx.export(
-                Flat(model, adapter).eval(),
-                tuple(inputs[port.name] for port in ports),
-                dynamo=True,
-                input_names=[port.name for port in ports],
-                output_names=[port.name for port in adapter.outputs],
-                dynamic_shapes=(shapes,),
-                opset_version=opset,
-                verbose=False,
-            )
-        except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-            axes = f"; leave {', '.join(dynamic)} fixed" if len(dynamic) > 1 else ""
-            raise BadInput(f"{type(model).__name__}: torch cannot export it: {first_line(cause)}{axes}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's advice to its own developers off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.utils._sympy.interp")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    words = [{i: word for i, word in port.words(config).items() if word in dynamic} for port in ports]
+    flat = {port.name: inputs[port.name] for port in ports}
+    names = [port.name for port in adapter.outputs]
+    return exported(Flat(model, adapter), flat, words, names, opset, type(model).__name__)
 
 
 def provenance(model: Any, adapter: ModelAdapter, options: dict[str, Any]) -> dict[str, Any]:
@@ -228,12 +203,12 @@ def provenance(model: Any, adapter: ModelAdapter, options: dict[str, Any]) -> di
         "model_class": adapter.model_class,
         "config": json.loads(json.dumps(config, default=list)),
         "source_config_sha256": architecture_hash(model),
-        "axes": default_axes(model, adapter),
+        "axes": default_axes(model, adapter) | ({AXIS: 1} if "batch" in options["dynamic"].split(",") else {}),
         "timesteps": [steps[0], steps[-1]],
         "inputs": {"sample": adapter.sample, "timestep": adapter.timestep},
         "params": str(sum(p.numel() for p in model.parameters())),
         "macs": str(total_macs(model, adapter)),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         **options,
     }
     plan = getattr(model, "pruning_plan", None)
@@ -259,33 +234,3 @@ def values_of(tree: Any, key: str) -> Iterator[Any]:
         if name == key:
             yield value
         yield from values_of(value, key)
-
-
-def strip_(model: Any) -> None:
-    """Remove the exporter's debug metadata: nine tenths of the file, with the absolute paths of its sources."""
-    graph = model.graph
-    nodes = list(graph.all_nodes())
-    values = [*graph.inputs, *graph.outputs, *graph.initializers.values(), *(v for n in nodes for v in n.outputs)]
-    for holder in (model, graph, *nodes, *values):
-        holder.metadata_props.clear()
-        holder.doc_string = None
-
-
-def save(graph: Any, path: Path, model: nn.Module, external: bool | None, facts: dict[str, str]) -> None:
-    """Write the graph, its weights inside or, past the limit, in one file named by what it was made from."""
-    import onnx_ir
-
-    if external is None:
-        external = sum(p.numel() * p.element_size() for p in model.parameters()) > INLINE_LIMIT
-    # A name of its own, so that overwriting never touches the data of the old model.
-    name = f"{path.stem}.{content_hash(model, facts)[:12]}.data" if external else None
-    onnx_ir.save(graph, path, external_data=name)
-
-
-def content_hash(model: nn.Module, facts: dict[str, str]) -> str:
-    """SHA-256 of the weights and the options of the export."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

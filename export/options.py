@@ -55,6 +55,7 @@ class Options(BenchOptions):
     opset: Annotated[int, typer.Option(help="ONNX opset; 20 runs fastest.")] = 20
     dynamic: Annotated[tuple[str, ...], typer.Option(help="Axes left open: batch,height,width,sequence.")] = ("batch",)
     dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32"
+    timestep: Annotated[str, typer.Option(help="int64, or float32 to take those between whole ones.")] = "int64"
     verify: Annotated[bool, typer.Option("--no-verify", help="Leave the numerics unproved; the verdict says so.")] = (
         True
     )

@@ -2,70 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import nn
 
-from diffprune_plugin.errors import BadInput, CheckFailed, first_line
-from diffprune_plugin.export.convert import DTYPES
-from diffprune_plugin.export.feeds import check_multiple, input_names, input_shapes, input_types, multiples
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.feeds import check_multiple, input_names, input_shapes, multiples
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.export.providers import PROVIDERS, open_session
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.export.ort_session import OrtSession, StandIn
+from diffprune_plugin.export.timestep import AXIS
 
 
-class RunFailed(CheckFailed):
-    """ONNX Runtime does not compute the graph for these inputs (exit code 1)."""
-
-
-class OrtDenoiser:
-    """A session that takes tensors by input name and gives float32 back; raises RunFailed for what it refuses."""
-
-    def __init__(self, path: Path, provider: str = "cpu", threads: int = 1) -> None:
-        self.types = input_types(path)
-        self.session = open_session(path, provider, threads=threads)
-
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        feeds = {name: inputs[name].detach().cpu().numpy().astype(kind) for name, kind in self.types.items()}
-        try:
-            return torch.from_numpy(self.session.run(None, feeds)[0]).float()
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            raise RunFailed(first_line(error)) from error
-
-
-class ORTUNet(nn.Module):
+class ORTUNet(StandIn):
     """An ONNX file of ours as the ``model`` of a diffusers pipeline: ``DDIMPipeline(model=ORTUNet(path), ...)``.
 
     Raises BadInput for a damaged file, a device or dtype other than the session's, an argument that the graph lacks,
     or a size that it does not compute.
     """
 
-    def __init__(self, path: str | Path, *, provider: str = "cpu", threads: int = 1) -> None:
-        super().__init__()
+    def __init__(
+        self, path: str | Path, *, provider: str = "cpu", threads: int = 1, session: OrtSession | None = None
+    ) -> None:
         facts = check_files(path)
+        super().__init__(facts, session or OrtSession(Path(path), provider, threads))
         self.path = Path(path)
-        self.provider = provider
-        self.config = FrozenDict(json.loads(facts["config"]))
-        self.dtype = DTYPES[facts["dtype"]]
-        self.device = torch.device("cpu")
         self.facts, self.names, self.shapes = facts, input_names(facts), input_shapes(self.path)
-        self.denoiser = OrtDenoiser(self.path, provider, threads)
         # Stable Diffusion XL reads this width from the module instead of the config.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.__dict__["add_embedding"] = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     def forward(self, *values: Any, return_dict: bool = True, **named: Any) -> UNet2DOutput | tuple[torch.Tensor]:
         """The prediction, of the sample's shape, dtype and device; inputs in the graph's order or by name."""
-        names = list(self.denoiser.types)
+        names = list(self.session.types)
         given = dict(zip(names, values, strict=False)) | flattened(named)
         given = {name: value for name, value in given.items() if value is not None}
         unknown, missing = sorted(set(given) - set(names)), sorted(set(names) - set(given))
@@ -78,25 +50,18 @@ class ORTUNet(nn.Module):
             for size in sizes_of(word, self.shapes, given):
                 check_multiple(self.path, word, size, step)
         sample, timestep = given[self.names["sample"]], given[self.names["timestep"]]
-        rows = torch.as_tensor(timestep).reshape(-1).expand(sample.shape[0])
-        whole = self.denoiser.types[self.names["timestep"]].kind != "f"
+        rows = torch.as_tensor(timestep).reshape(-1)
+        if self.shapes[self.names["timestep"]] != [AXIS]:  # files of before take one for each sample only
+            rows = rows.expand(sample.shape[0])
+        whole = self.session.types[self.names["timestep"]].kind != "f"
         if whole and rows.is_floating_point() and bool((rows != rows.round()).any()):
             raise BadInput(
                 f"{self.path}: timestep {rows.tolist()[0]} is no whole number, and the graph takes those; use a "
                 "scheduler that steps at them (DDIM, or timestep_spacing='leading')"
             )
-        output = self.denoiser({**given, self.names["timestep"]: rows}).to(sample)
+        (output,) = self.session({**given, self.names["timestep"]: rows}).values()
+        output = output.to(sample)
         return UNet2DOutput(sample=output) if return_dict else (output,)
-
-    def to(self, *args: Any, **kwargs: Any) -> ORTUNet:
-        """Itself: a session stays where it was opened."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if (device or self.device).type != self.device.type or (dtype or self.dtype) != self.dtype:
-            raise BadInput(
-                f"{self.path}: runs as {self.dtype} on {PROVIDERS[self.provider].name}; give ORTUNet another provider, "
-                "or export with another --dtype, instead of .to()"
-            )
-        return self
 
 
 def sizes_of(word: str, shapes: Mapping[str, list[str | int]], given: Mapping[str, torch.Tensor]) -> Iterator[int]:

@@ -17,9 +17,9 @@ from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import IMAGE, model_in, odd_multiple
-from diffprune_plugin.export.feeds import input_shapes, multiples
+from diffprune_plugin.export.feeds import input_shapes, input_types, multiples
 from diffprune_plugin.export.integrity import Files, check_files, read_manifest, reject
-from diffprune_plugin.export.ort_unet import OrtDenoiser, RunFailed
+from diffprune_plugin.export.ort_session import OrtSession, RunFailed
 from diffprune_plugin.plugins import find_adapter
 
 BATCHES = (1, 2, 3, 5)
@@ -117,9 +117,11 @@ def verify_onnx(
         check_time_table(live, subject.adapter, scheduler)
     ddim = None if scheduler is None else ddim_of(scheduler, steps)
     result = Verification(provider, dtype, tolerance or TOLERANCES[dtype])
-    missing = sorted(set(subject.example()) ^ set(input_shapes(path)))
-    if missing:
+    shapes, timestep = input_shapes(path), subject.adapter.timestep
+    if missing := sorted(set(subject.example()) ^ set(shapes)):
         result.cases.append(failed(f"inputs: {', '.join(missing)} only in the graph or only in the model"))
+    elif shapes[timestep] == ["batch"]:  # some graphs take a single one by luck of broadcasting
+        result.cases.append(failed(f"{timestep} has the batch's length only, where clients feed one for all samples"))
     else:
         session = OrtDenoiser(path, provider, threads)
         with torch.no_grad():
@@ -135,6 +137,13 @@ def verify_onnx(
     if not result.passed:
         result.rejected = [renamed.name for renamed in reject(path, known)]
     return result
+
+
+class OrtDenoiser(OrtSession):
+    """A session whose one output is what is compared."""
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        return next(iter(super().__call__(inputs).values()))
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,9 @@ class Subject:
         return max(steps[0], min(timestep, steps[-1]))
 
     def denoise(self, inputs: Inputs) -> torch.Tensor:
-        return self.adapter.denoise(self.model, inputs)
+        """PyTorch's output; one timestep for all samples is repeated for it."""
+        names, rows = self.adapter, len(inputs[self.adapter.sample])
+        return names.denoise(self.model, inputs | {names.timestep: inputs[names.timestep].expand(rows)})
 
     def axes(self) -> Iterator[tuple[str, int, str]]:
         """(input, position, word) of each axis that may be dynamic."""
@@ -165,21 +176,34 @@ class Subject:
 def all_cases(
     subject: Subject, path: Path, batches: Sequence[int], steps: Mapping[str, int]
 ) -> Iterator[tuple[str, Inputs]]:
-    """Every batch with every timestep, as many in one run as fit; then every other dynamic axis at other sizes.
+    """Every batch with every timestep, as many in one run as fit; one for all, as clients feed it; then every other
+    dynamic axis at other sizes.
 
     ``steps``: what the file says that their sizes have to be multiples of.
     """
-    dynamic = {axis for shape in input_shapes(path).values() for axis in shape if isinstance(axis, str)}
-    name = subject.adapter.timestep
+    shapes, name = input_shapes(path), subject.adapter.timestep
+    dynamic = {axis for input_, shape in shapes.items() for axis in shape if isinstance(axis, str) and input_ != name}
     for batch in batches if "batch" in dynamic else (1,):
         for start in range(0, len(TIMESTEPS), batch):
             inputs = subject.example(batch, seed=start)
             rows = [subject.taken(TIMESTEPS[(start + row) % len(TIMESTEPS)]) for row in range(batch)]
             inputs[name] = torch.tensor(rows, device=inputs[name].device)
             yield f"batch {batch}, timestep {', '.join(map(str, rows))}", inputs
+    if "batch" in dynamic:
+        batch = max(2, min(batches))
+        for timestep in single_timesteps(subject, input_types(path)[name].kind == "f"):
+            inputs = subject.example(batch)
+            single = torch.tensor([timestep], device=inputs[name].device)
+            yield f"batch {batch}, one timestep {timestep} for all", inputs | {name: single}
     for word in sorted(dynamic - {"batch"}):
         for size in other_sizes(subject, word, steps.get(word)):
             yield f"{word} {size}", resized(subject, word, size)
+
+
+def single_timesteps(subject: Subject, reals: bool) -> list[float]:
+    """The first and the last that the model takes, and where the file takes reals two between whole ones."""
+    ends = [subject.taken(TIMESTEPS[0]), subject.taken(TIMESTEPS[-1])]
+    return [*ends, *([ends[0] + 0.5, ends[1] - 0.625] if reals else [])]
 
 
 def other_sizes(subject: Subject, word: str, multiple: int | None) -> list[int]:

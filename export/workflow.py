@@ -102,6 +102,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def check_before(model: Path, output: Path, options: Options) -> None:
     """Everything that can be refused before minutes of work: paths, options, a provider that is not there."""
     check_output(output, options.overwrite)
+    check_asked(model, options)
+
+
+def check_asked(model: Path, options: Options) -> None:
+    """The same for all but the output."""
     if options.baseline and not options.baseline.is_dir():
         raise BadInput(f"--baseline {options.baseline}: no such directory; give a pipeline or model directory")
     check_gates(options.max_latency_ms, options.min_speedup)
@@ -135,6 +140,7 @@ def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: 
         opset=options.opset,
         dynamic=options.dynamic,
         dtype=options.dtype,
+        timestep=options.timestep,
         overwrite=options.overwrite,
     )
     verdict.content["export"] = asdict(report) | {"path": told(report.path)}
@@ -259,7 +265,8 @@ def dense_file(model: Path, output: Path, options: Options) -> Iterator[Path | N
         return
     # Beside the file: what a killed run leaves there, the next one removes.
     with scratch(output.with_name(f"{output.stem}-dense.onnx")) as path:
-        to_onnx(dense, path, opset=options.opset, dynamic=options.dynamic, dtype=options.dtype)
+        given = {"opset": options.opset, "dynamic": options.dynamic, "dtype": options.dtype}
+        to_onnx(dense, path, timestep=options.timestep, **given)
         yield path
 
 

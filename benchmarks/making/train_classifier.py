@@ -19,7 +19,7 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffprune_plugin.export.convert import quiet, strip_
+from diffprune_plugin.export.graphs import quiet, strip_
 from diffprune_plugin.utils.files import new_file, write_text
 from diffprune_plugin.utils.progress import progress_bar
 from making.train_demo import HELD_OUT, digits_with_labels

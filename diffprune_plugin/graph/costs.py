@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,7 +43,12 @@ class LayerCost:
 
 
 def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]:
-    """The cost of every layer with parameters, for one sample of the config's size; nothing is computed (meta device).
+    """The cost of every layer with parameters, for one sample of the config's size (`costs_of`)."""
+    return costs_of(model, lambda copied: copied(**adapter.example_inputs(copied)))
+
+
+def costs_of(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, LayerCost]:
+    """The cost of every layer with parameters in one forward; nothing is computed (meta device).
 
     MACs count every parameter of a convolution, linear or norm layer once per position, as torch-pruning and with it
     the paper do; what has no parameters (the attention product, activations) is left out.
@@ -61,13 +67,17 @@ def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]
         if not isinstance(module, nn.Embedding) and not any(module.children()):  # of a block they are tables, added
             module.register_forward_hook(count(name))
     with torch.no_grad():
-        copied(**adapter.example_inputs(copied))
+        forward(copied)
     return {name: layer_cost(module, positions.get(name, 0)) for name, module in modules.items()}
 
 
 def total_macs(model: nn.Module, adapter: ModelAdapter) -> int:
     """MACs of one sample of the config's size, counted as `layer_costs` does."""
-    return sum(cost.after(0, 0).macs for cost in layer_costs(model, adapter).values())
+    return macs_of(layer_costs(model, adapter))
+
+
+def macs_of(costs: Mapping[str, LayerCost]) -> int:
+    return sum(cost.after(0, 0).macs for cost in costs.values())
 
 
 def layer_cost(module: nn.Module, positions: int) -> LayerCost:

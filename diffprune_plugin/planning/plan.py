@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
-from diffprune_plugin.utils.reading import read_json
+from diffprune_plugin.utils.reading import parse_json, read_text
 
 PLAN_FILE = "pruning_plan.json"
 WITHIN = 0.01  # a target is met within this share of it
@@ -124,8 +124,11 @@ class PruningPlan(Frozen):
 
     def write(self, path: Path) -> None:
         """As JSON with its hash, atomically."""
-        content = self.model_dump(mode="json") | {"sha256": self.sha256}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, self.as_json(indent=1) + "\n")
+
+    def as_json(self, indent: int | None = None) -> str:
+        """With its hash."""
+        return json.dumps(self.model_dump(mode="json") | {"sha256": self.sha256}, indent=indent)
 
     @classmethod
     def read(cls, path: Path) -> PruningPlan:
@@ -136,13 +139,24 @@ class PruningPlan(Frozen):
         if not path.exists():
             raise BadInput(f"{path}: no such file; is the directory a pruned model?")
         try:
-            content = read_json(path, "restore it or prune again")
+            text = read_text(path)
+        except BadInput as error:
+            raise BadInput(f"{error}; restore it or prune again") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> PruningPlan:
+        """The plan in a text, of a file that is named in the errors; raises as `read` does."""
+        try:
+            content = parse_json(text, where)
             stated = content.pop("sha256")
             plan = cls.model_validate(content)
+        except BadInput as error:
+            raise BadInput(f"{error}; restore it or prune again") from None
         except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}: not a pruning plan: {first_line(error)}") from None
+            raise BadInput(f"{where}: not a pruning plan: {first_line(error)}") from None
         if plan.sha256 != stated:
-            raise BadInput(f"{path}: altered since it was written (its sha256 differs); restore it or prune again")
+            raise BadInput(f"{where}: altered since it was written (its sha256 differs); restore it or prune again")
         return plan
 
 

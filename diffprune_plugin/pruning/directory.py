@@ -14,6 +14,7 @@ from diffprune_plugin.utils import reading
 
 PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LOADER_FILE = "diffprune_plugin.py"  # for diffusers without this package: named as model_index.json names the library
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
 SOURCE_KEY = "_name_or_path"  # where diffusers and transformers write down what a config was loaded from
@@ -33,6 +34,11 @@ def model_folder(directory: Path) -> Path:
     if not (folder / "config.json").exists():
         raise BadInput(f"{directory}: neither a pipeline (model_index.json, unet/) nor a UNet (config.json) directory")
     return folder
+
+
+def loader_bytes() -> bytes:
+    """The loader that lies beside a pruned model's weights, the same everywhere."""
+    return (Path(__file__).parent / "standalone.py").read_bytes()
 
 
 def component_in(directory: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import adapters, plugin_manager
-from diffprune_plugin.pruning.directory import read_json
+from diffprune_plugin.pruning.directory import LOADER_FILE, loader_bytes, read_json
 
 INDEX_FILE = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", "diffprune_plugin")
@@ -47,8 +47,13 @@ def check_component(directory: Path, name: str, library: str, kind: str) -> None
             f"{place}: code from {library!r} is not run; known are {', '.join(LIBRARIES)} and the packages of adapters"
         )
     for file in (folder / f"{word}.py" for folder in (directory, directory / name) for word in (library, package)):
-        if file.exists():
+        if file.exists() and not is_our_loader(file, directory / name):
             raise BadInput(f"{place}: {file} would be run in its place; remove that file")
+
+
+def is_our_loader(file: Path, folder: Path) -> bool:
+    """Whether a file is the loader that we wrote into a component's folder, byte for byte."""
+    return file == folder / LOADER_FILE and file.is_file() and file.read_bytes() == loader_bytes()
 
 
 def is_pipeline_module(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -14,16 +15,26 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from torch import nn
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan, architecture_hash
 from diffprune_plugin.plugins import adapters, class_names, find_adapter, plugin_manager
 from diffprune_plugin.pruning.building import at_most, foreign_errors
-from diffprune_plugin.pruning.directory import PREFIX, WEIGHTS, read_json, to_json, without_paths
+from diffprune_plugin.pruning.directory import (
+    LOADER_FILE,
+    PREFIX,
+    WEIGHTS,
+    loader_bytes,
+    read_json,
+    to_json,
+    without_paths,
+)
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
 PLAN_KEY = "_pruning_plan"  # of a pruned model's config
+PLAN_IN_WEIGHTS = "pruning_plan"  # of the weights' metadata: diffusers downloads no further files from a hub
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # diffusers' names
 
 
@@ -38,7 +49,8 @@ class PrunedModelMixin:
     pruning_plan: PruningPlan
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write config.json (dense), pruning_plan.json and safetensors; other arguments of diffusers have no effect.
+        """Write config.json (dense), pruning_plan.json, safetensors, and a loader for those without this package; other
+        arguments of diffusers have no effect.
 
         Raises BadInput, before anything is written, for a model that could not be loaded again.
         """
@@ -48,7 +60,12 @@ class PrunedModelMixin:
         directory.mkdir(parents=True, exist_ok=True)
         model.save_config(str(directory))
         self.pruning_plan.write(directory / PLAN_FILE)
-        save_tensors(model.state_dict(), directory / WEIGHTS, {"plan": self.pruning_plan.sha256})
+        facts = {"plan": self.pruning_plan.sha256, PLAN_IN_WEIGHTS: self.pruning_plan.as_json()}
+        facts["heads"] = json.dumps({name: left for name, (_, left) in self.pruning_plan.heads.items()})
+        if base_of(type(model)).__module__.startswith("diffusers."):  # what it builds without this package
+            (directory / LOADER_FILE).write_bytes(loader_bytes())
+            facts["loader"] = hashlib.sha256(loader_bytes()).hexdigest()
+        save_tensors(model.state_dict(), directory / WEIGHTS, facts)
 
     def to_json_string(self) -> str:
         """What config.json holds: the plan lies beside it."""
@@ -64,7 +81,7 @@ class PrunedModelMixin:
         if isinstance(config, (str, os.PathLike)):
             folder = Path(config) / (kwargs.pop("subfolder", None) or "")
             where = str(folder)
-            plan = PruningPlan.read(folder / PLAN_FILE)
+            plan = plan_in(folder)
             config = read_json(folder / "config.json")
         elif PLAN_KEY in (config or {}):
             plan, where = PruningPlan.model_validate(config[PLAN_KEY]), cls.__name__
@@ -189,7 +206,7 @@ def check_architecture(model: nn.Module, plan: PruningPlan, where: str) -> None:
 
 def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
     """Rebuild the pruned architecture from the dense config and the plan's sizes, then fill in the weights."""
-    plan = PruningPlan.read(directory / PLAN_FILE)
+    plan = plan_in(directory)
     if plan.model_class not in class_names(cls):
         raise BadInput(f"{directory / PLAN_FILE}: a plan for {plan.model_class}, beside a {cls.__name__}")
     state = read_weights(directory / WEIGHTS, plan)
@@ -204,6 +221,16 @@ def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
         raise BadInput(f"{directory / WEIGHTS}: does not fit the plan beside it: {first_line(error)}") from None
     model.register_to_config(_name_or_path=str(directory))
     return model.eval()
+
+
+def plan_in(directory: Path) -> PruningPlan:
+    """The plan of a pruned model's folder; the copy in its weights where diffusers downloaded nothing else."""
+    weights = directory / WEIGHTS
+    if (directory / PLAN_FILE).exists() or not weights.is_file():
+        return PruningPlan.read(directory / PLAN_FILE)
+    with foreign_errors(f"{weights}: truncated or damaged"), safe_open(weights, "pt") as file:
+        text = (file.metadata() or {}).get(PLAN_IN_WEIGHTS)
+    return PruningPlan.read(directory / PLAN_FILE) if text is None else PruningPlan.parse(text, str(weights))
 
 
 def as_dtype(dtype: Any) -> torch.dtype:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,21 @@ def check_ours(path: Path, kind: str) -> None:
     for name, digest in files.items():
         if (path / name).is_file() and sha256(path / name) != digest:
             raise BadInput(f"{path / name} was changed since diffprune wrote it; move it away or choose another output")
+
+
+def check_unchanged(path: Path, except_for: Sequence[str] = ()) -> None:
+    """Raises BadInput, naming a file, unless a directory is ours and its files are what we wrote; ``except_for``: names
+    (patterns) that are not looked at."""
+    files = read_list(path)[1]
+    if files is None:
+        raise BadInput(f"{path}: no {LIST_FILE}, or a damaged one: diffprune did not write this directory")
+    for name, digest in files.items():
+        if any(Path(name).match(pattern) for pattern in except_for):
+            continue
+        if not (path / name).is_file():
+            raise BadInput(f"{path / name}: missing, though {LIST_FILE} lists it; restore it")
+        if sha256(path / name) != digest:
+            raise BadInput(f"{path / name}: its SHA-256 is not that in {LIST_FILE}: changed since it was written")
 
 
 def read_list(path: Path) -> tuple[str, dict[str, str] | None]:

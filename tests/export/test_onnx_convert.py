@@ -19,7 +19,7 @@ from diffprune_plugin.planning.plan import PruningPlan
 
 
 def test_names_and_axes_are_those_of_the_adapters_table(models):
-    assert input_shapes(models.pruned_onnx) == {"sample": ["batch", 3, 16, 16], "timestep": ["batch"]}
+    assert input_shapes(models.pruned_onnx) == {"sample": ["batch", 3, 16, 16], "timestep": ["steps"]}
     assert [value.name for value in onnx.load(models.pruned_onnx).graph.output] == ["out_sample"]
 
 
@@ -48,7 +48,7 @@ def test_fp16_takes_two_bytes_a_weight_in_one_file_of_their_own(mixed_onnx):
     data = [path for path in mixed_onnx.parent.iterdir() if path.suffix == ".data"]
     assert len(data) == 1
     assert data[0].stat().st_size == pytest.approx(2 * int(read_provenance(mixed_onnx)["params"]), rel=0.05)
-    assert set(fixed_dims(mixed_onnx)) == {"batch", "height", "width"}
+    assert set(fixed_dims(mixed_onnx)) == {"batch", "height", "steps", "width"}
     assert check_files(mixed_onnx)["dtype"] == "fp16"
 
 

@@ -12,15 +12,16 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from onnx import helper, numpy_helper
 from tiny import make_unet
-from tiny_conditional import SD
+from tiny_conditional import SD, SDXL
 from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import ORTUNet, read_provenance, to_onnx, verify_onnx
+from diffprune_plugin.export import ORTUNet, convert, read_provenance, to_onnx, verify_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import read_manifest
-from diffprune_plugin.export.verify import Tolerance, judged, pipeline_scheduler, summary
+from diffprune_plugin.export.ort_session import RunFailed
+from diffprune_plugin.export.verify import OrtDenoiser, Tolerance, judged, pipeline_scheduler, summary
 from diffprune_plugin.plugins import find_adapter
 
 
@@ -52,13 +53,47 @@ def test_a_learned_time_embedding_is_fed_the_timesteps_that_it_has_rows_for(tmp_
     to_onnx(unet, tmp_path / "m.onnx")
     facts = read_provenance(tmp_path / "m.onnx")
     assert facts["timesteps"] == "[0, 6]"
-    assert example_feeds(tmp_path / "m.onnx", {"batch": 2})["timestep"].tolist() == [3, 3]
+    assert example_feeds(tmp_path / "m.onnx", {"batch": 2, "steps": 2})["timestep"].tolist() == [3, 3]
     result = verify_onnx(tmp_path / "m.onnx", unet)
     assert result.passed, summary(result)
     assert [c.name for c in result.cases][:4] == [f"batch 1, timestep {t}" for t in (0, 1, 6, 6)]
     with pytest.raises(BadInput, match="its timesteps go from 0 to 999, this UNet2DModel has learned those to 6"):
         verify_onnx(tmp_path / "m.onnx", unet, scheduler=DDIMScheduler(), steps=2)
     assert (tmp_path / "m.onnx").exists(), "nothing is wrong with the file"
+
+
+def test_a_graph_that_takes_only_a_timestep_for_each_sample_is_caught(tmp_path, monkeypatch):
+    """Planted: SDXL as it was exported before, on which optimum-onnx failed; and one that broadcasts by luck."""
+    monkeypatch.setattr(convert, "loosen_", lambda *_: None)
+    for unet in (make_conditional(SDXL), make_unet()):
+        path = tmp_path / f"{type(unet).__name__}.onnx"
+        to_onnx(unet, path)
+        result = verify_onnx(path, unet)
+        assert not result.passed
+        assert "timestep has the batch's length only" in result.worst.name
+
+
+def test_one_timestep_for_all_samples_gives_what_one_for_each_does_and_another_length_is_refused(models):
+    session = OrtDenoiser(models.pruned_onnx)
+    inputs = {"sample": torch.randn(3, 3, 16, 16), "timestep": torch.tensor([7, 7, 7])}
+    assert torch.equal(session(inputs | {"timestep": torch.tensor([7])}), session(inputs))
+    with pytest.raises(RunFailed, match="Expand"):
+        session(inputs | {"timestep": torch.tensor([7, 7])})
+
+
+def test_timesteps_between_whole_ones_are_computed_where_the_model_takes_them(tmp_path):
+    unet, path = make_unet(), tmp_path / "m.onnx"
+    to_onnx(unet, path, timestep="float32")
+    result = verify_onnx(path, unet)
+    assert result.passed, summary(result)
+    assert [c.name for c in result.cases if "998.375" in c.name] == ["batch 2, one timestep 998.375 for all"]
+    sample, halfway = torch.randn(2, 1, 16, 16), torch.tensor(3.5)
+    with torch.no_grad():
+        expected = unet(sample, halfway).sample
+    torch.testing.assert_close(ORTUNet(path)(sample, halfway).sample, expected, rtol=1e-4, atol=1e-5)
+    learned = make_unet(time_embedding_type="learned", num_train_timesteps=7)
+    with pytest.raises(BadInput, match="--timestep float32: this UNet2DModel takes whole timesteps only"):
+        to_onnx(learned, tmp_path / "learned.onnx", timestep="float32")
 
 
 @pytest.mark.parametrize(("make", "step", "odd"), [(lambda: make_conditional(SD), 1, 13), (make_unet, 2, 22)])

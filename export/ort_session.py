@@ -1,0 +1,71 @@
+"""A session that takes and gives tensors by name, and what stands in a pipeline for the model that it computes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import nn
+
+from diffprune_plugin.errors import BadInput, CheckFailed, first_line
+from diffprune_plugin.export.convert import DTYPES
+from diffprune_plugin.export.feeds import input_types
+from diffprune_plugin.export.providers import PROVIDERS, open_session
+from diffprune_plugin.utils.memory import out_of_memory
+
+Tensors = dict[str, torch.Tensor]
+
+
+class RunFailed(CheckFailed):
+    """ONNX Runtime does not compute the graph for these inputs (exit code 1)."""
+
+
+class OrtSession:
+    """An ONNX file of ours, called with tensors by name; gives float32 tensors by name.
+
+    ``session``: an open one, instead of a new one. ``seconds``: spent in it so far. Raises RunFailed for inputs that it
+    refuses.
+    """
+
+    def __init__(self, path: Path, provider: str = "cpu", threads: int = 1, session: Any = None) -> None:
+        self.types, self.provider, self.seconds = input_types(path), provider, 0.0
+        self.session = session or open_session(path, provider, threads=threads)
+        self.names = [output.name for output in self.session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        feeds = {name: inputs[name].detach().cpu().numpy().astype(kind) for name, kind in self.types.items()}
+        start = time.perf_counter()
+        try:
+            found = self.session.run(None, feeds)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise RunFailed(first_line(error)) from error
+        self.seconds += time.perf_counter() - start
+        return {name: torch.from_numpy(value).float() for name, value in zip(self.names, found, strict=True)}
+
+
+class StandIn(nn.Module):
+    """What diffusers' pipelines read from a model besides its outputs: config, dtype, device; without parameters."""
+
+    def __init__(self, facts: Mapping[str, str], session: OrtSession) -> None:
+        super().__init__()
+        self.session = session
+        self.config = FrozenDict(json.loads(facts["config"]))
+        self.dtype = DTYPES[facts["dtype"]]
+        self.device = torch.device("cpu")
+
+    def to(self, *args: Any, **kwargs: Any) -> StandIn:
+        """Itself: a session stays where it was opened. Raises BadInput for another device or dtype than its own."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if (device or self.device).type != self.device.type or (dtype or self.dtype) != self.dtype:
+            raise BadInput(
+                f"{type(self).__name__} runs as {self.dtype} on {PROVIDERS[self.session.provider].name}; give it "
+                "another provider, or export with another --dtype, instead of .to()"
+            )
+        return self

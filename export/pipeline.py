@@ -1,0 +1,223 @@
+"""A whole pipeline as a directory of ONNX files in optimum-onnx's layout, each compared with PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffprune_plugin.adapters.ports import config_of
+from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.export.components import DECODER, LEFT_OUT, MODEL_FILE, PARTS, Piece, part_to_onnx, parts_of
+from diffprune_plugin.export.convert import DTYPES, IMAGE, model_in, to_onnx
+from diffprune_plugin.export.integrity import read_provenance
+from diffprune_plugin.export.options import Options
+from diffprune_plugin.export.verify import pipeline_scheduler, summary, verify_onnx
+from diffprune_plugin.export.verify_parts import verify_part
+from diffprune_plugin.plugins import adapters, components, find_adapter, plugin_manager
+from diffprune_plugin.pruning.building import foreign_errors
+from diffprune_plugin.pruning.directory import component_in, read_json, to_json
+from diffprune_plugin.pruning.index import INDEX_FILE, is_pipeline_module, read_index
+from diffprune_plugin.pruning.loading import quiet
+
+SMALL = 16  # sides of latents for the checks of parts whose height and width are dynamic
+STEPS = (20, 25, 30, 50)  # numbers of steps that people draw with
+Say = Callable[[str], None]
+Facts = dict[str, Any]
+
+
+def check_pipeline(model: Path, options: Options) -> dict[str, tuple[str, str]]:
+    """The components of a pipeline directory (library and class) that can be exported; raises BadInput if it cannot."""
+    if not (model / INDEX_FILE).is_file():
+        raise BadInput(f"{model}: no {INDEX_FILE}; a directory of ONNX files needs a pipeline, a model a name in .onnx")
+    parts, denoiser = read_index(model), component_in(model)
+    for name, (_, kind) in parts.items():
+        if name not in LEFT_OUT and name != denoiser and has_weights(model / name):
+            parts_of(name, kind)
+    if "text_encoder" in parts and "batch" not in options.dynamic:
+        raise BadInput(f"--dynamic {','.join(options.dynamic)}: guidance doubles the batch; leave batch among them")
+    return parts
+
+
+def has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def export_parts(model: Path, place: Path, options: Options, provider: str, say: Say) -> Facts:
+    """Write every component of a pipeline directory below ``place``, each compared with PyTorch unless not asked to.
+
+    Returns what each export and comparison found. Raises CheckFailed where one missed.
+    """
+    parts, denoiser = check_pipeline(model, options), component_in(model)
+    timestep = timestep_kind(model, options, say)
+    found: Facts = {
+        denoiser: export_denoiser(model, place / denoiser, replace(options, timestep=timestep), provider, say)
+    }
+    side = read_side(place / denoiser / MODEL_FILE)
+    for name, (library, kind) in parts.items():
+        if name in (denoiser, *LEFT_OUT):
+            continue
+        if kind in PARTS:
+            for folder, facts in export_component(model, place, name, library, kind, side, options, provider, say):
+                found[folder] = facts
+        elif (model / name).is_dir():
+            shutil.copytree(model / name, place / name)
+    left_out = [name for name in LEFT_OUT if name in parts]
+    if left_out:
+        say(f"left out, as they have no ONNX form: {', '.join(left_out)}")
+    write_index(model, place, denoiser, left_out)
+    return found
+
+
+def timestep_kind(model: Path, options: Options, say: Say) -> str:
+    """The type of the timestep: as asked, and float32 where the pipeline's own scheduler steps between whole ones."""
+    if options.timestep != "int64" or not scheduler_between(model, (options.steps, *STEPS)):
+        return options.timestep
+    live = model_in(model)
+    if not find_adapter(live).real_timesteps(config_of(live)):
+        return options.timestep
+    say("timestep: float32, since the pipeline's scheduler steps between whole ones")
+    return "float32"
+
+
+def scheduler_between(model: Path, counts: tuple[int, ...]) -> bool:
+    """Whether a pipeline's scheduler has timesteps between whole ones, for one of these numbers of steps."""
+    library, kind = read_index(model).get("scheduler", ("diffusers", ""))
+    if not kind:
+        return False
+    with foreign_errors(f"{model / 'scheduler'}: cannot be loaded as a {kind}"):
+        scheduler = getattr(importlib.import_module(library), kind).from_pretrained(str(model / "scheduler"))
+        total = int(scheduler.config.get("num_train_timesteps", 1000))
+        for count in (each for each in counts if each <= total):
+            scheduler.set_timesteps(count)
+            steps = torch.as_tensor(scheduler.timesteps)
+            if steps.is_floating_point() and bool((steps != steps.round()).any()):
+                return True
+    return False
+
+
+def export_denoiser(model: Path, folder: Path, options: Options, provider: str, say: Say) -> Facts:
+    """The denoiser's file, verified as a file of its own is."""
+    path = folder / MODEL_FILE
+    folder.mkdir()
+    given = {"opset": options.opset, "dynamic": options.dynamic, "dtype": options.dtype, "timestep": options.timestep}
+    report = to_onnx(model, path, **given)  # type: ignore[arg-type]
+    facts: Facts = {"export": told(asdict(report), folder)}
+    config = json.loads(report.provenance["config"]) | {"_class_name": report.provenance["model_class"]}
+    (folder / "config.json").write_text(to_json(config))
+    if options.verify:
+        result = verify_onnx(
+            path,
+            model,
+            scheduler=pipeline_scheduler(model),
+            steps=options.steps,
+            provider=provider,
+            threads=options.threads,
+            size=small(options, read_side(path)),
+        )
+        facts["verify"] = result.as_dict()
+        judge(folder.name, result, say)
+    return facts
+
+
+def export_component(
+    model: Path,
+    place: Path,
+    name: str,
+    library: str,
+    kind: str,
+    side: tuple[int, int],
+    options: Options,
+    provider: str,
+    say: Say,
+) -> Iterator[tuple[str, Facts]]:
+    """The files of one component other than the denoiser, and what was found of each, by folder."""
+    live = load_component(model / name, library, kind)
+    for part in parts_of(name, kind):
+        folder = place / (name + part.ending)
+        folder.mkdir()
+        dtype = options.dtype
+        if dtype == "fp16" and part is DECODER and overflows(live, side):
+            say(f"{folder.name}: kept in fp32, since it overflows in fp16")
+            dtype = "fp32"
+        cast = live if dtype == "fp32" else copy.deepcopy(live).to(DTYPES[dtype])
+        report = part_to_onnx(
+            Piece(part, cast, side), folder / MODEL_FILE, opset=options.opset, dynamic=options.dynamic, dtype=dtype
+        )
+        facts: Facts = {"export": told(asdict(report), folder)}
+        shutil.copy(model / name / "config.json", folder / "config.json")
+        if options.verify:
+            piece = Piece(part, live, small(options, side) or side)
+            result = verify_part(folder / MODEL_FILE, piece, provider=provider, threads=options.threads)
+            facts["verify"] = result.as_dict()
+            judge(folder.name, result, say)
+        yield folder.name, facts
+
+
+def judge(name: str, result: Any, say: Say) -> None:
+    """Raises CheckFailed where the numerics miss; nothing of the directory stays then."""
+    if not result.passed:
+        raise CheckFailed(f"{name}/{MODEL_FILE} does not compute what PyTorch does: {summary(result)}")
+    say(f"{name}: verified against PyTorch on {result.provider}: {summary(result)}")
+
+
+def load_component(folder: Path, library: str, kind: str) -> Any:
+    """A component's model in fp32 and eval mode; raises BadInput for a damaged one."""
+    name = f"diffusers.pipelines.{library}" if is_pipeline_module(library) else library
+    with foreign_errors(f"{folder}: cannot be loaded as a {kind}"), quiet():
+        cls = getattr(importlib.import_module(name), kind)
+        return cls.from_pretrained(str(folder), use_safetensors=True).float().eval()
+
+
+@torch.no_grad()
+def overflows(vae: Any, side: tuple[int, int]) -> bool:
+    """Whether a decoder leaves fp16's range: its config says so (SDXL), or latents of unit noise do, tried in fp16."""
+    if vae.config.get("force_upcast"):
+        return True
+    half = copy.deepcopy(vae).half()
+    sides = [min(length, SMALL) for length in side]
+    latents = torch.randn((1, vae.config.latent_channels, *sides), generator=torch.Generator().manual_seed(0))
+    latents = latents / (vae.config.get("scaling_factor") or 1.0)
+    return not bool(half.decode(latents.half(), return_dict=False)[0].isfinite().all())
+
+
+def small(options: Options, side: tuple[int, int]) -> tuple[int, int] | None:
+    """Sides of a latent that are cheap to check with, where they are dynamic; None where they are the config's."""
+    if not set(IMAGE) <= set(options.dynamic) or max(side) <= SMALL:
+        return None
+    return SMALL, SMALL
+
+
+def read_side(path: Path) -> tuple[int, int]:
+    """(height, width) of a sample of a denoiser's file."""
+    axes = json.loads(read_provenance(path)["axes"])
+    return axes["height"], axes["width"]
+
+
+def told(report: Facts, folder: Path) -> Facts:
+    """A report for an artifact that others read: the place on this machine is left out."""
+    return report | {"path": f"{folder.name}/{MODEL_FILE}"}
+
+
+def write_index(model: Path, place: Path, denoiser: str, left_out: list[str]) -> None:
+    """``model_index.json``: the pipeline's own, the denoiser by its stock class, what is left out as nothing."""
+    index = read_json(model / INDEX_FILE)
+    facts = read_provenance(place / denoiser / MODEL_FILE)
+    adapter = adapters(plugin_manager())[facts["model_class"]].value
+    index[denoiser] = [adapter.module, adapter.model_class]
+    index |= {name: [None, None] for name in left_out}
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    (place / INDEX_FILE).write_text(to_json(index))
+
+
+def denoiser_file(place: Path) -> Path:
+    """The denoiser's file in a directory of ONNX files."""
+    return next(path for name in components() if (path := place / name / MODEL_FILE).is_file())

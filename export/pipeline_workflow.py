@@ -1,0 +1,146 @@
+"""A pipeline directory to ONNX, every part and the whole proved; the directory is there whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffprune_plugin.errors import CheckFailed, DiffPruneError, HardwareUnproved
+from diffprune_plugin.export.benchmark import Latency, gate
+from diffprune_plugin.export.drawing import BATCHES, Images, compared, draw, not_drawn, summary
+from diffprune_plugin.export.integrity import VERDICT
+from diffprune_plugin.export.options import Options
+from diffprune_plugin.export.ort_pipeline import ORTPipeline
+from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts
+from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
+from diffprune_plugin.export.workflow import (
+    Verdict,
+    check_asked,
+    dense_file,
+    gated,
+    memory_errors,
+    provider_for,
+    time_files,
+    told,
+    write_json,
+)
+from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.utils.files import check_absent, check_apart, new_directory, write_list
+
+KIND = "ONNX pipeline"
+Say = Callable[[str], None]
+
+
+def run_pipeline(
+    model: Path,
+    output: Path,
+    options: Options,
+    say: Say = lambda line: None,
+    show: Callable[[Latency], None] = lambda latency: None,
+) -> Verdict:
+    """Export a pipeline directory and prove it: each part's numerics, the images, latency of UNet and whole.
+
+    The verdict lies beside the directory as JSON. Raises BadInput, CheckFailed or HardwareUnproved: with a part or an
+    image that missed there is no directory, with a gate that missed there is one.
+    """
+    check_absent(output, options.overwrite, KIND)
+    check_apart(output, {"--model": str(model), "--baseline": str(options.baseline) if options.baseline else None})
+    check_asked(model, options)
+    check_pipeline(model, options)
+    verdict = Verdict({"passed": False, "model": told(model), "directory": told(output), "failure": "interrupted"})
+    path = options.verdict or output.with_name(output.name + VERDICT)
+    try:
+        with memory_errors():
+            with new_directory(output, options.overwrite, KIND) as place:
+                build(verdict, model, place, options, say)
+                time_both(verdict, model, place, options, say, show)
+            if verdict.latency:
+                gate(verdict.latency, options.max_latency_ms, options.min_speedup)
+        verdict.content["passed"] = True
+        del verdict.content["failure"]
+    except DiffPruneError as error:
+        paths = [path for path in (model, output, options.baseline) if path]
+        verdict.content["failure"] = functools.reduce(lambda text, p: text.replace(str(p), told(p)), paths, str(error))
+        raise
+    finally:
+        write_json(path, verdict.content)
+    return verdict
+
+
+def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say) -> None:
+    """All files, and the images that they draw beside PyTorch's: drawn first, so that memory holds one of the two."""
+    content = verdict.content
+    expected, why = pytorch_images(model, options) if options.verify else ({}, "left out (--no-verify)")
+    content["parts"] = export_parts(model, place, options, options.provider or "cpu", say)
+    write_list(place, KIND)
+    content["images"] = why
+    if expected:
+        check_images(content, place, expected, options, say)
+    else:
+        say("NOT verified (--no-verify)" if not options.verify else f"images not compared: {why}")
+
+
+def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], str]:
+    """PyTorch's images by batch size; none and why, for a pipeline that is not drawn from."""
+    pipeline = load_pipeline(model)
+    if why := not_drawn(pipeline):
+        return {}, why
+    batches = BATCHES if "batch" in options.dynamic else (1,)
+    images = {batch: draw(pipeline, batch, options.steps) for batch in batches}
+    del pipeline
+    gc.collect()
+    return images, ""
+
+
+def check_images(content: dict[str, Any], place: Path, expected: dict[int, Images], options: Options, say: Say) -> None:
+    """Raises CheckFailed where ONNX Runtime's images are not PyTorch's."""
+    pipeline = ORTPipeline(place, provider=options.provider or "cpu", threads=options.threads)
+    found = {batch: draw(pipeline, batch, options.steps) for batch in expected}
+    check = compared(found, expected, options.steps, options.dtype)
+    content["images"] = check.as_dict()
+    if not check.passed:
+        raise CheckFailed(f"the pipeline does not draw what PyTorch does: {summary(check)}")
+    say(f"the whole pipeline draws what PyTorch does: {summary(check)}")
+
+
+def time_both(
+    verdict: Verdict,
+    model: Path,
+    place: Path,
+    options: Options,
+    say: Say,
+    show: Callable[[Latency], None],
+) -> None:
+    """The denoiser's latency, and the whole pipeline's with each component's share."""
+    content = verdict.content
+    content["latency"] = "left out (--no-bench)"
+    if not options.latency:
+        return
+    unet = denoiser_file(place)
+    provider, refused = provider_for(unet, options)
+    content["providers_refused"] = refused
+    if provider is None:
+        content["latency"] = f"none: no provider computes {options.dtype} and is proved"
+        say(f"latency {content['latency']}")
+        if gated(options):
+            raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
+        return
+    with dense_file(model, options) as dense:
+        alone = time_files(unet, dense, replace(options, provider=provider))
+        verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, provider)
+    content["latency"] = {
+        "denoiser": alone.as_dict(),
+        "pipeline": verdict.latency.as_dict(),
+        "steps": options.steps,
+        "shares": {name: shares.of(name) for name in shares.seconds},
+    }
+    say("the denoiser alone, one pass:")
+    show(alone)
+    say(f"the whole pipeline, an image of {options.steps} steps:")
+    show(verdict.latency)
+    for line in lines(shares):
+        say(line)
