@@ -69,11 +69,22 @@ def export_parts(model: Path, place: Path, options: Options, provider: str, say:
                 found[folder] = facts
         elif (model / name).is_dir():
             shutil.copytree(model / name, place / name)
+            add_vocabulary(place / name)
     left_out = [name for name in LEFT_OUT if name in parts]
     if left_out:
         say(f"left out, as they have no ONNX form: {', '.join(left_out)}")
     write_index(model, place, denoiser, left_out)
     return found
+
+
+def add_vocabulary(folder: Path) -> None:
+    """Beside a tokenizer.json, alone as transformers 5 writes it, the files that transformers 4 reads in its place."""
+    whole = folder / "tokenizer.json"
+    model = read_json(whole).get("model", {}) if whole.is_file() else {}
+    if model.get("type") == "BPE" and not (folder / "vocab.json").exists():
+        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
 def timestep_kind(model: Path, options: Options, say: Say) -> str:

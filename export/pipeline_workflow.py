@@ -20,6 +20,7 @@ from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
 from diffprune_plugin.export.workflow import (
     Verdict,
     check_asked,
+    command,
     dense_file,
     gated,
     memory_errors,
@@ -28,6 +29,7 @@ from diffprune_plugin.export.workflow import (
     told,
     write_json,
 )
+from diffprune_plugin.pruning.card import verdict_lines, write_card
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.utils.files import check_absent, check_apart, new_directory, write_list
 
@@ -52,12 +54,14 @@ def run_pipeline(
     check_asked(model, options)
     check_pipeline(model, options)
     verdict = Verdict({"passed": False, "model": told(model), "directory": told(output), "failure": "interrupted"})
+    verdict.content["command"] = command(model, output, options)
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with memory_errors():
             with new_directory(output, options.overwrite, KIND) as place:
                 build(verdict, model, place, options, say)
                 time_both(verdict, model, place, options, say, show)
+                write_card(place, model, proofs={"the export": verdict_lines(held(verdict))})
             if verdict.latency:
                 gate(verdict.latency, options.max_latency_ms, options.min_speedup)
         verdict.content["passed"] = True
@@ -69,6 +73,11 @@ def run_pipeline(
     finally:
         write_json(path, verdict.content)
     return verdict
+
+
+def held(verdict: Verdict) -> dict[str, Any]:
+    """What a verdict says once nothing but a gate can fail."""
+    return {**verdict.content, "passed": True}
 
 
 def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def run(
     """
     check_before(model, output, options)
     verdict = Verdict({"passed": False, "model": told(model), "file": told(output)})
+    verdict.content["command"] = command(model, output, options)
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with memory_errors():
@@ -82,6 +84,20 @@ def run(
         if "export" in verdict.content:
             write_verdict(path, output, verdict.content)
     return verdict
+
+
+def command(model: Path, output: Path, options: Options) -> str:
+    """The command of an export, with what differs from its defaults."""
+    words, bare = ["diffprune-export", told(output), "--model", told(model)], Options()
+    named = {"batches": "batch"} | {name: name for name in ("baseline", "dynamic", "dtype", "timestep", "opset")}
+    named |= {name: name for name in ("threads", "rounds", "steps", "provider")}
+    for field, name in named.items():
+        value = getattr(options, field)
+        if value != getattr(bare, field):
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            words += [f"--{name}", told(value) if isinstance(value, Path) else str(value)]
+    words += ([] if options.verify else ["--no-verify"]) + ([] if options.latency else ["--no-bench"])
+    return shlex.join(words)
 
 
 def told(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffprune_plugin.cli.evaluation import evaluate, sample
-from diffprune_plugin.cli.inspection import inspect, plugins
+from diffprune_plugin.cli.inspection import card, inspect, plugins
 from diffprune_plugin.cli.pruning import config, demo, finetune, frontier, prune
 from diffprune_plugin.export.cli import bench
 from diffprune_plugin.utils.command_options import Command
@@ -21,6 +21,7 @@ COMMANDS: dict[Command, str] = {
     finetune: f"finetune config.yaml, {LAUNCH} finetune config.yaml",
     config: "config nncf.json -o native.yaml",
     inspect: "inspect pruned",
+    card: "card pruned --evaluation evaluation",
     sample: "sample pruned -o grid.png --count 16 --seed 0",
     evaluate: "evaluate pruned --against dense --reference images --features inception.safetensors --count 5000",
     plugins: "plugins",

@@ -57,6 +57,22 @@ def show_provenance(path: Path, json: bool) -> None:
         say(f"{path}: undamaged, its files have the manifest's SHA-256")
 
 
+def card(
+    directory: Annotated[Path, typer.Argument(help="Pipeline directory, dense, pruned or of ONNX files.")],
+    evaluation: Annotated[Path | None, typer.Option(help="Directory that diffprune evaluate wrote.")] = None,
+    verdict: Annotated[Path | None, typer.Option(help="Verdict (.json) of diffprune-export.")] = None,
+) -> None:
+    """Write or renew a pipeline's model card, README.md; what was written around our part of it stays."""
+    from diffprune_plugin.pruning.card import evaluation_lines, read_report, renew_card, verdict_lines
+
+    proofs: dict[str, Any] = {}
+    if evaluation:
+        proofs["`diffprune evaluate`"] = evaluation_lines(read_report(evaluation / "evaluation.json"))
+    if verdict:
+        proofs["the export"] = verdict_lines(read_report(verdict))
+    say(f"wrote {renew_card(directory, proofs)}")
+
+
 def plugins(json: Json = False) -> None:
     """List criteria, timestep weights and adapters, the packages they come from, and what failed to load and why."""
     from diffprune_plugin.plugins import adapters, criteria, plugin_manager, timestep_weights

@@ -97,6 +97,21 @@ def quiet() -> Iterator[None]:
         diffusers.utils.logging.set_verbosity(before)
 
 
+@contextlib.contextmanager
+def without_a_doubt() -> Iterator[None]:
+    """diffusers prints a pruned model whole, as it cannot tell that its class is right for the pipeline; we can."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_loading_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "non-standard module" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 def getattr_or_bad(name: str, folder: Path) -> Any:
     try:
         return pruned_class_named(name)
@@ -135,7 +150,7 @@ def load_pipeline(
         given["torch_dtype"] = torch_dtype
     diffusers.utils.logging.disable_progress_bar()
     try:
-        with foreign_errors(f"{directory}: cannot be loaded as a pipeline"):
+        with foreign_errors(f"{directory}: cannot be loaded as a pipeline"), without_a_doubt():
             return DiffusionPipeline.from_pretrained(
                 directory, use_safetensors=True, variant=next((each for each in variants if each), None), **given
             )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.pruning.card import source_of, write_card
 from diffprune_plugin.pruning.directory import SOURCE_KEY, read_json, to_json, without_paths
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_loadable
 from diffprune_plugin.utils.files import new_directory, sync
@@ -45,6 +46,8 @@ def save(
             raise BadInput(f"cannot write {path}: {error}; free space or choose another output") from error
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(model, DiffusionPipeline):
+            write_card(temporary, source_of(model))
         for file in files_below(temporary):
             if file.suffix == ".json" and SOURCE_KEY in file.read_text():
                 file.write_text(to_json(without_paths(read_json(file))))

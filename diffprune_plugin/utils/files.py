@@ -129,6 +129,16 @@ def write_list(directory: Path, kind: str) -> None:
     sync(directory / LIST_FILE)
 
 
+def renew_listed(directory: Path, name: str) -> None:
+    """Write the hash of one file that was renewed into a directory's list; nothing where it has none."""
+    kind, files = read_list(directory)
+    if files is None:
+        return
+    files[name] = sha256(directory / name)
+    text = json.dumps({"format": 1, "kind": kind, "files": dict(sorted(files.items()))}, indent=1) + "\n"
+    write_text(directory / LIST_FILE, text)
+
+
 def sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as handle:

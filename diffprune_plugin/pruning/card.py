@@ -1,0 +1,261 @@
+"""The model card of a saved pipeline: README.md with the hub's header, made from what lies in the directory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
+from diffprune_plugin.planning.report import quantity
+from diffprune_plugin.pruning.directory import (
+    COMPENSATION_FILE,
+    CONFIG_FILE,
+    LOADER_FILE,
+    SOURCE_KEY,
+    read_json,
+)
+from diffprune_plugin.pruning.index import INDEX_FILE
+from diffprune_plugin.utils.files import alone_in, renew_listed, sha256, write_text
+
+CARD = "README.md"
+BEGIN, END = "<!-- diffprune: renewed by 'diffprune card' from here -->", "<!-- diffprune: to here -->"
+TAGS = ("diffprune-plugin", "pruning", "structural-pruning")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+TASKS = {"prompt": "text-to-image", "": "unconditional-image-generation"}
+SHORT = 12  # digits of a hash for people
+
+
+def write_card(directory: Path, source: Path | str | None = None, *, proofs: Mapping[str, Any] | None = None) -> Path:
+    """Write or renew README.md from what lies in a directory; what people wrote around it and in the header stays.
+
+    ``source``: the directory or hub name that it was made from, for its name and licence; ``proofs``: further parts of
+    "Measured" by title. Raises BadInput for a directory that is no pipeline, or a card that cannot be read.
+    """
+    path = directory / CARD
+    old = read_card(path)
+    body = "\n".join(lines(directory, dict(proofs or {}))).rstrip() + "\n"
+    text = body if old is None else around(old.text, body)
+    header = data(directory, source, old)
+    write_text(path, f"---\n{header.to_yaml()}\n---\n\n{text}")
+    return path
+
+
+def renew_card(directory: Path, proofs: Mapping[str, Any] | None = None) -> Path:
+    """The same for a directory that is there, whose list of files is told. Raises BadInput for one that is none."""
+    if not (directory / INDEX_FILE).is_file():
+        raise BadInput(f"{directory}: no {INDEX_FILE}; give a pipeline directory")
+    with alone_in(directory):
+        path = write_card(directory, proofs=proofs)
+        renew_listed(directory, CARD)
+    return path
+
+
+def read_card(path: Path) -> ModelCard | None:
+    if not path.exists():
+        return None
+    try:
+        return ModelCard.load(path)
+    except Exception as error:  # of its YAML, in whichever library
+        raise BadInput(f"{path}: its header cannot be read: {first_line(error)}; mend or remove it") from None
+
+
+def around(text: str, body: str) -> str:
+    """The text with our part in it renewed; ours alone where it has none."""
+    before, found, rest = text.strip().partition(BEGIN)
+    after = rest.partition(END)[2]
+    return "\n\n".join(part.strip() for part in (before, body, after) if part.strip()) + "\n" if found else body
+
+
+def data(directory: Path, source: Path | str | None, old: ModelCard | None) -> ModelCardData:
+    """The header: what an old one says stays, ours is added."""
+    stated = {} if old is None else old.data.to_dict()
+    based = origin(source)
+    index = read_json(directory / INDEX_FILE)
+    task = TASKS["prompt" if any(name.startswith(("tokenizer", "text_encoder")) for name in index) else ""]
+    ours: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task} | based
+    tags = list(dict.fromkeys([*stated.pop("tags", []), *TAGS, *(["onnx"] if onnx_files(directory) else [])]))
+    return ModelCardData(**{**ours, **stated, "tags": tags})
+
+
+def origin(source: Path | str | None) -> dict[str, str]:
+    """Name on the hub, and licence, of what a model was made from, as far as it says so."""
+    found: dict[str, str] = {}
+    if source is None:
+        return found
+    card = read_card(Path(source) / CARD) if Path(source).is_dir() else None
+    if card is not None:
+        stated = card.data.to_dict()
+        found |= {
+            key: stated[key] for key in ("license", "license_name", "license_link", "base_model") if stated.get(key)
+        }
+    elif HUB_NAME.fullmatch(str(source)) and not Path(source).exists():
+        found["base_model"] = str(source)
+    return found
+
+
+def lines(directory: Path, proofs: dict[str, Any]) -> Iterator[str]:
+    """Our part of the card."""
+    index = read_json(directory / INDEX_FILE)
+    plan = plan_below(directory)
+    yield from (BEGIN, "", f"# {index['_class_name']}" + (", pruned" if plan else ""), "")
+    if plan is not None:
+        yield from plan_lines(plan)
+    yield from size_lines(directory)
+    yield from ("", "## Measured", "")
+    measured = list(measured_lines(directory, proofs))
+    yield from measured or ["Nothing yet: `diffprune evaluate DIRECTORY --against DENSE --reference IMAGES` would."]
+    yield from ("", "## Load it", "")
+    yield from load_lines(directory, plan is not None)
+    yield from ("", "## Limits", "")
+    yield from limit_lines(directory, plan)
+    yield from ("", END)
+
+
+def plan_below(directory: Path) -> PruningPlan | None:
+    """The plan of the pruned component in a pipeline directory; None for a dense one."""
+    found = next((path for path in sorted(directory.glob(f"*/{PLAN_FILE}"))), None)
+    return PruningPlan.read(found) if found else None
+
+
+def plan_lines(plan: PruningPlan) -> Iterator[str]:
+    asked = ", ".join(f"{key} {value:g}" for key, value in plan.target.items()) or f"ratio {plan.pruning_ratio:g}"
+    name = plan.criterion.get("name", "")
+    options = ", ".join(f"{key} {value}" for key, value in plan.criterion.items() if key != "name" and plain(value))
+    yield from (
+        f"Its {plan.model_class} was made smaller with diffprune-plugin: channels are gone, none are zeros.",
+        "",
+    )
+    rows = {
+        "": ("dense", "pruned", "left"),
+        "---": ("---", "---", "---"),
+        "parameters": (*map(quantity, plan.params), f"{plan.params[1] / plan.params[0]:.1%}"),
+        "MACs of a pass": (*map(quantity, plan.macs), f"{plan.macs[1] / plan.macs[0]:.1%}"),
+    }
+    yield from (f"| {' | '.join((title, *cells))} |" for title, cells in rows.items())
+    yield from ("", "| the plan | |", "| --- | --- |")
+    facts = {"asked": asked, "criterion": name + (f" ({options})" if options else "")}
+    facts |= {"layers changed": len(plan.layers), "coupled groups cut": sum(bool(g.removed) for g in plan.groups)}
+    facts |= {"groups of them short of what was asked": len(plan.shortfalls())}
+    facts |= {"attentions that lost whole heads": len(plan.heads)} if plan.heads else {}
+    yield from (f"| {key} | {value} |" for key, value in (facts | {"plan (SHA-256)": plan.sha256[:SHORT]}).items())
+    yield ""
+
+
+def plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def size_lines(directory: Path) -> Iterator[str]:
+    """Bytes of the components, and the hashes that they can be known by."""
+    yield from ("## Files", "", "| file | MB | SHA-256 |", "| --- | --- | --- |")
+    for path in sorted(directory.rglob("*")):
+        if path.suffix in (".safetensors", ".onnx", ".data") or path.name == LOADER_FILE:
+            name = path.relative_to(directory).as_posix()
+            yield f"| {name} | {path.stat().st_size / 1e6:.1f} | {sha256(path)} |"
+
+
+def measured_lines(directory: Path, proofs: dict[str, Any]) -> Iterator[str]:
+    if (directory / CONFIG_FILE).is_file():
+        yield f"- pruned by `diffprune prune {CONFIG_FILE}`, with the config in this directory"
+    if (directory / COMPENSATION_FILE).is_file():
+        repairs = read_json(directory / COMPENSATION_FILE).get("repairs", [])
+        taken = sum(bool(repair.get("refitted")) for repair in repairs)
+        yield f"- compensated without training: {taken} of {len(repairs)} regressions were taken ({COMPENSATION_FILE})"
+    if (directory / "finetune.json").is_file():
+        yield "- fine-tuned: the loss curve is in finetune.json"
+    for title, part in proofs.items():
+        yield from (f"- {title}", *(f"  - {line}" for line in part))
+
+
+def load_lines(directory: Path, pruned: bool) -> Iterator[str]:
+    if onnx_files(directory):
+        yield from ("```python", "from diffprune_plugin.export import ORTPipeline", "")
+        yield from ('pipeline = ORTPipeline("DIRECTORY")  # or optimum-onnx\'s ORTDiffusionPipeline', "```")
+        return
+    yield from ("```python", "from diffusers import DiffusionPipeline", "")
+    if pruned and any(directory.glob(f"*/{LOADER_FILE}")):
+        yield "import diffprune_plugin  # where it is installed; without it pass trust_remote_code=True"
+    elif pruned:
+        yield "import diffprune_plugin"
+    yield from ('pipeline = DiffusionPipeline.from_pretrained("DIRECTORY")', "```")
+
+
+def limit_lines(directory: Path, plan: PruningPlan | None) -> Iterator[str]:
+    yield "- It can do no more than the model that it was made from, whose own limits and terms hold for it too."
+    if plan is not None:
+        yield "- Its images differ from the dense model's; how much is what was measured above, or was not."
+    for path in sorted(directory.glob(f"*/{LOADER_FILE}")):
+        name = path.relative_to(directory).as_posix()
+        yield f"- `trust_remote_code=True` runs {name}: read it first, it is short and the same in every such model."
+
+
+def onnx_files(directory: Path) -> bool:
+    return any(directory.glob("*/*.onnx"))
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """What an export's verdict says, in lines for a card."""
+    found = [f"`{verdict['command']}`"] if "command" in verdict else []
+    found += ["it held" if verdict.get("passed") else f"it did NOT hold: {verdict.get('failure')}"]
+    parts = verdict.get("parts") or {"the file": verdict}
+    for name, part in parts.items():
+        numerics = part.get("verify")
+        if isinstance(numerics, Mapping):
+            worst = numerics["worst"]
+            found.append(
+                f"{name}: {len(numerics['cases'])} cases against PyTorch, worst relative {worst['relative']:.1e}"
+            )
+        elif numerics:
+            found.append(f"{name}: {numerics}")
+    images = verdict.get("images")
+    if isinstance(images, Mapping):
+        found.append(
+            f"images: largest difference of a pixel {images['difference']:.1e}, allowed {images['tolerance']:.1e}"
+        )
+    elif images:
+        found.append(f"images: {images}")
+    latency = verdict.get("latency")
+    for what, each in latency_parts(latency):
+        for ratio in each["ratios"]:
+            between = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            where = f"{what}, {each['provider']}, batch {ratio['batch']}"
+            found.append(f"{where}: {ratio['name']} {ratio['median']:.2f}x {between}")
+    return found
+
+
+def latency_parts(latency: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(latency, Mapping) and "pipeline" in latency:
+        yield "the denoiser alone", latency["denoiser"]
+        yield f"an image of {latency['steps']} steps", latency["pipeline"]
+    elif isinstance(latency, Mapping):
+        yield "latency", latency
+
+
+def evaluation_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What `diffprune evaluate` measured, in lines for a card."""
+    return [
+        f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float))
+        for name, found in facts.get("models", {}).items()
+    ]
+
+
+def source_of(model: Any) -> str | None:
+    """Where a live pipeline or model was loaded from."""
+    stated = getattr(model, "config", {}).get(SOURCE_KEY)
+    return str(stated) if stated else None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: holds a {type(found).__name__}, not an object")
+    return found
