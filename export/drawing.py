@@ -15,7 +15,6 @@ from diffprune_plugin.errors import CheckFailed
 PROMPT, GUIDANCE, SEED = "a small house by a lake, in the evening", 7.5, 0
 # Of a pixel in [0, 1]. fp32: half a grey level, a thousand times what trained models show. fp16 against fp32 PyTorch.
 TOLERANCES = {"fp32": 0.5 / 255, "fp16": 0.1}
-BATCHES = (1, 2)
 Images = npt.NDArray[np.float32]
 
 

@@ -62,6 +62,7 @@ class Options(BenchOptions):
     latency: Annotated[bool, typer.Option("--no-bench", help="Leave the latency out.")] = True
     steps: Annotated[int, typer.Option(help="DDIM steps compared, if the model has a scheduler.", min=1)] = 10
     torch: Annotated[bool, typer.Option("--torch", help="Time PyTorch eager beside it.")] = False
+    drawn: tuple[int, ...] = (1, 2)  # batch sizes of a pipeline's images; not an option of the commands
     check_placement: Annotated[
         str | None, typer.Option(metavar="cuda", help="List nodes without a CUDA kernel; needs no GPU.")
     ] = None

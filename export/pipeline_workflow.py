@@ -11,7 +11,7 @@ from typing import Any
 
 from diffprune_plugin.errors import CheckFailed, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, gate
-from diffprune_plugin.export.drawing import BATCHES, Images, compared, draw, not_drawn, summary
+from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, summary
 from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_pipeline import ORTPipeline
@@ -98,7 +98,7 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
     pipeline = load_pipeline(model)
     if why := not_drawn(pipeline):
         return {}, why
-    batches = BATCHES if "batch" in options.dynamic else (1,)
+    batches = options.drawn if "batch" in options.dynamic else (1,)
     images = {batch: draw(pipeline, batch, options.steps) for batch in batches}
     del pipeline
     gc.collect()

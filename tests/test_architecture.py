@@ -65,9 +65,12 @@ WORDS = {
     "diffprune_plugin/evaluation/report.py": {"timestep"},
     "diffprune_plugin/diffusion/schedulers.py": {"sample"},
     "diffprune_plugin/data/tensors.py": {"sample"},
+    "export/components.py": {"sample"},  # autoencoders' own
     "export/convert.py": {"sample", "timestep"},
     "export/feeds.py": {"sample", "timestep"},
+    "export/ort_pipeline.py": {"sample"},
     "export/ort_unet.py": {"sample", "timestep"},
+    "export/workflow.py": {"timestep"},  # an option
 }
 
 

@@ -219,7 +219,6 @@ def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsy
         (["m.onnx", "--min-speedup", "nan"], "--min-speedup nan: give a number above 0"),
         (["m.onnx", "--baseline", "nowhere"], "--baseline nowhere: no such directory"),
         (["m.onnx", "--markdown", "there.onnx/l.md"], "there.onnx is not a directory that can be written to"),
-        (["."], "must end in .onnx; for example model.onnx"),
         (["there.onnx"], "exists; use --overwrite"),
         (["m.onnx", "--json", "there.onnx"], "exists; use --overwrite"),
     ],

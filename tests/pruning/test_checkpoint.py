@@ -64,7 +64,7 @@ def test_an_ordinary_save_pretrained_of_a_pruned_pipeline_loads_too(pruned_dir, 
 def test_the_directory_holds_the_dense_config_the_plan_and_no_pickle(pruned_dir) -> None:
     unet = pruned_dir / "unet"
     assert json.loads((unet / "config.json").read_text())["block_out_channels"] == [16, 32]
-    assert {path.suffix for path in pruned_dir.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in pruned_dir.rglob("*") if path.is_file()} == {".json", ".safetensors", ".md", ".py"}
     assert json.loads((pruned_dir / "model_index.json").read_text())["unet"] == [
         "diffprune_plugin",
         "PrunedUNet2DModel",
@@ -137,7 +137,6 @@ def flip_plan(path: Path) -> None:
         ("config.json", lambda p: p.write_text(p.read_text().replace('"silu"', "5")), "no UNet2DModel"),
         (WEIGHTS, Path.unlink, "no such file"),
         (PLAN_FILE, flip_plan, "altered since"),
-        (PLAN_FILE, Path.unlink, "no such file"),
         ("config.json", Path.unlink, "neither a pipeline"),
         ("config.json", lambda p: p.write_text("{"), "config.json: not valid json"),
         ("config.json", lambda p: p.write_text("[]"), "holds a list"),
@@ -147,6 +146,12 @@ def test_damage_is_one_clear_line(pruned_dir, file, damage, words) -> None:
     damage(pruned_dir / "unet" / file)
     with pytest.raises(BadInput, match=words):
         dp.load(pruned_dir)
+
+
+def test_the_plan_is_in_the_weights_too_which_are_all_that_comes_from_a_hub(pruned_dir) -> None:
+    plan = dp.load(pruned_dir).pruning_plan
+    (pruned_dir / "unet" / PLAN_FILE).unlink()
+    assert dp.load(pruned_dir).pruning_plan == plan
 
 
 def test_weights_of_another_plan_are_noticed(pruned_dir, tmp_path) -> None:

@@ -1,0 +1,204 @@
+"""Whole pipelines as directories of ONNX files: layout, proofs, and diffusers' own pipeline over ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler
+from tiny_pipelines import LETTERS, PIPELINES, autoencoder
+
+import diffprune_plugin as dp
+from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export import ORTPipeline, cli, drawing, integrity, pipeline, pipeline_workflow
+from diffprune_plugin.export.convert import ExportReport
+from diffprune_plugin.export.options import Options
+from diffprune_plugin.export.pipeline_workflow import run_pipeline
+
+QUICK = Options(steps=3, latency=False)
+
+
+def exit_code(*words: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
+def images(pipe: Any, **given: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    found = pipe(generator=generator, num_inference_steps=3, output_type="np", **given).images
+    return np.round(np.asarray(found) * 255).astype(np.uint8)
+
+
+@pytest.fixture
+def exported(models: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The UNet's export itself replaced by a copy of the file that is there."""
+
+    def copy_instead(model: object, path: Path, **_: object) -> ExportReport:
+        with integrity.new_model(path) as temporary:
+            shutil.copy(models.pruned_onnx, temporary)
+        return ExportReport(path, integrity.read_manifest(path)["files"], 1, 0.0, integrity.read_provenance(path))
+
+    monkeypatch.setattr(pipeline, "to_onnx", copy_instead)
+    return models.pruned
+
+
+def test_a_directory_holds_the_pipeline_and_draws_pytorchs_images(exported: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "onnx"
+    assert exit_code(output, "--model", exported, "--steps", 3, "--no-bench") == 0
+    printed = capsys.readouterr().out
+    assert "the whole pipeline draws what PyTorch does: 3 images of 3 steps" in printed
+    assert "load it with: from diffprune_plugin.export import ORTPipeline" in printed
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert {"model_index.json", "README.md", "unet/model.onnx", "unet/config.json"} <= found
+    assert json.loads((output / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    verdict = json.loads((tmp_path / "onnx.verdict.json").read_text())
+    assert verdict["passed"]
+    assert verdict["images"]["tolerance"] == drawing.TOLERANCES["fp32"]
+    assert str(tmp_path) not in json.dumps(verdict)
+    assert "images: largest difference of a pixel" in (output / "README.md").read_text()
+    assert np.array_equal(
+        images(ORTPipeline(output), batch_size=2), images(DDPMPipeline.from_pretrained(exported), batch_size=2)
+    )
+
+
+def test_a_pipeline_with_another_models_file_fails_and_leaves_no_directory(
+    models: Any, exported: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert exit_code(tmp_path / "onnx", "--model", models.dense, "--steps", 2, "--no-bench") == 1
+    assert "unet/model.onnx does not compute what PyTorch does" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx.verdict.json"]
+    assert not json.loads((tmp_path / "onnx.verdict.json").read_text())["passed"]
+
+
+def test_images_that_are_not_pytorchs_fail_though_every_part_held(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Planted: the client draws with a scheduler of its own."""
+    real = pipeline_workflow.ORTPipeline
+
+    def with_another(*words: Any, **given: Any) -> Any:
+        pipe = real(*words, **given)
+        pipe.scheduler.register_to_config(beta_end=0.5)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        return pipe
+
+    monkeypatch.setattr(pipeline_workflow, "ORTPipeline", with_another)
+    assert exit_code(tmp_path / "onnx", "--model", exported, "--steps", 2, "--no-bench") == 1
+    assert "the pipeline does not draw what PyTorch does: 3 images of 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_damaged_directory_is_refused_by_the_file(exported: Path, tmp_path: Path) -> None:
+    run_pipeline(exported, tmp_path / "onnx", QUICK)
+    for name in ("scheduler/scheduler_config.json", "unet/model.onnx"):
+        shutil.copytree(tmp_path / "onnx", tmp_path / "damaged")
+        content = bytearray((tmp_path / "damaged" / name).read_bytes())
+        content[-2] ^= 1
+        (tmp_path / "damaged" / name).write_bytes(content)
+        with pytest.raises(BadInput, match=rf"{name.rpartition('/')[2]}: its SHA-256 is not"):
+            ORTPipeline(tmp_path / "damaged")
+        shutil.rmtree(tmp_path / "damaged")
+    with pytest.raises(BadInput, match=r"no model_index\.json"):
+        ORTPipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out", "--model", "pruned/unet"], "a directory of ONNX files needs a pipeline, a model a name in .onnx"),
+        (["."], "is the working directory or above it"),
+        (["pruned/onnx", "--model", "pruned"], "lie inside each other"),
+        (["there", "--model", "pruned"], "there exists; use --overwrite"),
+        (["there", "--model", "pruned", "--overwrite"], "there holds other files"),
+    ],
+)
+def test_bad_input_exits_with_2_before_any_work(
+    models: Any, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models.pruned, "pruned")
+    Path("there").mkdir()
+    Path("there/notes.txt").touch()
+    assert exit_code(*words) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "there"]
+
+
+def test_guidance_needs_an_open_batch_and_a_class_without_a_row_is_named(tmp_path: Path) -> None:
+    dp.save(PIPELINES["stable diffusion"][0](tmp_path / "tokenizer"), tmp_path / "sd")
+    with pytest.raises(BadInput, match="guidance doubles the batch; leave batch among them"):
+        pipeline.check_pipeline(tmp_path / "sd", Options(dynamic=("height",)))
+    index = tmp_path / "sd" / "model_index.json"
+    index.write_text(index.read_text().replace("AutoencoderKL", "AutoencoderTiny"))
+    with pytest.raises(BadInput, match="vae: a AutoencoderTiny cannot be exported, only AutoencoderKL"):
+        pipeline.check_pipeline(tmp_path / "sd", Options())
+
+
+def test_a_decoder_that_overflows_in_fp16_is_found_by_its_config_or_by_trying() -> None:
+    side = (8, 8)
+    assert not pipeline.overflows(autoencoder(force_upcast=False), side)
+    assert pipeline.overflows(autoencoder(force_upcast=True), side)
+    large = autoencoder(force_upcast=False)
+    with torch.no_grad():
+        large.decoder.conv_in.weight.mul_(1e5)
+    assert pipeline.overflows(large, side)
+
+
+def test_a_scheduler_between_whole_timesteps_gets_a_timestep_of_reals(models: Any, tmp_path: Path) -> None:
+    place = tmp_path / "pruned"
+    shutil.copytree(models.pruned, place)
+    assert pipeline.timestep_kind(place, Options(), print) == "int64"
+    index = place / "model_index.json"
+    index.write_text(index.read_text().replace("DDPMScheduler", "EulerDiscreteScheduler"))
+    EulerDiscreteScheduler(timestep_spacing="linspace").save_pretrained(place / "scheduler")
+    said: list[str] = []
+    assert pipeline.timestep_kind(place, Options(), said.append) == "float32"
+    assert said == ["timestep: float32, since the pipeline's scheduler steps between whole ones"]
+
+
+def test_a_tokenizer_as_transformers_5_writes_it_gets_the_files_that_transformers_4_reads(tmp_path: Path) -> None:
+    vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"], ["c", "d"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    pipeline.add_vocabulary(tmp_path)
+    assert json.loads((tmp_path / "vocab.json").read_text()) == vocabulary
+    assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\na b\nc d\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["stable diffusion", "stable diffusion xl", "latent diffusion"])
+def test_every_family_draws_the_same_uint8_images_through_ortpipeline(family: str, tmp_path: Path) -> None:
+    pipe = PIPELINES[family][0](tmp_path / "tokenizer")
+    dp.remove_(pipe.unet, dp.make_plan(pipe.unet, "magnitude", pruning_ratio=0.3))
+    dp.save(pipe, tmp_path / "pruned")
+    latency = family == "stable diffusion"
+    verdict = run_pipeline(tmp_path / "pruned", tmp_path / "onnx", Options(steps=3, latency=latency, rounds=5))
+    assert verdict.content["images"]["differing"] == 0
+    prompts = {"prompt": ["a bar", "nothing"], "guidance_scale": 7.5}
+    expected = images(DiffusionPipeline.from_pretrained(tmp_path / "pruned"), **prompts)
+    assert np.array_equal(images(ORTPipeline(tmp_path / "onnx"), **prompts), expected)
+    if latency:
+        shares = verdict.content["latency"]["shares"]
+        assert set(shares) == {"dense", "pruned"}
+        assert {"unet", "text_encoder", "vae_decoder"} <= set(shares["pruned"])
+        assert sum(shares["pruned"].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_fp16_keeps_the_decoder_of_sdxl_in_fp32(tmp_path: Path) -> None:
+    pipe = PIPELINES["stable diffusion xl"][0](tmp_path / "tokenizer")
+    pipe.vae.register_to_config(force_upcast=True)
+    dp.save(pipe, tmp_path / "dense")
+    said: list[str] = []
+    run_pipeline(tmp_path / "dense", tmp_path / "onnx", Options(steps=2, latency=False, dtype="fp16"), said.append)
+    assert "vae_decoder: kept in fp32, since it overflows in fp16" in said
+    kinds = {path.parent.name: integrity.read_provenance(path)["dtype"] for path in tmp_path.glob("onnx/*/model.onnx")}
+    assert {kind for name, kind in kinds.items() if name != "vae_decoder"} == {"fp16"}
+    assert kinds["vae_decoder"] == "fp32"
