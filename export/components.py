@@ -51,10 +51,13 @@ def text_layers(model: Any) -> int:
 
 def text_outputs(model: Any) -> tuple[str, ...]:
     """In the order of the model's own output, of which pipelines read the first; then the states after each layer."""
-    names = {"CLIPTextModel": ("last_hidden_state", "pooler_output")}
-    names |= {"CLIPTextModelWithProjection": ("text_embeds", "last_hidden_state"), "LDMBertModel": ()}
-    first = names[type(model).__name__] or ("last_hidden_state",)
-    states = text_layers(model) if type(model).__name__ != "LDMBertModel" else 0
+    kind = type(model).__name__
+    names: dict[str, tuple[str, ...]] = {"CLIPTextModel": ("last_hidden_state", "pooler_output")}
+    names |= {
+        "CLIPTextModelWithProjection": ("text_embeds", "last_hidden_state"),
+        "LDMBertModel": ("last_hidden_state",),
+    }
+    first, states = names[kind], 0 if kind == "LDMBertModel" else text_layers(model)
     return first + tuple(f"hidden_states.{layer}" for layer in range(states))
 
 

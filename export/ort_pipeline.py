@@ -45,7 +45,7 @@ class ORTText(StandIn):
         found = self.session({"input_ids": input_ids, "attention_mask": attention_mask})  # type: ignore[dict-item]
         found = {name: value.to(self.dtype) for name, value in found.items()}
         states = tuple(found.pop(name) for name in [*found] if name.startswith("hidden_states"))
-        kind = CLIPTextModelOutput if "text_embeds" in found else BaseModelOutputWithPooling
+        kind: Any = CLIPTextModelOutput if "text_embeds" in found else BaseModelOutputWithPooling
         # As in transformers the last of the states is the last layer's; its norm makes no difference to what is read.
         last = (*states, found["last_hidden_state"]) if output_hidden_states and states else None
         output = kind(**found, hidden_states=last)
@@ -94,7 +94,7 @@ def assembled(directory: Path, opened: Opener, **given: Any) -> Any:
     parts = read_index(directory)
     content = read_json(directory / INDEX_FILE)
     kind = content["_class_name"]
-    cls = getattr(diffusers, kind, None)
+    cls: Any = getattr(diffusers, kind, None)
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise BadInput(f"{directory / INDEX_FILE}: _class_name {kind!r} is no pipeline of this diffusers{near(kind)}")
     arguments: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def assembled(directory: Path, opened: Opener, **given: Any) -> Any:
         elif name in content:
             arguments[name] = None if isinstance(content[name], list) else content[name]
     with foreign_errors(f"{directory}: cannot be loaded as a {kind}"):
-        pipeline = cls(**arguments)
+        pipeline: Any = cls(**arguments)
     pipeline.register_to_config(_name_or_path=str(directory))
     return pipeline
 

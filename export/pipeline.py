@@ -17,6 +17,7 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export.components import DECODER, LEFT_OUT, MODEL_FILE, PARTS, Piece, part_to_onnx, parts_of
 from diffprune_plugin.export.convert import DTYPES, IMAGE, model_in, to_onnx
+from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import read_provenance
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.verify import pipeline_scheduler, summary, verify_onnx
@@ -96,6 +97,11 @@ def timestep_kind(model: Path, options: Options, say: Say) -> str:
         return options.timestep
     say("timestep: float32, since the pipeline's scheduler steps between whole ones")
     return "float32"
+
+
+def timestep_of(path: Path) -> str:
+    """The type of the timestep that a denoiser's file takes."""
+    return str(input_types(path)[input_names(read_provenance(path))["timestep"]])
 
 
 def scheduler_between(model: Path, counts: tuple[int, ...]) -> bool:

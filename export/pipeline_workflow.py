@@ -15,7 +15,7 @@ from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, s
 from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_pipeline import ORTPipeline
-from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts
+from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, timestep_of
 from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
 from diffprune_plugin.export.workflow import (
     Verdict,
@@ -138,6 +138,7 @@ def time_both(
         if gated(options):
             raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
         return
+    options = replace(options, timestep=timestep_of(unet))
     with dense_file(model, options) as dense:
         alone = time_files(unet, dense, replace(options, provider=provider))
         verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, provider)

@@ -281,8 +281,14 @@ def dense_file(model: Path, output: Path, options: Options) -> Iterator[Path | N
         return
     # Beside the file: what a killed run leaves there, the next one removes.
     with scratch(output.with_name(f"{output.stem}-dense.onnx")) as path:
-        given = {"opset": options.opset, "dynamic": options.dynamic, "dtype": options.dtype}
-        to_onnx(dense, path, timestep=options.timestep, **given)
+        to_onnx(
+            dense,
+            path,
+            opset=options.opset,
+            dynamic=options.dynamic,
+            dtype=options.dtype,
+            timestep=options.timestep,
+        )
         yield path
 
 

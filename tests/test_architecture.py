@@ -70,6 +70,7 @@ WORDS = {
     "export/feeds.py": {"sample", "timestep"},
     "export/ort_pipeline.py": {"sample"},
     "export/ort_unet.py": {"sample", "timestep"},
+    "export/pipeline.py": {"timestep"},
     "export/workflow.py": {"timestep"},  # an option
 }
 

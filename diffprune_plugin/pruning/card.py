@@ -60,9 +60,16 @@ def read_card(path: Path) -> ModelCard | None:
     if not path.exists():
         return None
     try:
-        return ModelCard.load(path)
+        card: ModelCard = ModelCard.load(path)
+        return card
     except Exception as error:  # of its YAML, in whichever library
         raise BadInput(f"{path}: its header cannot be read: {first_line(error)}; mend or remove it") from None
+
+
+def facts_of(card: ModelCard) -> dict[str, Any]:
+    """A card's header."""
+    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return found
 
 
 def around(text: str, body: str) -> str:
@@ -74,7 +81,7 @@ def around(text: str, body: str) -> str:
 
 def data(directory: Path, source: Path | str | None, old: ModelCard | None) -> ModelCardData:
     """The header: what an old one says stays, ours is added."""
-    stated = {} if old is None else old.data.to_dict()
+    stated = {} if old is None else facts_of(old)
     based = origin(source)
     index = read_json(directory / INDEX_FILE)
     task = TASKS["prompt" if any(name.startswith(("tokenizer", "text_encoder")) for name in index) else ""]
@@ -90,7 +97,7 @@ def origin(source: Path | str | None) -> dict[str, str]:
         return found
     card = read_card(Path(source) / CARD) if Path(source).is_dir() else None
     if card is not None:
-        stated = card.data.to_dict()
+        stated = facts_of(card)
         found |= {
             key: stated[key] for key in ("license", "license_name", "license_link", "base_model") if stated.get(key)
         }

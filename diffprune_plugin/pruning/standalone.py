@@ -5,6 +5,7 @@ diffprune_plugin wrote this file, the same in every folder. It needs diffusers, 
 
     DiffusionPipeline.from_pretrained("DIRECTORY", trust_remote_code=True)
 """
+# mypy: ignore-errors
 
 import hashlib
 import importlib

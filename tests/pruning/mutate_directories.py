@@ -111,5 +111,6 @@ def mutate(rng: random.Random, directory: Path) -> str:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     file = rng.choice(files)
     kinds: list[Callable[[random.Random, Path], str]] = [mutate_bytes, mutate_place]
-    kinds += [mutate_value] * 6 + [mutate_text] if file.suffix == ".json" else [mutate_header] * 4
+    further = {".json": [*[mutate_value] * 6, mutate_text], ".safetensors": [mutate_header] * 4}
+    kinds += further.get(file.suffix, [mutate_text])
     return rng.choice(kinds)(rng, file)
