@@ -41,7 +41,8 @@ class ModelAdapter(AttentionFacts):
         noisy sample (batch, channels, ...) and its timesteps (batch,).
     size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; timesteps: taken.
     words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
-    real_timesteps: whether those between whole ones are taken too. any_size: data of any size are taken. packing: of latents into tokens, where the pipeline does it.
+    real_timesteps: whether those between whole ones are taken too. any_size: data of any size are taken.
+    packing: of latents into tokens, where the pipeline does it.
     objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`; model_time: what its timesteps are times
         those of the scheduler. encoded: the inputs that the pipeline's encode_prompt returns, by place, or nothing;
         after "null" those for no prompt. module: where the class is imported from.

@@ -139,7 +139,7 @@ def time_both(
             raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
         return
     options = replace(options, timestep=timestep_of(unet))
-    with dense_file(model, options) as dense:
+    with dense_file(model, unet, options) as dense:
         alone = time_files(unet, dense, replace(options, provider=provider))
         verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, provider)
     content["latency"] = {
