@@ -13,7 +13,7 @@ import numpy as np
 
 from diffprune_plugin.export.feeds import example_feeds
 from diffprune_plugin.export.proofs import Bound
-from diffprune_plugin.export.providers import PROVIDERS, gpu, open_session
+from diffprune_plugin.export.providers import gpu, known_provider, open_session
 from diffprune_plugin.utils.optional import need
 
 Inputs = dict[str, tuple[list[int], str]]
@@ -39,12 +39,12 @@ def high_water() -> int:
 
 def measure(path: Path, provider: str, dims: dict[str, int], threads: int, inputs: Inputs) -> int:
     """``inputs``: shape and dtype by name; to make them from the file would raise the peak before the count."""
-    if PROVIDERS[provider].is_gpu:
+    if known_provider(provider).is_gpu:
         raise OSError(f"a GPU's memory is not this process's: {gpu()}")
     feeds = {name: np.zeros(shape, dtype) for name, (shape, dtype) in inputs.items()}
     need("onnxruntime")  # loaded before the count, not as the model's
     before = high_water()
-    bound = Bound(open_session(path, provider, free_dims=dims, threads=threads), feeds, PROVIDERS[provider].memory)
+    bound = Bound(open_session(path, provider, free_dims=dims, threads=threads), feeds, known_provider(provider).memory)
     bound.run()
     return high_water() - before
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS
+from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, with_options, without_replay
 from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
 
@@ -27,6 +27,14 @@ class BenchOptions:
             help=f"{', '.join(OTHERS)} or {LAST}; all five proofs must hold. Default: the best proved.",
         ),
     ] = None
+    provider_options: Annotated[
+        tuple[str, ...],
+        typer.Option("--provider-option", metavar="KEY=VALUE,...", help="Passed to the provider, and recorded."),
+    ] = ()
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Capture a CUDA graph, and time its replays.")] = (
+        False
+    )
+    nhwc: Annotated[bool, typer.Option("--nhwc", help="Convolutions with channels last (CUDA).")] = False
     batches: Annotated[tuple[int, ...], typer.Option("--batch", help="Batch sizes to time, for example 1,4.")] = (1,)
     threads: Annotated[int, typer.Option(help="CPU threads; spinning is off.", min=1)] = 1
     rounds: Annotated[
@@ -43,6 +51,23 @@ class BenchOptions:
     verdict: Annotated[Path | None, typer.Option("--json", help="Where the result goes as JSON.")] = None
     markdown: Annotated[Path | None, typer.Option(help="Write the latency tables as Markdown.")] = None
     plot: Annotated[Path | None, typer.Option(help="Draw the latency as PNG.")] = None
+
+    @property
+    def asked_provider(self) -> str | None:
+        """The provider with its options, as `known_provider` reads it; None where the best is to be found.
+
+        Raises BadInput for options without a provider, or that it does not take.
+        """
+        if self.provider is not None:
+            return with_options(self.provider, self.provider_options, self.cuda_graph, self.nhwc)
+        if self.provider_options or self.cuda_graph or self.nhwc:
+            raise BadInput("--provider-option, --cuda-graph and --nhwc are a provider's: give --provider too")
+        return None
+
+    @property
+    def checking_provider(self) -> str:
+        """What numerics are checked on: many shapes and values, which a captured graph does not take; by default cpu."""
+        return without_replay(self.asked_provider or "cpu")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.export.convert import DTYPES
 from diffprune_plugin.export.feeds import input_types
-from diffprune_plugin.export.providers import PROVIDERS, open_session
+from diffprune_plugin.export.providers import known_provider, open_session
 from diffprune_plugin.utils.memory import out_of_memory
 
 Tensors = dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ class StandIn(nn.Module):
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if (device or self.device).type != self.device.type or (dtype or self.dtype) != self.dtype:
             raise BadInput(
-                f"{type(self).__name__} runs as {self.dtype} on {PROVIDERS[self.session.provider].name}; give it "
-                "another provider, or export with another --dtype, instead of .to()"
+                f"{type(self).__name__} runs as {self.dtype} on {known_provider(self.session.provider).name}; "
+                "give it another provider, or export with another --dtype, instead of .to()"
             )
         return self

@@ -17,6 +17,7 @@ from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_pipeline import ORTPipeline
 from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, timestep_of
 from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
+from diffprune_plugin.export.providers import without_replay
 from diffprune_plugin.export.workflow import (
     Verdict,
     check_asked,
@@ -84,7 +85,7 @@ def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say
     """All files, and the images that they draw beside PyTorch's: drawn first, so that memory holds one of the two."""
     content = verdict.content
     expected, why = pytorch_images(model, options) if options.verify else ({}, "left out (--no-verify)")
-    content["parts"] = export_parts(model, place, options, options.provider or "cpu", say)
+    content["parts"] = export_parts(model, place, options, options.checking_provider, say)
     write_list(place, KIND)
     content["images"] = why
     if expected:
@@ -107,7 +108,7 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
 
 def check_images(content: dict[str, Any], place: Path, expected: dict[int, Images], options: Options, say: Say) -> None:
     """Raises CheckFailed where ONNX Runtime's images are not PyTorch's."""
-    pipeline = ORTPipeline(place, provider=options.provider or "cpu", threads=options.threads)
+    pipeline = ORTPipeline(place, provider=options.checking_provider, threads=options.threads)
     found = {batch: draw(pipeline, batch, options.steps) for batch in expected}
     check = compared(found, expected, options.steps, options.dtype)
     content["images"] = check.as_dict()
@@ -140,8 +141,8 @@ def time_both(
         return
     options = replace(options, timestep=timestep_of(unet))
     with dense_file(model, unet, options) as dense:
-        alone = time_files(unet, dense, replace(options, provider=provider))
-        verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, provider)
+        alone = time_files(unet, dense, options, provider=provider)
+        verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, without_replay(provider))
     content["latency"] = {
         "denoiser": alone.as_dict(),
         "pipeline": verdict.latency.as_dict(),

@@ -26,7 +26,8 @@ class Provider:
     """An execution provider as a row: all that sets it apart from the others.
 
     names: ONNX Runtime's for it; a second one is the same provider as a plug-in. memory: that it computes in.
-    install: what brings it. options: what it is opened with; threads_option: the one for its own threads.
+    install: what brings it. options: what it is opened with; threads_option: the one for its own threads; takes: those
+        that a user may set. graph_option, nhwc_option: those that replay a captured graph, and that lay channels last.
     environment: variables set before it is loaded. preload: modules that bring libraries it needs.
     dtypes: what it computes in their own type. widths: by dtype, the multiple that fits a layer's channels.
     rounds: of a benchmark, at least; warm_up: runs before them, at least. kernels: file with its table of kernels.
@@ -38,6 +39,9 @@ class Provider:
     install: str
     options: Mapping[str, str] = field(default_factory=dict)
     threads_option: str = ""
+    takes: tuple[str, ...] = ()
+    graph_option: str = ""
+    nhwc_option: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("fp32",)
@@ -55,6 +59,21 @@ class Provider:
     def is_gpu(self) -> bool:
         return self.memory != "cpu"
 
+    @property
+    def replays(self) -> bool:
+        """Whether its runs replay a captured graph, on the buffers that it was captured with."""
+        return self.options.get(self.graph_option) == "1"
+
+    def with_options(self, given: Mapping[str, str]) -> Provider:
+        """With options of a user's; raises BadInput for one that it does not take."""
+        for key, value in given.items():
+            if key not in self.takes:
+                known = f"it takes {', '.join(self.takes)}" if self.takes else "it takes none"
+                raise BadInput(f"--provider-option {key}={value}{nearest(key, self.takes)}: {self.name}: {known}")
+        # The variable would take TF32 back on both sides of the comparison.
+        environment = {} if given.get("use_tf32") == "1" else self.environment
+        return replace(self, options={**self.options, **given}, environment=environment)
+
 
 GPU_INSTALL = (
     "on a machine with an NVIDIA GPU and its driver: pip uninstall onnxruntime; "
@@ -67,6 +86,22 @@ CUDA = Provider(
     "cuda",
     GPU_INSTALL,
     options={"device_id": "0", "use_tf32": "0"},
+    takes=(
+        "arena_extend_strategy",
+        "cudnn_conv_algo_search",
+        "cudnn_conv_use_max_workspace",
+        "cudnn_conv1d_pad_to_nc1d",
+        "enable_cuda_graph",
+        "fuse_conv_bias",
+        "gpu_mem_limit",
+        "prefer_nhwc",
+        "sdpa_kernel",
+        "tunable_op_enable",
+        "tunable_op_tuning_enable",
+        "use_tf32",
+    ),
+    graph_option="enable_cuda_graph",
+    nhwc_option="prefer_nhwc",
     environment={"NVIDIA_TF32_OVERRIDE": "0"},
     dtypes=("fp32", "fp16"),
     widths={"fp16": 8, "fp32": 32},
@@ -79,6 +114,19 @@ TENSORRT = replace(
     names=("TensorrtExecutionProvider",),
     install=GPU_INSTALL + " tensorrt",
     options={},
+    takes=(
+        "trt_auxiliary_streams",
+        "trt_builder_optimization_level",
+        "trt_cuda_graph_enable",
+        "trt_engine_cache_enable",
+        "trt_engine_cache_path",
+        "trt_max_workspace_size",
+        "trt_min_subgraph_size",
+        "trt_timing_cache_enable",
+        "trt_timing_cache_path",
+    ),
+    graph_option="trt_cuda_graph_enable",
+    nhwc_option="",
     preload=("tensorrt",),
     kernels="",
 )
@@ -90,16 +138,62 @@ OPENVINO = replace(
     install="pip uninstall onnxruntime; pip install onnxruntime-openvino openvino",
     options={"device_type": "CPU"},
     threads_option="num_of_threads",
+    takes=(
+        "cache_dir",
+        "disable_dynamic_shapes",
+        "enable_opencl_throttling",
+        "model_priority",
+        "num_streams",
+        "precision",
+    ),
     fallback=False,
 )
 PROVIDERS = {"tensorrt": TENSORRT, "cuda": CUDA, "openvino": OPENVINO, "cpu": CPU}  # best first
 
 
-def known_provider(name: str) -> Provider:
-    """The provider of this name; raises BadInput for one that is not known."""
+def known_provider(spec: str) -> Provider:
+    """The provider of a name, or of one with options, ``cuda:prefer_nhwc=1,enable_cuda_graph=1``.
+
+    Raises BadInput for one that is not known, or does not take such an option.
+    """
+    name, _, rest = spec.partition(":")
     if name not in PROVIDERS:
         raise BadInput(f"--provider {name!r}{nearest(name, PROVIDERS)}: not one of {', '.join(sorted(PROVIDERS))}")
-    return PROVIDERS[name]
+    return PROVIDERS[name].with_options(options_of(filter(None, rest.split(","))))
+
+
+def options_of(words: Iterable[str]) -> dict[str, str]:
+    """Options by key; raises BadInput for a word that is not KEY=VALUE, or a key that is given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not (key and sign and value) or ":" in key:
+            raise BadInput(f"--provider-option {word!r}: give KEY=VALUE, for example prefer_nhwc=1")
+        if found.setdefault(key, value) != value:
+            raise BadInput(f"--provider-option {key}: given as {found[key]} and as {value}; give it once")
+    return found
+
+
+def with_options(name: str, words: Iterable[str] = (), cuda_graph: bool = False, nhwc: bool = False) -> str:
+    """What `known_provider` reads, for a name and its options; raises BadInput for options that it has not."""
+    row, words = known_provider(name), list(words)
+    for asked, flag, option in ((cuda_graph, "--cuda-graph", row.graph_option), (nhwc, "--nhwc", row.nhwc_option)):
+        if asked and not option:
+            able = [n for n, p in PROVIDERS.items() if (p.graph_option if flag == "--cuda-graph" else p.nhwc_option)]
+            raise BadInput(f"{flag}: {name} has no option for it; {', '.join(able)} has")
+        words += [f"{option}=1"] if asked else []
+    spec = ",".join(f"{key}={value}" for key, value in options_of(words).items())
+    known_provider(f"{name}:{spec}")
+    return f"{name}:{spec}" if spec else name
+
+
+def without_replay(spec: str) -> str:
+    """The same provider without a captured graph, which takes one shape and one set of buffers only."""
+    name, _, rest = spec.partition(":")
+    kept = [
+        word for word in filter(None, rest.split(",")) if word.partition("=")[0] != known_provider(name).graph_option
+    ]
+    return with_options(name, kept)
 
 
 def check_dtype(provider: str, dtype: str) -> None:

@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffprune_plugin.export.integrity import VERDICT, check_output, still
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.proofs import best_provider, device_proof, prove
-from diffprune_plugin.export.providers import PROVIDERS, check_distribution, check_dtype, known_provider
+from diffprune_plugin.export.providers import check_distribution, check_dtype, known_provider, without_replay
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
 from diffprune_plugin.utils.files import scratch, write_text
 from diffprune_plugin.utils.memory import out_of_memory
@@ -137,15 +137,13 @@ def check_asked(model: Path, options: Options) -> None:
         raise BadInput(f"--batch {options.batches}: the batch is fixed to 1; give --dynamic batch")
     if options.latency or options.verify:
         check_distribution()
-    if options.provider:
-        wanted = known_provider(options.provider)
-        check_dtype(options.provider, options.dtype)
+    if asked := options.asked_provider:
+        wanted = known_provider(asked)
+        check_dtype(asked, options.dtype)
         check_distribution()
         proof = device_proof(wanted)
         if not proof.held:
-            raise HardwareUnproved(
-                f"{options.provider} is not proved: device: {proof.seen}; to run it: {wanted.install}"
-            )
+            raise HardwareUnproved(f"{asked} is not proved: device: {proof.seen}; to run it: {wanted.install}")
 
 
 def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
@@ -179,7 +177,7 @@ def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say
         say("NOT verified (--no-verify)")
     if options.provider and not options.latency:  # else the latency is proved, session by session
         dims = fixed_dims(output, batch=options.batches[0])
-        placement = prove(output, options.provider, example_feeds(output, dims), dims, options.threads)[0]
+        placement = prove(output, options.asked_provider or "", example_feeds(output, dims), dims, options.threads)[0]
         content["placement"] = placement.as_dict()
     if options.check_placement:
         check_placement(content, output, options.check_placement, options.batches[0], say)
@@ -213,17 +211,22 @@ def time_it(model: Path, output: Path, options: Options, provider: str) -> Laten
     """The file against the dense model's, and against PyTorch if asked."""
     with dense_file(model, output, options) as dense:
         eager = eager_models(model, options, provider) if options.torch else None
-        return time_files(output, dense, replace(options, provider=provider), eager)
+        return time_files(output, dense, options, eager, provider)
 
 
 def time_files(
-    pruned: Path, dense: Path | None, options: BenchOptions, eager: Mapping[str, Any] | None = None
+    pruned: Path,
+    dense: Path | None,
+    options: BenchOptions,
+    eager: Mapping[str, Any] | None = None,
+    provider: str | None = None,
 ) -> Latency:
-    """The latency of one ONNX file, or of two against each other, as the options have it."""
+    """The latency of one ONNX file, or of two against each other, as the options have it; ``provider``: instead of
+    theirs."""
     return measure(
         pruned,
         dense,
-        provider=options.provider,
+        provider=provider or options.asked_provider,
         batches=options.batches,
         threads=options.threads,
         rounds=options.rounds,
@@ -235,7 +238,7 @@ def time_files(
 def provider_for(output: Path, options: Options) -> tuple[str | None, dict[str, str]]:
     """The provider asked for, else the best that is proved, with why the better ones are not; None if none is."""
     if options.provider or not options.latency:
-        return options.provider, {}
+        return options.asked_provider, {}
     dims = fixed_dims(output, batch=options.batches[0])
     try:
         placement = best_provider(output, example_feeds(output, dims), dims, options.dtype)
@@ -254,12 +257,12 @@ def verify(
         model,
         scheduler=scheduler,
         steps=options.steps,
-        provider=provider,
+        provider=without_replay(provider),
         threads=options.threads,
         files=content["export"]["files"],
     )
     content["verify"] = result.as_dict()
-    if options.dtype not in PROVIDERS[provider].dtypes:
+    if options.dtype not in known_provider(provider).dtypes:
         content["verify"]["note"] = (
             f"{provider} computes {options.dtype} models in fp32: graph and weights are checked, not the type itself"
         )
@@ -296,8 +299,8 @@ def eager_models(model: Path, options: Options, provider: str) -> dict[str, Any]
     """The PyTorch models to time beside, on the same kind of device; raises BadInput where PyTorch has none."""
     import torch
 
-    device = PROVIDERS[provider].memory
-    if PROVIDERS[provider].is_gpu and not torch.cuda.is_available():
+    device = known_provider(provider).memory
+    if known_provider(provider).is_gpu and not torch.cuda.is_available():
         raise BadInput(
             "--torch: this PyTorch has no CUDA, and a CPU's figure does not belong beside a GPU's; leave it out"
         )

@@ -1,0 +1,105 @@
+"""Options of a provider: passed through, recorded, refused by name; a captured graph that answers with old values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.export import proofs
+from diffprune_plugin.export.feeds import example_feeds, fixed_dims
+from diffprune_plugin.export.options import BenchOptions
+from diffprune_plugin.export.proofs import Bound, prove, replay_proof
+from diffprune_plugin.export.providers import (
+    PROVIDERS,
+    known_provider,
+    open_session,
+    provider_options,
+    with_options,
+    without_replay,
+)
+
+
+def test_options_are_passed_through_beside_the_providers_own() -> None:
+    spec = BenchOptions(
+        provider="cuda", provider_options=("cudnn_conv_algo_search=HEURISTIC",), nhwc=True
+    ).asked_provider
+    assert spec == "cuda:cudnn_conv_algo_search=HEURISTIC,prefer_nhwc=1"
+    assert provider_options(known_provider(spec), 1) == {
+        "device_id": "0",
+        "use_tf32": "0",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "prefer_nhwc": "1",
+    }
+    assert PROVIDERS["cuda"].options == {"device_id": "0", "use_tf32": "0"}
+
+
+def test_tf32_is_taken_on_both_sides_or_on_none() -> None:
+    assert known_provider("cuda").environment == {"NVIDIA_TF32_OVERRIDE": "0"}
+    assert known_provider("cuda:use_tf32=1").environment == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"provider": "cpu", "provider_options": ("prefer_nhwc=1",)}, "CPUExecutionProvider: it takes none"),
+        ({"provider": "cuda", "provider_options": ("prefer_nhwcc=1",)}, "did you mean 'prefer_nhwc'"),
+        ({"provider": "cuda", "provider_options": ("prefer_nhwc",)}, "give KEY=VALUE"),
+        ({"provider": "cuda", "provider_options": ("prefer_nhwc=0",), "nhwc": True}, "given as 0 and as 1"),
+        ({"provider": "cuda", "provider_options": ("device_id=1",)}, "device_id=1"),
+        (
+            {"provider": "openvino", "cuda_graph": True},
+            "--cuda-graph: openvino has no option for it",
+        ),
+        ({"provider": "tensorrt", "nhwc": True}, "--nhwc: tensorrt has no option for it; cuda has"),
+        ({"nhwc": True}, "give --provider too"),
+    ],
+)
+def test_what_a_provider_does_not_take_is_refused_by_name(options: dict, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        BenchOptions(**options).asked_provider  # noqa: B018
+
+
+def test_a_graph_is_captured_for_the_timing_alone() -> None:
+    spec = with_options("cuda", ["prefer_nhwc=1"], cuda_graph=True)
+    assert known_provider(spec).replays
+    assert without_replay(spec) == "cuda:prefer_nhwc=1"
+    assert not known_provider(without_replay(spec)).replays
+    assert known_provider(with_options("tensorrt", cuda_graph=True)).replays
+
+
+@pytest.fixture
+def opened(models):
+    dims = fixed_dims(models.pruned_onnx, batch=1)
+    feeds = example_feeds(models.pruned_onnx, dims)
+    return [Bound(open_session(models.pruned_onnx, "cpu", free_dims=dims), feeds, "cpu") for _ in range(2)], feeds
+
+
+class Stale(Bound):
+    """As a graph that was captured with other addresses: it goes on with what it saw first."""
+
+    def put(self, feeds) -> None:
+        pass
+
+
+def test_a_replay_that_reads_old_buffers_is_no_proof(opened) -> None:
+    (bound, plain), feeds = opened
+    first = bound.answer()
+    assert replay_proof(bound, plain, feeds).held
+    assert all(np.array_equal(a, b) for a, b in zip(first, bound.answer(), strict=True))
+    bound.__class__ = Stale
+    found = replay_proof(bound, plain, feeds)
+    assert (found.held, found.name) == (False, "binding")
+    assert "old values" in found.seen
+
+
+def test_a_stale_replay_is_refused_before_anything_is_timed(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU plays a provider that captures graphs: its bound session is the stale one, the plain one is not."""
+    dims = fixed_dims(models.pruned_onnx, batch=1)
+    feeds = example_feeds(models.pruned_onnx, dims)
+    monkeypatch.setattr(type(PROVIDERS["cpu"]), "replays", property(lambda self: True))
+    assert prove(models.pruned_onnx, "cpu", feeds, dims)[0].proved
+    made = iter((Stale, Bound))
+    monkeypatch.setattr(proofs, "Bound", lambda *given: next(made)(*given))
+    with pytest.raises(HardwareUnproved, match="binding: a replay answers other inputs with old values"):
+        prove(models.pruned_onnx, "cpu", feeds, dims)
