@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint docs bench bench-quick bench-more bench-scale dist dist-check clean
+.PHONY: demo test test-all lint docs bench bench-quick bench-more bench-scale gpu dist dist-check clean
 
 $(READY): pyproject.toml constraints.txt examples/plugin/pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ bench-more: $(READY)
 # Real sizes, random weights: Stable Diffusion and others.
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/bench.py sizes
+
+# Proofs and latency on an NVIDIA GPU, in 8 minutes; without one: exit code 3.
+gpu: $(READY)
+	$(BIN)/python benchmarks/bench.py gpu
 
 # What a release uploads, checked as the index does.
 dist: $(READY)

@@ -66,7 +66,7 @@ class BenchOptions:
 
     @property
     def checking_provider(self) -> str:
-        """What numerics are checked on: many shapes and values, which a captured graph does not take; by default cpu."""
+        """What numerics are checked on (default: the CPU): in many shapes, which a captured graph does not take."""
         return without_replay(self.asked_provider or "cpu")
 
 

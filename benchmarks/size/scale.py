@@ -41,6 +41,7 @@ BENCH = Path(__file__).parents[1] / "bench.py"
 Row = dict[str, Any]
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 CONDITIONAL = ("sd15", "sd21", "sdxl-base")
+DEVICE = "cpu"  # another for the suite of a GPU
 HALF = {"sdxl-base": torch.bfloat16}  # weights as people deploy them; float32 elsewhere
 SMALL = 32  # latents' side for the forwards that check a result
 IMAGES = 8  # synthetic latents of compensation and sensitivity
@@ -48,7 +49,7 @@ PROBES = 2  # backward passes of each
 
 
 def model(name: str) -> Any:
-    return build(name, HALF.get(name, torch.float32))
+    return build(name, HALF.get(name, torch.float32)).to(DEVICE)
 
 
 def inputs_of(unet: Any, count: int = 1, size: int | None = None, seed: int = 0) -> dict[str, Any]:
