@@ -177,7 +177,7 @@ def traced(
     opset: int,
     dynamic: tuple[str, ...],
     size: tuple[int, int],
-    timestep: str,
+    timestep: str = "int64",
 ) -> Any:
     """The model as an ONNX program, from an example of this (height, width).
 

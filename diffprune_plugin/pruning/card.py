@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -32,28 +33,35 @@ SHORT = 12  # digits of a hash for people
 
 
 def write_card(directory: Path, source: Path | str | None = None, *, proofs: Mapping[str, Any] | None = None) -> Path:
-    """Write or renew README.md from what lies in a directory; what people wrote around it and in the header stays.
+    """Write README.md into a directory that is being made.
 
     ``source``: the directory or hub name that it was made from, for its name and licence; ``proofs``: further parts of
-    "Measured" by title. Raises BadInput for a directory that is no pipeline, or a card that cannot be read.
+    "Measured" by title. Raises BadInput for a source whose card cannot be read.
     """
     path = directory / CARD
-    old = read_card(path)
-    body = "\n".join(lines(directory, dict(proofs or {}))).rstrip() + "\n"
-    text = body if old is None else around(old.text, body)
-    header = data(directory, source, old)
-    write_text(path, f"---\n{header.to_yaml()}\n---\n\n{text}")
+    path.write_text(card_text(directory, source, dict(proofs or {})), encoding="utf-8")
     return path
+
+
+def card_text(directory: Path, source: Path | str | None, proofs: dict[str, Any]) -> str:
+    """The card from what lies in a directory; what people wrote around our part of an old one, and its header, stays."""
+    old = read_card(directory / CARD)
+    body = "\n".join(lines(directory, proofs)).rstrip() + "\n"
+    text = body if old is None else around(old.text, body)
+    return f"---\n{data(directory, source, old).to_yaml()}\n---\n\n{text}"
 
 
 def renew_card(directory: Path, proofs: Mapping[str, Any] | None = None) -> Path:
-    """The same for a directory that is there, whose list of files is told. Raises BadInput for one that is none."""
+    """Renew README.md of a directory that is there, whose list of files is told.
+
+    Raises BadInput for a directory that is no pipeline, or a card that cannot be read.
+    """
     if not (directory / INDEX_FILE).is_file():
         raise BadInput(f"{directory}: no {INDEX_FILE}; give a pipeline directory")
     with alone_in(directory):
-        path = write_card(directory, proofs=proofs)
+        write_text(directory / CARD, card_text(directory, None, dict(proofs or {})))
         renew_listed(directory, CARD)
-    return path
+    return directory / CARD
 
 
 def read_card(path: Path) -> ModelCard | None:
@@ -95,7 +103,9 @@ def origin(source: Path | str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     if source is None:
         return found
-    card = read_card(Path(source) / CARD) if Path(source).is_dir() else None
+    card = None
+    with contextlib.suppress(BadInput):  # somebody else's damaged card keeps no model from being saved
+        card = read_card(Path(source) / CARD) if Path(source).is_dir() else None
     if card is not None:
         stated = facts_of(card)
         found |= {
