@@ -44,7 +44,7 @@ def write_card(directory: Path, source: Path | str | None = None, *, proofs: Map
 
 
 def card_text(directory: Path, source: Path | str | None, proofs: dict[str, Any]) -> str:
-    """The card from what lies in a directory; what people wrote around our part of an old one, and its header, stays."""
+    """The card of what lies in a directory; what people wrote around our part of an old one, and its header, stays."""
     old = read_card(directory / CARD)
     body = "\n".join(lines(directory, proofs)).rstrip() + "\n"
     text = body if old is None else around(old.text, body)
