@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -27,7 +28,9 @@ from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.running import execution_order
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.planning.allocated import predicted
+from diffprune_plugin.latency.run import check_runtime, meet_latency, timed_on
+from diffprune_plugin.planning.allocated import LatencyCosts, predicted
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
 from diffprune_plugin.planning.plot import plot_widths
@@ -121,20 +124,29 @@ def prune_shared(
     return result if dry_run else replace(result, compensation=finish(job, plan, overwrite, progress))
 
 
-def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True) -> Frontier:
+def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, latency: bool = False) -> Frontier:
     """What every budget would cost the config's model; nothing is written but what the config names to be kept.
 
-    verify: so many budgets are really pruned and compensated. Raises what `prune` raises.
+    verify: so many budgets are really pruned and compensated. latency: also by that on the config's runtime.
+    Raises what `prune` raises.
     """
+    if latency:
+        check_runtime(config.latency)
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
     calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
     material = material_for(replace(job, config=config), calibration)
-    found = frontier(material, config, cast(Sensitivity, sensitivity))
-    if verify:
-        adapter, scheduler = material.adapter, job.loaded.scheduler
-        samples = fitting(job.samples(), job.model, adapter, scheduler)
-        trained = training_scheduler(scheduler)
-        found = verified(found, verify, job.model, trained, samples, adapter, config.seed, progress)
+    with contextlib.ExitStack() as stack:
+        file, runtime = progress_directory(config.output) / "latency.json", None
+        if latency:
+            runtime = stack.enter_context(timed_on(config, config.latency, job.model, material, file, progress))
+        found = frontier(material, config, cast(Sensitivity, sensitivity), latency=runtime.costs if runtime else None)
+        if runtime:
+            found = replace(found, dense_ms=runtime.dense_ms())
+        if verify:
+            adapter, scheduler = material.adapter, job.loaded.scheduler
+            samples, trained = fitting(job.samples(), job.model, adapter, scheduler), training_scheduler(scheduler)
+            given = found, verify, job.model, trained, samples, adapter, config.seed, progress
+            found = verified(*given, timer=runtime.share if runtime else None)
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
     return found
 
@@ -182,6 +194,8 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(model)
     check_patterns(model, config)
+    if config.timed:
+        check_runtime(config.latency)
     compensating = wants_compensation(config, loaded)
 
     def samples() -> Samples:
@@ -217,6 +231,8 @@ def plan_of(
     def searching() -> Search:
         return search(cast(Material, material), config, describe(job.criterion, config), cast(Sensitivity, sensitivity))
 
+    if config.timed:
+        return processes.on_first(lambda: timed_plan(job, cast(Material, material), sensitivity, store, progress))
     if config.allocation != "measured":
         return processes.on_first(made)
     return spend_measured(
@@ -230,6 +246,19 @@ def plan_of(
         progress_in=progress_directory(config.output) if store else None,
         progress=progress,
     )
+
+
+def timed_plan(
+    job: Job, material: Material, sensitivity: Sensitivity | None, store: bool, progress: bool
+) -> PruningPlan:
+    """The plan that meets a latency, measured; ``store`` keeps what an interrupted measurement has."""
+    config, told = job.config, describe(job.criterion, job.config)
+    file = progress_directory(config.output) / "latency.json" if store else None
+
+    def plan(options: PlanOptions, costs: LatencyCosts) -> PruningPlan:
+        return plan_from(material, options, told, sensitivity, costs)
+
+    return meet_latency(config, config.latency, job.model, material, plan, file, progress)
 
 
 def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> CompensationReport | None:

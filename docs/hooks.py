@@ -94,7 +94,8 @@ def kind(schema: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     inner = schema.get("items") or schema.get("additionalProperties")
-    name = {"object": "mapping", "array": "list"}.get(schema["type"], schema["type"])
+    found = schema.get("type", "object")  # a mapping with keys of its own is a reference
+    name = {"object": "mapping", "array": "list"}.get(found, found)
     pattern = f" `{schema['pattern']}`" if "pattern" in schema else ""
     return f"{name}{pattern}{f' of {kind(inner)}' if isinstance(inner, Mapping) else ''}"
 

@@ -29,6 +29,7 @@ WIDTH = 0.01  # half-width of the interval of the speed-up, as a share of it
 NOISY = 1.5  # p90 / p50 above which a row is called noisy
 LEAST = 0.02  # seconds that a model runs in a round: short ones run several times, and their median counts
 Run = Callable[[], None]
+Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ def measure(
     budget: float | None = None,
     eager: Mapping[str, Any] | None = None,
     memory: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> Latency:
     """Time a pruned model, against the dense one if given, on a provider that is proved for every session timed.
 
     ``rounds``: how many (None: at least 30, more while the interval is wide); ``budget``: seconds of rounds for each
     batch size, after which they end early. ``eager``: PyTorch models under "dense" and "pruned", in the same rounds.
+    ``clock``: what tells the seconds.
 
     Raises BadInput for damaged files or impossible sizes, HardwareUnproved for a provider without proof.
     """
@@ -138,7 +141,7 @@ def measure(
         for name, model in (eager or {}).items():
             runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
         most = rounds or result.rounds * PATIENCE
-        times, warm_ups = interleaved(runs, result.rounds, most, budget, wanted.warm_up)
+        times, warm_ups = interleaved(runs, result.rounds, most, budget, wanted.warm_up, clock)
         peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
         result.rows += [row(name, batch, times[name], warm_ups[name], peaks.get(name), provider) for name in times]
         result.ratios += ratios({name: medians(taken) for name, taken in times.items()}, batch, macs)
@@ -191,13 +194,18 @@ def eager_run(model: Any, path: Path, dims: Mapping[str, int], threads: int) -> 
 
 
 def interleaved(
-    runs: Mapping[str, Run], rounds: int, most: int, budget: float | None, warm_up: int
+    runs: Mapping[str, Run],
+    rounds: int,
+    most: int,
+    budget: float | None,
+    warm_up: int,
+    clock: Clock = time.perf_counter,
 ) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
     """Seconds of the runs of each round, every round in another order, after each model has reached a steady state.
 
     In blocks, other load on the machine comes and goes between the models; inside a round it hits them all.
     """
-    warm = {name: warmed(run, warm_up) for name, run in runs.items()}
+    warm = {name: warmed(run, warm_up, clock) for name, run in runs.items()}
     repeats = max(1, min(10, math.ceil(LEAST / min(t[-1] for t in warm.values()))))
     order, shuffler = list(runs), random.Random(0)
     times: dict[str, list[list[float]]] = {name: [] for name in runs}
@@ -208,7 +216,7 @@ def interleaved(
             break
         shuffler.shuffle(order)
         for name in order:
-            times[name].append([timed(runs[name]) for _ in range(repeats)])
+            times[name].append([timed(runs[name], clock) for _ in range(repeats)])
     return times, {name: len(t) for name, t in warm.items()}
 
 
@@ -224,21 +232,21 @@ def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.median(runs) for runs in rounds]
 
 
-def warmed(run: Run, least: int, most: int = 20) -> list[float]:
+def warmed(run: Run, least: int, clock: Clock = time.perf_counter, most: int = 20) -> list[float]:
     """Run until the last three differ by less than 5 %; the seconds of each run."""
     times: list[float] = []
     while len(times) < most:
-        times.append(timed(run))
+        times.append(timed(run, clock))
         last = times[-3:]
         if len(times) >= max(least, 3) and max(last) - min(last) < 0.05 * min(last):
             break
     return times
 
 
-def timed(run: Run) -> float:
-    start = time.perf_counter()
+def timed(run: Run, clock: Clock = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def row(

@@ -18,6 +18,7 @@ from diffprune_plugin.export.providers import (
     Provider,
     built_in,
     check_distribution,
+    check_dtype,
     gpu,
     known_provider,
     open_session,
@@ -135,6 +136,16 @@ def prove(
                 held(proof)
     placement.device = gpu() if wanted.is_gpu else ""
     return placement, bound
+
+
+def check_device(provider: str, dtype: str) -> None:
+    """Raises, before anything is exported, BadInput or HardwareUnproved for a provider that cannot run here."""
+    wanted = known_provider(provider)
+    check_dtype(provider, dtype)
+    check_distribution()
+    proof = device_proof(wanted)
+    if not proof.held:
+        raise HardwareUnproved(f"{provider} is not proved: device: {proof.seen}; to run it: {wanted.install}")
 
 
 def device_proof(wanted: Provider) -> Proof:

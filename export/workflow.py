@@ -18,9 +18,12 @@ from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.integrity import VERDICT, check_output, still
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.options import BenchOptions, Options
-from diffprune_plugin.export.proofs import best_provider, device_proof, prove
-from diffprune_plugin.export.providers import check_distribution, check_dtype, known_provider, without_replay
+from diffprune_plugin.export.promise import promise_line, promised
+from diffprune_plugin.export.proofs import best_provider, check_device, prove
+from diffprune_plugin.export.providers import check_distribution, known_provider, without_replay
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
+from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
+from diffprune_plugin.pruning.directory import model_folder
 from diffprune_plugin.utils.files import scratch, write_text
 from diffprune_plugin.utils.memory import out_of_memory
 
@@ -138,12 +141,7 @@ def check_asked(model: Path, options: Options) -> None:
     if options.latency or options.verify:
         check_distribution()
     if asked := options.asked_provider:
-        wanted = known_provider(asked)
-        check_dtype(asked, options.dtype)
-        check_distribution()
-        proof = device_proof(wanted)
-        if not proof.held:
-            raise HardwareUnproved(f"{asked} is not proved: device: {proof.seen}; to run it: {wanted.install}")
+        check_device(asked, options.dtype)
 
 
 def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
@@ -191,6 +189,15 @@ def prove_all(verdict: Verdict, model: Path, output: Path, options: Options, say
             raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
     if not verdict.latency:
         say(f"latency {content['latency']}")
+    if promise := promised(plan_in(model), verdict.latency):
+        content["promise"] = promise
+        say(promise_line(promise))
+
+
+def plan_in(model: Path) -> PruningPlan | None:
+    """The plan in a pipeline or model directory, if it is a pruned one's."""
+    found = model_folder(model) / PLAN_FILE
+    return PruningPlan.read(found) if found.exists() else None
 
 
 def gated(options: Options) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffprune_plugin.config.dialects.table import Listing
     from diffprune_plugin.config.finetuning import FinetuneConfig
     from diffprune_plugin.config.pruning import PruningConfig
+    from diffprune_plugin.planning.plan import Latency
     from diffprune_plugin.recovery.compensate import CompensationReport
 
 
@@ -66,6 +67,8 @@ def prune(
     if report:
         write_pruning(report, settled, result)
     show_plan(result.plan, json)
+    if result.plan.latency and not json:
+        say(latency_line(result.plan.target["latency_target"], result.plan.latency))
     if accelerator and not json:
         say(f"processes: {processes.count} ({accelerator.device.type})")
     if not json and not dry_run:
@@ -85,6 +88,9 @@ def frontier(
     verify: Annotated[
         int, typer.Option(help="Budgets to really prune, compensate and measure, both ways.", min=0, max=8)
     ] = 0,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Against the latency on the runtime of the config's 'latency', measured.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it as PNG.")] = None,
     overwrite: Overwrite = False,
     report: Report = None,
@@ -99,13 +105,13 @@ def frontier(
         check_report(report, overwrite)
     check_plot(plot, overwrite, drawing=report is not None)
     listing = read(config, flags)
-    found = frontier_of(settle(listing, keys or [], model=model, data=data), verify)
+    found = frontier_of(settle(listing, keys or [], model=model, data=data), verify, latency=latency)
     if report:
         write_frontier(report, found)
     if json:
         console.print_json(data=found.as_dict())
     else:
-        console.print(found.table())
+        console.print(found.timed_table() if latency else found.table())
     if plot:
         found.plot(plot)
         if not json:
@@ -120,6 +126,15 @@ def check_plot(plot: Path | None, overwrite: bool, drawing: bool = False) -> Non
         check_installed("matplotlib")
     if plot and plot.exists() and not overwrite:
         raise BadInput(f"{plot} exists; use --overwrite or another file")
+
+
+def latency_line(asked: float, latency: Latency) -> str:
+    """In one line what latency was asked for, and what was measured."""
+    share, low, high = latency.measured
+    return (
+        f"latency: {share:.1%} [{low:.1%}, {high:.1%}] of the dense model's {latency.dense_ms:.3g} ms, asked "
+        f"{asked:.1%}; {latency.provider} {latency.dtype}, batch {latency.batch}, {latency.attempts} plans measured"
+    )
 
 
 def compensation_line(report: CompensationReport | None) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from diffprune_plugin.config.base import PathText, read_as
+from diffprune_plugin.config.latency import LatencyConfig
+from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.utils.checked import Checked, Seed
 
@@ -55,6 +57,12 @@ class PruningConfig(PlanOptions, Subject):
         description="JSON file of the sensitivity that a target is spent by: read if it exists, else written, so that "
         "another budget needs no new pass.",
     )
+    latency: LatencyConfig = Field(
+        default=LatencyConfig(),
+        description="The runtime that a latency_target or max_latency_ms counts on: a mapping of provider (cpu), dtype "
+        "(fp32), batch (1), threads (1) and table, a JSON file of the measured pieces that is read if it exists, else "
+        "written.",
+    )
     sensitivity_samples: int = Field(default=64, ge=1, le=65536, description="Noisy samples it is measured with.")
     sensitivity_probes: int = Field(default=8, ge=1, le=1024, description="Backward passes for each of them.")
     batch_size: int = Field(default=32, ge=1, le=65536, description="Samples a pass.")
@@ -83,6 +91,16 @@ class PruningConfig(PlanOptions, Subject):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="Of the weights while calibrating and saving."
     )
+
+    @field_validator("latency", mode="before")
+    @classmethod
+    def _latency(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return LatencyConfig.make(value, "latency")
+        except BadInput as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("importance", mode="before")
     @classmethod

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.costs import LayerCost
-from diffprune_plugin.planning.allocation import KEYS, Menu, SizeOf, allocate
+from diffprune_plugin.planning.allocation import Column, Menu, SizeOf, allocate
 from diffprune_plugin.planning.channels import (
     AskedGroup,
     ChosenHeads,
@@ -20,9 +21,10 @@ from diffprune_plugin.planning.channels import (
     select,
 )
 from diffprune_plugin.planning.options import PlanOptions
-from diffprune_plugin.planning.plan import TARGETS, Allocation, GroupPlan
+from diffprune_plugin.planning.plan import LATENCY, TARGETS, Allocation, GroupPlan
 
-WIDTHS = 64  # of one group at most: of more, evenly spaced ones
+WIDTHS = 64  # of one group at most
+TIMED_WIDTHS = 10  # where a latency is asked for
 
 
 class Errors(Protocol):
@@ -42,8 +44,23 @@ class Errors(Protocol):
     def knows(self, root: str, count: int) -> bool: ...
 
 
+@dataclass(frozen=True)
+class LatencyCosts:
+    """What latency a plan has, in whatever unit: one more column of the sizes.
+
+    slower: by root layer the numbers of units that no group loses, since it would be no faster than losing less.
+    """
+
+    column: Column
+    slower: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+
 def allocated(
-    items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], options: PlanOptions, errors: Errors
+    items: Sequence[AskedGroup],
+    costs: Mapping[str, LayerCost],
+    options: PlanOptions,
+    errors: Errors,
+    latency: LatencyCosts | None = None,
 ) -> tuple[list[GroupPlan], Allocation]:
     """The plan of every group within the target of the options, with the least summed error; and what it costs.
 
@@ -52,9 +69,9 @@ def allocated(
 
     Raises BadInput for a target that is less than what is left when every group loses all it can.
     """
-    menus = menus_of(items, options, errors)
-    size_of = SizeOf([item.group for item in items], costs)
-    dense = dict(zip(KEYS, size_of([0] * len(items)), strict=True))
+    menus = menus_of(items, options, errors, latency)
+    size_of = size_with(items, costs, latency)
+    dense = dict(zip(size_of.keys, size_of([0] * len(items)), strict=True))
     limits = {TARGETS[key]: share * dense[TARGETS[key]] for key, share in options.target.items()}
     try:
         removed = allocate([menu for menu, _ in menus], size_of, limits)
@@ -65,16 +82,23 @@ def allocated(
     return described(plans, [menu for menu, _ in menus], errors)
 
 
+def size_with(items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], latency: LatencyCosts | None) -> SizeOf:
+    """What the model costs, with its latency where that is known."""
+    return SizeOf([item.group for item in items], costs, {} if latency is None else {LATENCY: latency.column})
+
+
 def menus_of(
-    items: Sequence[AskedGroup], options: PlanOptions, errors: Errors
+    items: Sequence[AskedGroup], options: PlanOptions, errors: Errors, latency: LatencyCosts | None = None
 ) -> list[tuple[Menu, dict[int, GroupPlan]]]:
     """For each group its widths with their errors, and the plan of each by how many units go."""
     found = []
     for item, every in zip(items, choices(items, options, errors.most), strict=True):
-        plans = {count: plan for count, plan in every.items() if errors.knows(item.group.root, count)}
+        root = item.group.root
+        slower = latency.slower.get(root, ()) if latency else ()
+        plans = {count: plan for count, plan in every.items() if errors.knows(root, count) and count not in slower}
         counts = tuple(sorted(plans))
-        rising = np.maximum.accumulate([errors.error(item.group.root, plans[count].removed) for count in counts])
-        found.append((Menu(item.group.root, counts, tuple(rising.tolist())), plans))
+        rising = np.maximum.accumulate([errors.error(root, plans[count].removed) for count in counts])
+        found.append((Menu(root, counts, tuple(rising.tolist())), plans))
     return found
 
 
@@ -98,7 +122,10 @@ def predicted(items: Sequence[AskedGroup], options: PlanOptions, errors: Errors)
 
 
 def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPlan]:
-    """The plans of a group that loses nothing, a step, two steps ... as many as may go."""
+    """The plans of a group that loses nothing, a step, two steps ... as many as may go.
+
+    Of very many those are left whose width is a multiple of 2, 4, 8 ... steps, which hardware is fast with.
+    """
     if item.heads:
         order = head_order([item])
         chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in range(int(most * item.group.parts) + 1)]
@@ -106,8 +133,11 @@ def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPla
     else:
         step = plan_group(item, 0, options).step
         counts = range(0, int(most * item.group.units) + 1, step)
-        every = -(-len(counts) // WIDTHS)
-        plans = [plan_group(item, count, options) for count in counts[::every]]
+        every, widest = step, TIMED_WIDTHS if options.timed else WIDTHS
+        while len(counts) > widest:
+            every *= 2
+            counts = range(item.group.units % every, counts[-1] + 1, every)
+        plans = [plan_group(item, count, options) for count in dict.fromkeys([0, *counts])]
     return [plan.model_copy(update={"requested": len(plan.removed), "reason": ""}) for plan in plans]
 
 

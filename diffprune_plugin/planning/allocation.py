@@ -6,6 +6,7 @@ size of a choice is taken with all others as they are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ Numbers = npt.NDArray[np.float64]
 KEYS = ("params", "macs")
 HALVINGS = 50  # of the interval that holds a multiplier
 SWEEPS = 20  # over all groups, until none changes its width
+MIXES = 4  # parts that the prices of several columns are mixed from
 STEPS = 2  # that a group gets back at most when another pays
 ROUNDING = 1 + 1e-9
 
@@ -33,40 +35,83 @@ class Menu:
     errors: tuple[float, ...]
 
 
-class SizeOf:
-    """Params and MACs of the whole model when groups lose so many units, from the layers' costs."""
+@dataclass(frozen=True)
+class Column:
+    """A cost of the model as a sum over its layers, in the order of their costs.
 
-    def __init__(self, groups: Sequence[CoupledGroup], costs: Mapping[str, LayerCost]) -> None:
+    A layer with the channels (in, out) left costs ``product`` * in * out + ``into`` * in + ``out`` * out, each of shape
+    (layers,), and the model ``rest`` more. In the product a number of channels counts as the next multiple of
+    ``multiple``, as on hardware that works in blocks.
+    """
+
+    product: Numbers
+    into: Numbers
+    out: Numbers
+    rest: float = 0.0
+    multiple: int = 1
+
+
+def size_columns(costs: Mapping[str, LayerCost]) -> dict[str, Column]:
+    """Params and MACs: of a layer's elements its weights have an input and an output side, the others an output."""
+    layers = list(costs.values())
+    weights = np.array([cost.weights / max(cost.channels_in * cost.channels_out, 1) for cost in layers], np.float64)
+    others = np.array([(cost.params - cost.weights) / max(cost.channels_out, 1) for cost in layers], np.float64)
+    positions = np.array([cost.positions for cost in layers], np.float64)
+    none = np.zeros(len(layers))
+    return dict(
+        zip(KEYS, (Column(weights, none, others), Column(weights * positions, none, others * positions)), strict=True)
+    )
+
+
+class SizeOf:
+    """What the whole model costs when groups lose so many units: params, MACs, and further columns by name."""
+
+    def __init__(
+        self,
+        groups: Sequence[CoupledGroup],
+        costs: Mapping[str, LayerCost],
+        further: Mapping[str, Column] | None = None,
+    ) -> None:
+        self.columns = size_columns(costs) | dict(further or {})
+        self.keys = tuple(self.columns)
         rows = {name: row for row, name in enumerate(costs)}
         shape = (len(groups), len(costs))
-        share = {"in": np.zeros(shape), "out": np.zeros(shape)}  # of a layer's channels that one unit takes
+        share = {"in": np.zeros(shape), "out": np.zeros(shape)}  # channels of a layer for one unit
         for place, group in enumerate(groups):
             for member in group.members:
-                cost = costs[member.layer]
-                width = cost.channels_in if member.side == "in" else cost.channels_out
-                share[member.side][place, rows[member.layer]] += len(member.channels) / group.units / max(width, 1)
+                share[member.side][place, rows[member.layer]] += len(member.channels) / group.units
         self.into, self.out = share["in"], share["out"]
-        self.weights = np.array([cost.weights for cost in costs.values()], np.float64)
-        self.rest = np.array([cost.params - cost.weights for cost in costs.values()], np.float64)
-        self.positions = np.array([cost.positions for cost in costs.values()], np.float64)
+        self.dense_in = np.array([cost.channels_in for cost in costs.values()], np.float64)
+        self.dense_out = np.array([cost.channels_out for cost in costs.values()], np.float64)
         self.touched = [np.flatnonzero(self.into[place] + self.out[place]) for place in range(len(groups))]
 
     def __call__(self, removed: Sequence[int]) -> Numbers:
-        """(params, MACs), shape (2,)."""
+        """Params, MACs and the further columns, shape (columns,)."""
         lost = np.asarray(removed, np.float64)
-        return self._of(slice(None), lost @ self.into, lost @ self.out)
+        rest = np.array([column.rest for column in self.columns.values()])
+        found: Numbers = self._of(slice(None), lost @ self.into, lost @ self.out) + rest
+        return found
 
     def choices(self, removed: Sequence[int], place: int, counts: Sequence[int]) -> Numbers:
-        """(params, MACs) of the layers that a group touches, for each count of its units, shape (counts, 2)."""
+        """The columns of the layers that a group touches, for each count of its units, shape (counts, columns)."""
         layers, lost = self.touched[place], np.asarray(removed, np.float64)
         more = np.asarray(counts, np.float64)[:, None] - lost[place]
         into = (lost @ self.into[:, layers])[None] + more * self.into[place, layers]
         out = (lost @ self.out[:, layers])[None] + more * self.out[place, layers]
         return self._of(layers, into, out)
 
-    def _of(self, layers: slice | npt.NDArray[np.int64], into: Numbers, out: Numbers) -> Numbers:
-        params = (self.weights[layers] * (1 - into) + self.rest[layers]) * (1 - out)
-        return np.stack([params.sum(-1), (params * self.positions[layers]).sum(-1)], -1)
+    def _of(self, layers: slice | npt.NDArray[np.int64], lost_in: Numbers, lost_out: Numbers) -> Numbers:
+        into, out = self.dense_in[layers] - lost_in, self.dense_out[layers] - lost_out
+        found = []
+        for column in self.columns.values():
+            product = in_multiples(into, column.multiple) * in_multiples(out, column.multiple)
+            found.append(product @ column.product[layers] + into @ column.into[layers] + out @ column.out[layers])
+        return np.stack(found, -1)
+
+
+def in_multiples(channels: Numbers, multiple: int) -> Numbers:
+    """Channels rounded up to a multiple."""
+    return channels if multiple == 1 else np.ceil(channels / multiple - 1e-9) * multiple
 
 
 @dataclass
@@ -75,7 +120,7 @@ class Search:
 
     menus: Sequence[Menu]
     size_of: SizeOf
-    limits: Numbers  # (params, MACs), infinite where there is none
+    limits: Numbers  # of each column, infinite where there is none
     chosen: list[int]
 
     @property
@@ -143,7 +188,7 @@ class Search:
         return menu.errors[chosen] - menu.errors[now], chosen
 
     def _sizes(self, removed: Sequence[int], place: int, counts: Sequence[int]) -> Numbers:
-        """(params, MACs) of the whole model for each count of one group's units, the others as given."""
+        """The columns of the whole model for each count of one group's units, the others as given."""
         parts = self.size_of.choices(removed, place, [*counts, removed[place]])
         whole: Numbers = self.size_of(removed) + parts[:-1] - parts[-1]
         return whole
@@ -152,19 +197,20 @@ class Search:
 def allocate(menus: Sequence[Menu], size_of: SizeOf, limits: Mapping[str, float]) -> list[int]:
     """How many units each group loses, so that the summed error is least and the size within ``limits``.
 
-    limits: the most ``params`` and ``macs`` of the whole model. Lagrange multipliers are found by bisection, and single
-    and paired moves follow: not always the best of small cases, by little (the tests compare with brute force).
+    limits: the most of a column of the whole model, by its name. Lagrange multipliers are found by bisection, and
+    single and paired moves follow: not always the best of small cases, by little (the tests compare with brute force).
 
     Raises BadInput for limits that are below the smallest model of the menus.
     """
-    bound = np.array([limits.get(key, np.inf) for key in KEYS], np.float64)
+    bound = np.array([limits.get(key, np.inf) for key in size_of.keys], np.float64)
     search = Search(menus, size_of, bound, [len(menu.removed) - 1 for menu in menus])
     if not search.fits():
         least, dense = size_of(search.removed), size_of([0] * len(menus))
-        key = next(i for i in range(2) if least[i] > bound[i])
+        key = next(i for i in range(len(bound)) if least[i] > bound[i])
+        asked, possible = bound[key] / dense[key], least[key] / dense[key]
         raise BadInput(
-            f"{KEYS[key]}: {bound[key] / dense[key]:.3f} of the dense model's is below {least[key] / dense[key]:.3f}, "
-            "all that these settings can reach; raise it"
+            f"{size_of.keys[key]}: {asked:.3f} of the dense model's is below {possible:.3f}, all that these settings "
+            "can reach; raise it"
         )
     starts = [search, *(priced(menus, size_of, bound, weights) for weights in weightings(bound))]
     for start in starts:
@@ -173,10 +219,12 @@ def allocate(menus: Sequence[Menu], size_of: SizeOf, limits: Mapping[str, float]
 
 
 def weightings(bound: Numbers) -> list[Numbers]:
-    """How the prices of params and MACs relate: one alone, or where both are limited several mixtures."""
-    limited = np.isfinite(bound)
-    shares = [1.0] if limited.sum() < 2 else [0.0, 0.25, 0.5, 0.75, 1.0]
-    return [np.where(limited, (share, 1 - share) if limited.all() else 1.0, 0.0) for share in shares]
+    """How the prices of the limited columns relate: one alone, or of several their mixtures in quarters."""
+    limited = np.flatnonzero(np.isfinite(bound))
+    shares = [mix for mix in itertools.product(range(MIXES + 1), repeat=len(limited)) if sum(mix) == MIXES]
+    found = np.zeros((len(shares), len(bound)))
+    found[:, limited] = np.array(shares) / MIXES
+    return list(found)
 
 
 def priced(menus: Sequence[Menu], size_of: SizeOf, bound: Numbers, weights: Numbers) -> Search:

@@ -13,7 +13,9 @@ from diffprune_plugin.planning.plan import TARGETS
 from diffprune_plugin.utils.checked import Checked
 
 DEFAULT_RATIO = 0.3
+BUDGETS = (*TARGETS, "max_latency_ms")  # what may be asked for instead of a ratio
 PATTERNS = ("pruning_ratio_dict", "ignored_layers", "target_layers")  # options that hold patterns of layer names
+LATENCIES = {"latency_target", "max_latency_ms"}
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
@@ -44,6 +46,17 @@ class PlanOptions(Checked):
     params_target: Share | None = Field(
         default=None,
         description="Instead of a ratio: the share of the dense model's parameters that is to be left, met within 1 %.",
+    )
+    latency_target: Share | None = Field(
+        default=None,
+        description="Instead of a ratio: the share of the dense model's latency that is to be left, on the runtime "
+        "that 'latency' names, measured there and met within 3 %.",
+    )
+    max_latency_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e9,
+        description="Instead of a latency_target: the latency itself, in milliseconds, on the machine at hand.",
     )
     allocation: Literal["uniform", "linear", "measured"] | None = Field(
         default=None,
@@ -88,17 +101,21 @@ class PlanOptions(Checked):
     @model_validator(mode="before")
     @classmethod
     def _ratio(cls, values: Any) -> Any:
-        sized = {"pruning_ratio", *TARGETS} & {key for key, value in values.items() if value is not None}
+        sized = {"pruning_ratio", *BUDGETS} & {key for key, value in values.items() if value is not None}
         return values if sized else {**values, "pruning_ratio": DEFAULT_RATIO}
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        given = {key: getattr(self, key) for key in ("pruning_ratio", *TARGETS) if getattr(self, key) is not None}
-        if len(given) > 1 and not (self.spends and set(given) == set(TARGETS)):
+        given = {key: getattr(self, key) for key in ("pruning_ratio", *BUDGETS) if getattr(self, key) is not None}
+        together = self.spends and "pruning_ratio" not in given and not set(given) >= LATENCIES
+        if len(given) > 1 and not together:
             listed = " and ".join(f"{key} {value}" for key, value in given.items())
             raise ValueError(f"{listed} ask for different things; give one of them (null takes back the other)")
-        if self.spends and not self.target:
-            raise ValueError(f"allocation: {self.allocation} spends a budget; add macs_target or params_target")
+        if self.spends and not given.keys() & set(BUDGETS):
+            budgets = f"{', '.join(BUDGETS[:-1])} or {BUDGETS[-1]}"
+            raise ValueError(f"allocation: {self.allocation} spends a budget; add {budgets}")
+        if self.allocation == "measured" and self.timed:
+            raise ValueError("allocation: measured spends a size, no latency; say linear")
         if self.spends and self.global_pruning:
             raise ValueError(
                 f"global_pruning: true ranks groups together, allocation: {self.allocation} weighs them; drop one"
@@ -116,6 +133,11 @@ class PlanOptions(Checked):
     def target(self) -> dict[str, float]:
         """The target by its key, if there is one."""
         return {key: getattr(self, key) for key in TARGETS if getattr(self, key) is not None}
+
+    @property
+    def timed(self) -> bool:
+        """Whether a latency is asked for."""
+        return self.latency_target is not None or self.max_latency_ms is not None
 
     def with_wishes_of(self, criterion: Any) -> Self:
         """With the criterion's ``round_to`` and ``halves`` where there are none; raises BadInput for wrong ones."""

@@ -17,7 +17,9 @@ from diffprune_plugin.utils.reading import parse_json, read_text
 PLAN_FILE = "pruning_plan.json"
 WITHIN = 0.01  # a target is met within this share of it
 HAIR = 1e-9  # of a group's units: far below one, far above rounding
-TARGETS = {"macs_target": "macs", "params_target": "params"}  # and the size that each is a share of
+TIMED_WITHIN = 0.03  # a latency likewise
+LATENCY = "latency"
+TARGETS = {"macs_target": "macs", "params_target": "params", "latency_target": LATENCY}  # what each is a share of
 
 
 class Frozen(BaseModel):
@@ -69,12 +71,36 @@ class Allocation(Frozen):
     measured: tuple[float, ...] = ()
 
 
+class Latency(Frozen):
+    """What the plan's latency was measured to be before anything was trained: a share of the dense model's.
+
+    ``predicted``: by the sum of pieces; ``measured``: of the whole file on its provider, the median of ``rounds`` with
+    its 95 % interval; ``noise``: the interval of the dense model against itself; ``dense_ms``: what that took there,
+    by ``clock`` (the wall's, or the computing thread's own); ``max_ms``: the latency that was asked for, if one was;
+    ``attempts``: plans that were measured; ``device``, ``versions``: what it ran on.
+    """
+
+    provider: str
+    dtype: str
+    batch: int
+    threads: int
+    clock: Literal["wall", "thread"]
+    device: str
+    versions: dict[str, str]
+    predicted: float
+    measured: tuple[float, float, float]
+    noise: tuple[float, float]
+    dense_ms: float
+    max_ms: float | None = None
+    attempts: int
+
+
 class PruningPlan(Frozen):
     """Which output channels of which layers go, and what is left. JSON, readable, made without touching the model.
 
     ``architecture`` is the SHA-256 of the dense UNet's config; ``layers`` holds every layer that changes; ``params``
-    and ``macs`` are those of the whole UNet before and after, for one sample. ``target`` is the ``macs_target`` or
-    ``params_target`` that ``pruning_ratio`` was searched for; ``heads`` the number of heads before and after of each
+    and ``macs`` are those of the whole UNet before and after, for one sample. ``target`` is the ``macs_target``,
+    ``params_target`` or ``latency_target`` that was to be met; ``heads`` the number of heads before and after of each
     attention that loses whole ones.
     """
 
@@ -85,6 +111,7 @@ class PruningPlan(Frozen):
     pruning_ratio: float
     target: dict[str, float] = {}
     allocation: Allocation | None = None
+    latency: Latency | None = None
     groups: tuple[GroupPlan, ...]
     heads: dict[str, tuple[int, int]] = {}
     layers: dict[str, LayerSize]
@@ -95,7 +122,8 @@ class PruningPlan(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
-        content = self.model_dump(mode="json", exclude={"versions", *([] if self.allocation else ["allocation"])})
+        absent = {key for key in ("allocation", "latency") if getattr(self, key) is None}  # not in older plans
+        content = self.model_dump(mode="json", exclude={"versions", *absent})
         if self.allocation and not self.allocation.measured:
             del content["allocation"]["measured"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -106,6 +134,9 @@ class PruningPlan(Frozen):
             return [f"{g.root}: {len(g.removed)} of {g.requested} went: {g.reason}" for g in self.groups if g.short]
         lines = []
         for key, share in self.target.items():
+            if key == "latency_target":
+                lines += [] if self.latency is None else missed(share, self.latency)
+                continue
             before, after = getattr(self, TARGETS[key])
             if abs(after - share * before) > WITHIN * share * before:
                 lines.append(f"{key}: asked {share}, got {after / before:.4f}: the groups' steps allow no nearer size")
@@ -158,6 +189,15 @@ class PruningPlan(Frozen):
         if plan.sha256 != stated:
             raise BadInput(f"{where}: altered since it was written (its sha256 differs); restore it or prune again")
         return plan
+
+
+def missed(share: float, latency: Latency) -> list[str]:
+    """A line where the measured latency is not the one asked for."""
+    got, low, high = latency.measured
+    if abs(got - share) <= TIMED_WITHIN * share:
+        return []
+    told = f"asked {share:.4g}, measured {got:.4f} [{low:.4f}, {high:.4f}] after {latency.attempts} plans"
+    return [f"latency_target: {told}: the groups' steps, or the machine's noise, allow no nearer one"]
 
 
 def architecture_hash(model: Any) -> str:

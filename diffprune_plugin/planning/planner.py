@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from diffprune_plugin.graph.costs import LayerCost, layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.planning.allocated import Errors, allocated
+from diffprune_plugin.planning.allocated import Errors, LatencyCosts, allocated, size_with
 from diffprune_plugin.planning.channels import AskedGroup, Request, head_groups, select
 from diffprune_plugin.planning.options import PATTERNS, PlanOptions
-from diffprune_plugin.planning.plan import GroupPlan, PruningPlan, architecture_hash
+from diffprune_plugin.planning.plan import LATENCY, GroupPlan, PruningPlan, architecture_hash
 from diffprune_plugin.planning.scores import unit_scores
 from diffprune_plugin.planning.target import searched, sizes
 from diffprune_plugin.plugins import find_adapter, importance
@@ -94,20 +94,26 @@ def plan_from(
     options: PlanOptions,
     description: dict[str, Any] | None = None,
     sensitivity: Errors | None = None,
+    latency: LatencyCosts | None = None,
 ) -> PruningPlan:
-    """The plan of options that ask the same of single groups as those that the material was made with."""
+    """The plan of options that ask the same of single groups as those that the material was made with.
+
+    latency: what a ``latency_target`` is met by; `latency.target.meet` measures one and corrects it.
+    """
     items, costs, criterion = material.items, material.costs, material.criterion
     options, groups, allocation = options.with_wishes_of(criterion), [item.group for item in items], None
     if options.spends and sensitivity is None:
         raise BadInput(
             f"allocation: {options.allocation} needs a sensitivity; give make_plan what measure_sensitivity returns"
         )
+    if options.timed and (latency is None or options.latency_target is None):
+        raise BadInput("latency_target and max_latency_ms need measuring on a runtime: use diffprune prune, or prune()")
     by_error = options.spends or (options.allocation is None and not options.global_pruning)
     if options.target and sensitivity is not None and by_error:
-        planned, allocation = allocated(items, costs, options, sensitivity)
+        planned, allocation = allocated(items, costs, options, sensitivity, latency)
         ratio = 0.0
     elif options.pruning_ratio is None:
-        ratio, planned = searched(items, costs, options)
+        ratio, planned = searched(items, costs, options, share_of(items, costs, latency) if latency else None)
     else:
         ratio, planned = options.pruning_ratio, select(items, options.pruning_ratio, options)
     layers, before, after = sizes(groups, planned, costs)
@@ -128,6 +134,16 @@ def plan_from(
     if options.strict and plan.shortfalls():
         raise CheckFailed("strict: " + "; ".join(plan.shortfalls()))
     return plan
+
+
+def share_of(
+    items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], latency: LatencyCosts
+) -> Callable[[Sequence[int]], float]:
+    """The predicted latency, as a share of the dense model's, when each group loses so many units."""
+    size_of = size_with(items, costs, latency)
+    place = size_of.keys.index(LATENCY)
+    dense = size_of([0] * len(items))[place]
+    return lambda removed: float(size_of(removed)[place] / dense)
 
 
 def library_versions() -> dict[str, str]:

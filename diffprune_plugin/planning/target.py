@@ -11,7 +11,7 @@ from diffprune_plugin.planning.channels import AskedGroup, attentions, select
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, GroupPlan, LayerSize
 
-Measure = Callable[[Sequence[GroupPlan]], int]
+Measure = Callable[[Sequence[GroupPlan]], float]
 
 
 def nearest_to(
@@ -57,17 +57,24 @@ def by_harm(groups: Sequence[AskedGroup], before: Sequence[GroupPlan], after: Se
 
 
 def searched(
-    items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], options: PlanOptions
+    items: Sequence[AskedGroup],
+    costs: Mapping[str, LayerCost],
+    options: PlanOptions,
+    latency: Callable[[Sequence[int]], float] | None = None,
 ) -> tuple[float, list[GroupPlan]]:
     """The common ratio, and the plans, that come nearest to the target of the options.
+
+    latency: that of the whole model, as a share, when each group loses so many units.
 
     Raises BadInput if the target is less than what is left when every group loses all it can.
     """
     ((key, share),) = options.target.items()
     groups = [item.group for item in items]
 
-    def size(plans: Sequence[GroupPlan]) -> int:
-        return int(getattr(sizes(groups, plans, costs)[2], TARGETS[key]))
+    def size(plans: Sequence[GroupPlan]) -> float:
+        if key == "latency_target" and latency is not None:
+            return latency([len(plan.removed) for plan in plans] or [0] * len(items))
+        return float(getattr(sizes(groups, plans, costs)[2], TARGETS[key]))
 
     dense = size([])
     least = size(select(items, 1.0, options))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.allocated import LatencyCosts
+from diffprune_plugin.planning.options import BUDGETS, LATENCIES, PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.planning.planner import Material, plan_from
+from diffprune_plugin.planning.planner import Material, plan_from, share_of
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
@@ -26,6 +28,8 @@ from diffprune_plugin.utils.optional import need_pyplot
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 WAYS = ("uniform", "linear")
+TIMED = "latency"  # the way that spends a latency instead of the size
+COLOURS = {"uniform": "tab:grey", "linear": "tab:blue", TIMED: "tab:orange"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Point:
     """One budget met in one way: shares of the dense MACs and parameters that are left, and the error of the output.
 
     predicted: summed over the groups, as a share of the output's mean square; measured: after removal and compensation,
-    likewise, of fresh samples; None where it was not measured.
+    likewise, of fresh samples; None where it was not measured. latency: the share of the dense model's by the sum of
+    pieces, latency_measured: that of the whole file; None where no runtime was asked for.
     """
 
     allocation: str
@@ -42,18 +47,35 @@ class Point:
     params: float
     predicted: float
     measured: float | None = None
+    latency: float | None = None
+    latency_measured: float | None = None
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The points, and the plan of each."""
+    """The points, and the plan of each; dense_ms: the dense model's latency in milliseconds, where it was measured."""
 
     target: str
     points: tuple[Point, ...]
     plans: tuple[PruningPlan, ...]
+    dense_ms: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"target": self.target, "points": [asdict(point) for point in self.points]}
+        points = [asdict(point) for point in self.points]
+        return {"target": self.target, "dense_ms": self.dense_ms, "points": points}
+
+    def timed_table(self) -> Table:
+        """For a terminal: a row a point, by latency; what was measured stands in brackets."""
+        title = f"error of the output by latency (dense: {self.dense_ms or 0:.3g} ms)"
+        table = Table("latency", "ms", "allocation", "MACs", "params", "error", title=title)
+        for point in sorted(self.points, key=lambda point: -(point.latency or 0)):
+            share, seen = point.latency or 0.0, point.latency_measured
+            told_share = f"{share:.1%}" + ("" if seen is None else f" ({seen:.1%})")
+            milliseconds = f"{(share if seen is None else seen) * (self.dense_ms or 0):.3g}"
+            table.add_row(
+                told_share, milliseconds, point.allocation, f"{point.macs:.1%}", f"{point.params:.1%}", told(point)
+            )
+        return table
 
     def table(self) -> Table:
         """For a terminal: a row a budget, both ways beside each other."""
@@ -66,22 +88,30 @@ class Frontier:
         return table
 
     def plot(self, path: Path) -> None:
-        """As PNG: error against the share of the MACs; crosses are measured. Raises MissingExtra without matplotlib."""
+        """As PNG: error against the share of the MACs, or against milliseconds where they are known; crosses are
+        measured. Raises MissingExtra without matplotlib.
+        """
         pyplot = need_pyplot()
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for way, colour in zip(WAYS, ("tab:grey", "tab:blue"), strict=True):
-            points = [point for point in self.points if point.allocation == way]
+        for way, colour in COLOURS.items():
+            points = sorted((p for p in self.points if p.allocation == way), key=self.across)
             seen = [point for point in points if point.measured is not None]
-            predicted = [point.predicted for point in points]
-            axes.plot([p.macs for p in points], predicted, ".-", color=colour, label=f"{way}, predicted")
-            if seen:
-                measured = [point.measured for point in seen]
-                axes.plot([p.macs for p in seen], measured, "x", color=colour, label=f"{way}, measured")
-        axes.set(xlabel="MACs left", ylabel="error, share of the output's mean square", yscale="log")
+            for kind, of, style in (("predicted", points, ".-"), ("measured", seen, "x")):
+                if of:
+                    across = [self.across(point, measured=kind == "measured") for point in of]
+                    axes.plot(across, [getattr(p, kind) for p in of], style, color=colour, label=f"{way}, {kind}")
+        xlabel = "MACs left" if self.dense_ms is None else "milliseconds"
+        axes.set(xlabel=xlabel, ylabel="error, share of the output's mean square", yscale="log")
         axes.legend()
         with new_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
         pyplot.close(figure)
+
+    def across(self, point: Point, measured: bool = False) -> float:
+        """Where a point stands on the horizontal axis."""
+        if self.dense_ms is None or point.latency is None:
+            return point.macs
+        return self.dense_ms * (point.latency_measured if measured and point.latency_measured else point.latency)
 
 
 def told(point: Point) -> str:
@@ -90,26 +120,35 @@ def told(point: Point) -> str:
 
 
 def frontier(
-    material: Material, options: PlanOptions, sensitivity: Sensitivity, shares: Sequence[float] = SHARES
+    material: Material,
+    options: PlanOptions,
+    sensitivity: Sensitivity,
+    shares: Sequence[float] = SHARES,
+    latency: LatencyCosts | None = None,
 ) -> Frontier:
-    """The points of these shares of the dense size, for the target that the options have, else MACs.
+    """The points of these shares of the dense size, for the size that the options have as target, else MACs.
 
-    Budgets that cannot be met have no point. ``options``: their target and allocation are replaced.
+    Budgets that cannot be met have no point. ``options``: their target and allocation are replaced. ``latency``: each
+    point gets its own, and the same shares of the latency are points too.
     """
-    target = next(iter(options.target), "macs_target")
+    target = next((key for key in options.target if key not in LATENCIES), "macs_target")
+    free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS)}
+    timed = share_of(material.items, material.costs, latency) if latency else None
     points, plans = [], []
-    for share in shares:
-        for way in WAYS:
-            changes = {"pruning_ratio": None, "macs_target": None, "params_target": None, "allocation": way}
-            asked = PlanOptions.make({**asked_of(options), **changes, target: share}, "frontier")
-            try:
-                plan = plan_from(material, asked, sensitivity=sensitivity)
-            except BadInput:
-                continue
-            error = sum(sensitivity.error(group.root, group.removed) for group in plan.groups) / sensitivity.power
-            macs, params = (after / before for before, after in (plan.macs, plan.params))
-            points.append(Point(way, share, macs, params, error))
-            plans.append(plan)
+    for share, way in itertools.product(shares, (*WAYS, TIMED) if latency else WAYS):
+        budget = (
+            {"allocation": "linear", "latency_target": share} if way == TIMED else {"allocation": way, target: share}
+        )
+        asked = PlanOptions.make({**asked_of(options), **free, **budget}, "frontier")
+        try:
+            plan = plan_from(material, asked, sensitivity=sensitivity, latency=latency)
+        except BadInput:
+            continue
+        error = sum(sensitivity.error(group.root, group.removed) for group in plan.groups) / sensitivity.power
+        macs, params = (after / before for before, after in (plan.macs, plan.params))
+        took = timed([len(group.removed) for group in plan.groups]) if timed else None
+        points.append(Point(way, share, macs, params, error, latency=took))
+        plans.append(plan)
     return Frontier(target, tuple(points), tuple(plans))
 
 
@@ -127,8 +166,12 @@ def verified(
     adapter: ModelAdapter,
     seed: int = 0,
     progress: bool = True,
+    timer: Callable[[PruningPlan], float] | None = None,
 ) -> Frontier:
-    """With ``count`` budgets really pruned and compensated, both ways, and measured on fresh samples."""
+    """With ``count`` budgets really pruned and compensated, all ways, and measured on fresh samples.
+
+    timer: gives the share of the dense model's latency that the whole of a plan's model takes.
+    """
     shares = list(dict.fromkeys(point.asked for point in found.points))
     chosen = {shares[(2 * i + 1) * len(shares) // (2 * count)] for i in range(min(count, len(shares)))}
     look = Look(model, scheduler, samples, adapter, seed)
@@ -138,6 +181,7 @@ def verified(
             small = copy.deepcopy(model)
             remove_(small, plan)
             compensate_(small, model, plan, scheduler, samples, seed=seed, progress=progress)
-            point = replace(point, measured=look.error(small) / look.power)
+            took = timer(plan) if timer else None
+            point = replace(point, measured=look.error(small) / look.power, latency_measured=took)
         points.append(point)
     return replace(found, points=tuple(points))

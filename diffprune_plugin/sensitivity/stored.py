@@ -33,7 +33,7 @@ def is_allocated(config: PruningConfig, scheduler: Any) -> bool:
         raise BadInput("allocation: measured compares compensated models; drop 'compensate: false' or say linear")
     if way is not None:
         return config.spends
-    return possible and bool(config.target) and not config.global_pruning
+    return possible and (bool(config.target) or config.timed) and not config.global_pruning
 
 
 def wants_sensitivity(config: PruningConfig, scheduler: Any, scoring: bool = False) -> bool:

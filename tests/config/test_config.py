@@ -130,7 +130,7 @@ NUMBERS = [
     (kind, key)
     for kind in (dp.PruningConfig, dp.FinetuneConfig)
     for key, schema in kind.model_json_schema()["properties"].items()
-    if {"number", "integer"} & {part["type"] for part in schema.get("anyOf", [schema])}
+    if {"number", "integer"} & {part.get("type") for part in schema.get("anyOf", [schema])}
 ]
 
 

@@ -1,0 +1,24 @@
+"""On which runtime a latency counts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from diffprune_plugin.config.base import PathText
+from diffprune_plugin.utils.checked import Checked
+
+
+class LatencyConfig(Checked):
+    """The keys of a config's ``latency``."""
+
+    provider: str = Field(default="cpu", description="cpu, cuda, tensorrt or openvino, as `diffprune bench` has them.")
+    dtype: Literal["fp32", "fp16"] = Field(default="fp32", description="Of the ONNX file.")
+    batch: int = Field(default=1, ge=1, le=4096, description="Samples a call.")
+    threads: int = Field(default=1, ge=1, le=1024, description="CPU threads; spinning is off.")
+    table: PathText | None = Field(
+        default=None,
+        description="JSON file of the measured pieces: those of the same provider, versions and device are read, new "
+        "ones added, so that another budget measures little.",
+    )

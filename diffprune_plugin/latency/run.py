@@ -1,0 +1,104 @@
+"""What a command needs to meet a latency: the runtime checked, the pieces measured, then the whole model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from diffprune_plugin.config.latency import LatencyConfig
+from diffprune_plugin.export.convert import check_options
+from diffprune_plugin.export.proofs import check_device
+from diffprune_plugin.export.providers import known_provider
+from diffprune_plugin.latency.costs import latency_costs
+from diffprune_plugin.latency.structures import Structures
+from diffprune_plugin.latency.table import Table
+from diffprune_plugin.latency.target import Meeting, Planner
+from diffprune_plugin.latency.timing import OPSET, PieceTimer
+from diffprune_plugin.latency.whole import Whole, context, whole_files
+from diffprune_plugin.planning.allocated import LatencyCosts
+from diffprune_plugin.planning.options import BUDGETS, PlanOptions
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.planner import Material
+from diffprune_plugin.utils.optional import need
+
+
+def check_runtime(config: LatencyConfig) -> None:
+    """Raises BadInput or HardwareUnproved, before anything is measured, for a runtime that is not there."""
+    check_options(OPSET, config.dtype)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package)
+    check_device(config.provider, config.dtype)
+    if config.table is not None:
+        Table(no_timer, {}, Path(config.table))
+
+
+def no_timer(piece: object) -> float:
+    raise AssertionError(piece)
+
+
+def table_of(config: LatencyConfig, file: Path | None, progress: bool) -> Table:
+    """The table of measured pieces: the config's file, else ``file``, which an interrupted run leaves."""
+    place = Path(config.table) if config.table else file
+    timer = PieceTimer(config.provider, config.dtype, config.threads)
+    return Table(timer, {**context(config), "opset": OPSET}, place, progress)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One model on one runtime: what its plans take by the sum of pieces, and the whole to be measured."""
+
+    options: PlanOptions
+    structures: Structures
+    table: Table
+    costs: LatencyCosts
+    whole: Whole
+
+    def share(self, plan: PruningPlan) -> float:
+        """The measured share of the dense model's latency."""
+        return self.whole(self.structures.shrunk(plan.groups)).share[0]
+
+    def dense_ms(self) -> float:
+        """The dense model's latency in milliseconds."""
+        return self.whole(self.structures.bare).dense_ms
+
+
+@contextlib.contextmanager
+def timed_on(
+    options: PlanOptions,
+    config: LatencyConfig,
+    model: nn.Module,
+    material: Material,
+    file: Path | None,
+    progress: bool,
+) -> Iterator[Timed]:
+    """The pieces measured, the dense model exported: for as long as the whole is to be measured.
+
+    file: of the pieces where the config names none; None: they are not kept.
+    """
+    asked = options.with_wishes_of(material.criterion)
+    if not asked.timed:  # for as many widths as it would have then
+        free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS), "latency_target": 0.5}
+        asked = asked.model_copy(update=free)
+    structures, table = Structures(model, material, config.batch), table_of(config, file, progress)
+    multiple = known_provider(config.provider).widths.get(config.dtype, 1)
+    costs = latency_costs(structures, asked, table, multiple)
+    with whole_files(structures.bare, material.adapter, config) as whole:
+        yield Timed(asked, structures, table, costs, whole)
+
+
+def meet_latency(
+    options: PlanOptions,
+    config: LatencyConfig,
+    model: nn.Module,
+    material: Material,
+    plan: Planner,
+    file: Path | None,
+    progress: bool,
+) -> PruningPlan:
+    """The plan whose measured latency is nearest to what the options ask for; raises what `Meeting.run` raises."""
+    with timed_on(options, config, model, material, file, progress) as on:
+        return Meeting(on.options, on.structures, on.table, on.costs, on.whole, plan).run()
