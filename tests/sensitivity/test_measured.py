@@ -30,7 +30,8 @@ from diffprune_plugin.utils.distributed import Processes
 SCHEDULER = DDPMScheduler(num_train_timesteps=20)
 ROOT = "down_blocks.1.resnets.0.conv1"
 OPTIONS = PlanOptions.make({"macs_target": 0.6, "allocation": "measured"}, "test")
-FEW = ["sensitivity_samples=8", "sensitivity_probes=1", "macs_target=0.6", "pruning_ratio=null", "importance=magnitude"]
+INNER = "target_layers=['*.conv1', '*.norm2', '*.time_emb_proj']"  # few groups, so that it takes seconds
+FEW = ["sensitivity_samples=8", "sensitivity_probes=1", "macs_target=0.85", "importance=magnitude", INNER]
 WORDS = [word for key in [*FEW, "allocation=measured"] for word in ("--set", key)]
 
 
