@@ -54,7 +54,7 @@ def made(way: str, budget: float, seed: int) -> Path:
         values |= {key: str(output.parent / f"allocation-{key}-{seed}") for key in ("calibration", "sensitivity")}
         start = time.perf_counter()
         prune(dp.PruningConfig.make(values), progress=False)
-        output.with_suffix(".seconds").write_text(f"{time.perf_counter() - start:.1f}")
+        (output.parent / f"{output.name}.seconds").write_text(f"{time.perf_counter() - start:.1f}")
     return output
 
 
