@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -88,3 +89,10 @@ def test_a_table_that_is_printed_is_renewed_where_it_is_shown(common: Any, monke
 
 def test_a_table_is_github_markdown(common: Any) -> None:
     assert common.table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+@pytest.mark.slow
+def test_without_a_gpu_its_suites_end_with_a_line_that_says_what_is_missing() -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / "bench.py", "gpu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("gpu: cuda: this onnxruntime was built with")
