@@ -22,7 +22,7 @@ DIT = ModelAdapter(
     inputs=(
         Port("hidden_states", "batch {in_channels} height width"),
         Port("timestep", "batch", "int64"),
-        Port("class_labels", "batch", "int64", integers_below=("num_embeds_ada_norm",)),
+        Port("class_labels", "batch", "int64", integers_below=("num_embeds_ada_norm",), none=True),
     ),
     outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
     keep=(Keep("pos_embed.proj", always, RESIDUAL), "proj_out_2"),

@@ -21,9 +21,9 @@ class Port:
     ``axes`` is its shape, as a text or a tuple: a number, ``{key}`` the config's value, a function of the config, any
     other word a dynamic axis. ``dtype``: a torch dtype, or its name, for which a table need not import torch. ``when``:
     a function of the config that says whether the port exists. ``integers_below`` (a number, or config keys, the first
-    that is set counts) makes it an integer index. ``inside``: the forward takes it as an item of this dict argument;
-    ONNX names are flat. ``optional``: the forward computes without it too, something else.
-    ``made``: of the sizes of all axes by word the input itself, which no data has to give.
+    that is set counts) makes it an integer index; ``none``: the one behind the last stands for none. ``inside``: the
+    forward takes it as an item of this dict argument; ONNX names are flat. ``optional``: the forward computes without
+    it too, something else. ``made``: of the sizes of all axes by word the input itself, which no data has to give.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Port:
     when: Callable[[Config], bool] | None = None
     integers_below: tuple[str, ...] | int = ()
     inside: str = ""
+    none: bool = False
     optional: bool = False
     made: Callable[[Mapping[str, int]], torch.Tensor] | None = None
 
@@ -90,8 +91,8 @@ def sized(shape: tuple[int | str, ...], words: Mapping[str, int]) -> list[int]:
 
 
 def config_of(model: nn.Module) -> Config:
-    """The diffusers config of a model."""
-    config: Any = model.config
+    """The diffusers config of a model, also of one that is wrapped to be trained by several processes."""
+    config: Any = getattr(model, "config", None) or model.module.config  # type: ignore[union-attr]
     return config  # type: ignore[no-any-return]
 
 

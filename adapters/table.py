@@ -186,6 +186,8 @@ class ModelAdapter(AttentionFacts):
         self, model: nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
         """All inputs by name for what `predict` takes: packed, and with those that no data has to give."""
+        if not self.packing and not any(port.made for port in self.inputs):
+            return {self.sample: sample, self.timestep: timesteps, **extra}
         shapes = {name: shape for name, shape in self.shapes(model).items() if name in extra}
         words = {
             axis: extra[name].shape[place]

@@ -34,6 +34,7 @@ class Calibration:
         where the sweep's ``accumulate`` says so, the sums of weight_t |d L_t / d(parameter)| ** p instead.
     forward, backward: samples that went through the UNet each way.
     weights, images: SHA-256 of the UNet's parameters and of the samples. autocast: computed in bfloat16.
+    scale: for flow matching what the loss is multiplied by before the threshold is applied, shape (points,).
     scheduler: the noise and the prediction that the loss is of; points: of the curve, also those after the loop's end.
     """
 
@@ -52,6 +53,12 @@ class Calibration:
     autocast: bool = False
     scheduler: dict[str, Any] = field(default_factory=dict)
     points: int = 0
+    scale: Curve | None = None
+
+    @property
+    def compared(self) -> Curve:
+        """What the threshold is applied to: the loss, for flow matching that of the noise, shape (points,)."""
+        return self.loss if self.scale is None else self.loss * self.scale
 
     def answers(self, sweep: Sweep) -> bool:
         """Whether it is what a sweep asks for; a dropout left open is answered by any."""
@@ -76,7 +83,7 @@ class Calibration:
             return self
         if self.sweep.sampling != "stratified":
             raise BadInput(f"the loop ended at threshold {self.sweep.threshold}, not {threshold}; calibrate again")
-        counts = above_threshold(self.loss, threshold)
+        counts = above_threshold(self.compared, threshold)
         if not np.array_equal(counts, self.counts):
             raise BadInput(
                 f"threshold {threshold} keeps {int(counts.sum())} of {len(counts)} points of the loss curve, "
@@ -101,6 +108,7 @@ class Calibration:
             "autocast": self.autocast,
             "scheduler": self.scheduler,
             "points": self.points,
+            **({} if self.scale is None else {"scale": self.scale.tolist()}),
         }
         with new_directory(Path(directory), overwrite, "calibration") as temporary:
             content["gradients"] = save_tensors(self.gradients, temporary / GRADIENTS_FILE)
@@ -119,7 +127,9 @@ class Calibration:
                 raise BadInput(f"{directory}: {GRADIENTS_FILE} is of another calibration than {FILE}; calibrate again")
             sweep = Sweep(**content.pop("sweep"))
             curves: dict[str, Any] = {
-                key: np.asarray(content.pop(key)) for key in ("timesteps", "loss", "stderr", "counts")
+                key: np.asarray(content.pop(key))
+                for key in ("timesteps", "loss", "stderr", "counts", "scale")
+                if key in content or key != "scale"
             }
             return cls(sweep=sweep, gradients=gradients, **curves, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -46,7 +46,7 @@ def measure_curve(settings: Settings, progress: Progress, batches: Batches, bar:
 
 def sum_gradients(settings: Settings, progress: Progress, batches: Batches, bar: Bar) -> None:
     """Add up the gradients of batches that mix the timesteps that count, spread evenly over them."""
-    timesteps = counting(settings.points, progress.losses, settings.sweep)
+    timesteps = counting(settings.points, progress.losses, settings.sweep, settings.scale)
     count = settings.sweep.samples
     order = np.random.default_rng([settings.seed, 2]).permutation(count)
     task = bar.add_task("gradients", total=count)
@@ -66,7 +66,7 @@ def sum_powers(settings: Settings, progress: Progress, batches: Batches, bar: Ba
     G = (timesteps that count / micro-batches) * sum over micro-batches b of weight_t(b) |g_b| ** power,
     g_b the gradient of the mean loss of fresh samples at the timestep t(b).
     """
-    timesteps = counting(settings.points, progress.losses, settings.sweep)
+    timesteps = counting(settings.points, progress.losses, settings.sweep, settings.scale)
     size, count = settings.sweep.micro_batch, settings.sweep.drawn
     task = bar.add_task("gradients of micro-batches", total=count)
     while progress.done < count:
@@ -91,7 +91,8 @@ def reference_loop(settings: Settings, progress: Progress, batches: Batches, bar
         fresh = progress.done * size if sweep.sampling == "fresh" else 0
         draws = [settings.draw(GRADIENTS, fresh + i, timestep) for i in range(size)]
         progress.losses[progress.done], graph = batches.measure_with_graph(draws)
-        means = progress.losses[: progress.done + 1].mean(axis=1)
+        scale = 1 if settings.scale is None else settings.scale[: progress.done + 1]
+        means = progress.losses[: progress.done + 1].mean(axis=1) * scale
         below = means[-1] < sweep.threshold * means.max()
         if not below or sweep.include_last:
             with batches.one_gradient(int(timestep[0])):

@@ -18,9 +18,11 @@ def plot_curve(calibration: Calibration, path: Path) -> None:
     """
     pyplot = need_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    points = (calibration.timesteps, calibration.loss, calibration.stderr)
-    axes.errorbar(*points, fmt=".-", ms=3, lw=0.8, label="loss L_t, standard error")
-    level = calibration.sweep.threshold * calibration.loss.max()
+    errors = calibration.stderr if calibration.scale is None else calibration.stderr * calibration.scale
+    named = "loss L_t" if calibration.scale is None else "(1 - sigma) ** 2 times the loss L_t"
+    points = (calibration.timesteps, calibration.compared, errors)
+    axes.errorbar(*points, fmt=".-", ms=3, lw=0.8, label=f"{named}, standard error")
+    level = calibration.sweep.threshold * calibration.compared.max()
     label = f"threshold {calibration.sweep.threshold} x largest"
     axes.axhline(level, color="tab:red", lw=1, label=label)
     half = float(np.diff(calibration.timesteps).mean()) / 2 if len(calibration.timesteps) > 1 else 0.5

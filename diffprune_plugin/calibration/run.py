@@ -46,11 +46,12 @@ def calibrate(
     progress: bool = True,
     adapter: ModelAdapter | None = None,
 ) -> Calibration:
-    """Measure the UNet's noise-prediction loss over timesteps and sum its gradients over those that count.
+    """Measure the model's loss over timesteps and sum its gradients over those that count.
 
     What is summed, and with which weights, the sweep says: `Sweep.accumulate`, `Sweep.timestep_weights`.
 
-    ``scheduler`` is the pipeline's own (epsilon, v_prediction or sample); ``images`` whatever `load_samples` takes.
+    ``scheduler`` is the pipeline's own (epsilon, v_prediction, sample, flow matching); ``images`` whatever
+    `load_samples` takes.
     ``timesteps`` is the number of points of the loss curve, spread evenly (100; all of them for ``reference``).
     With stratified sampling each sample has its own seed, so that ``batch_size`` changes no result beyond float
     rounding; gradients add up in float32. Where memory runs out, half as many samples go through the UNet at once, with
@@ -130,11 +131,10 @@ def result(settings: Settings, progress: Progress) -> Calibration:
     measured = ~np.isnan(progress.losses).any(axis=1)
     losses = progress.losses[measured]
     columns = losses.shape[1]
-    counting = counts(progress.losses, sweep)
-    shown = [part[len(part) // 2] if stratified else part[0] for part in settings.points]
+    counting = counts(progress.losses, sweep, settings.scale)
     return Calibration(
         sweep=sweep,
-        timesteps=np.array(shown)[measured],
+        timesteps=settings.shown[measured],
         loss=losses.mean(axis=1),
         stderr=losses.std(axis=1, ddof=1) / math.sqrt(columns) if columns > 1 else np.full(len(losses), np.nan),
         counts=counting[measured],
@@ -145,6 +145,7 @@ def result(settings: Settings, progress: Progress) -> Calibration:
         batch_size=settings.batch_size,
         autocast=settings.autocast,
         scheduler=trained_for(settings.scheduler),
+        scale=None if settings.scale is None else settings.scale[measured],
         points=len(settings.points),
         weights=settings.weights,
         images=settings.samples.sha256,

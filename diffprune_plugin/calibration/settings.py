@@ -19,7 +19,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import Draw, batch_of, draw, settled_dropout
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
-from diffprune_plugin.diffusion.schedulers import training_scheduler
+from diffprune_plugin.diffusion.schedulers import noise_form, training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import weights_of_timesteps
 from diffprune_plugin.utils.hashes import json_hash
@@ -48,6 +48,17 @@ class Settings:
     @property
     def stratified(self) -> bool:
         return self.sweep.sampling == "stratified"
+
+    @functools.cached_property
+    def shown(self) -> npt.NDArray[np.int64]:
+        """The timestep that stands for each point of the curve."""
+        return np.array([part[len(part) // 2] if self.stratified else part[0] for part in self.points])
+
+    @functools.cached_property
+    def scale(self) -> npt.NDArray[np.float64] | None:
+        """What the threshold's loss is multiplied by, of each point; None where that is the loss itself."""
+        factors = noise_form(self.scheduler)[self.shown]
+        return None if (factors == 1).all() else factors
 
     @property
     def parameter(self) -> Tensor:

@@ -19,9 +19,14 @@ def above_threshold(loss: npt.NDArray[np.float64], threshold: float) -> npt.NDAr
     return counts
 
 
-def counts(losses: npt.NDArray[np.float64], sweep: Sweep) -> npt.NDArray[np.bool_]:
-    """Which points of the curve count, by their losses (points, samples), nan where the authors' loop had ended."""
-    loss = losses.mean(axis=1)
+def counts(
+    losses: npt.NDArray[np.float64], sweep: Sweep, scale: npt.NDArray[np.float64] | None
+) -> npt.NDArray[np.bool_]:
+    """Which points of the curve count, by their losses (points, samples), nan where the authors' loop had ended.
+
+    ``scale``: what the threshold's loss is multiplied by, of each point, see `noise_form`; None for 1.
+    """
+    loss = losses.mean(axis=1) * (1 if scale is None else scale)
     if sweep.sampling == "stratified":
         return above_threshold(loss, sweep.threshold)
     largest = np.fmax.accumulate(loss)
@@ -30,10 +35,13 @@ def counts(losses: npt.NDArray[np.float64], sweep: Sweep) -> npt.NDArray[np.bool
 
 
 def counting(
-    points: Sequence[npt.NDArray[np.int64]], losses: npt.NDArray[np.float64], sweep: Sweep
+    points: Sequence[npt.NDArray[np.int64]],
+    losses: npt.NDArray[np.float64],
+    sweep: Sweep,
+    scale: npt.NDArray[np.float64] | None,
 ) -> npt.NDArray[np.int64]:
     """The timesteps of the points that count."""
-    return np.concatenate([part for part, counted in zip(points, counts(losses, sweep), strict=True) if counted])
+    return np.concatenate([part for part, counted in zip(points, counts(losses, sweep, scale), strict=True) if counted])
 
 
 def strata(num_train_timesteps: int, count: int) -> list[npt.NDArray[np.int64]]:

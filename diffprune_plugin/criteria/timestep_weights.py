@@ -16,11 +16,29 @@ Weights = npt.NDArray[np.float64]
 SNR_LIMIT = 5.0  # gamma of min-SNR, as in its paper
 
 
+FLOW = "flow_prediction"  # diffusers' prediction_type of flow matching
+
+
 LOG_RANGE = (0.8, 1.2)  # weights at the cleanest and the noisiest timestep
 
 
+def sigmas_of(scheduler: Any) -> Weights:
+    """The share of noise at each training timestep of flow matching, rising, shape (timesteps,).
+
+    Of a scheduler as it is made, and as `training_scheduler` returns it: its sampling steps have others.
+    """
+    return np.sort(np.asarray(scheduler.sigmas, dtype=np.float64))
+
+
 def alphas_of(scheduler: Any) -> Weights:
-    """alphas_cumprod, shape (timesteps,); add_noise of diffusers leaves the tensor on the device of its samples."""
+    """alphas_cumprod, shape (timesteps,); add_noise of diffusers leaves the tensor on the device of its samples.
+
+    For flow matching, (1 - sigma) sample + sigma noise, those of the same ratio of signal and noise.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        sigmas = sigmas_of(scheduler)
+        signal: Weights = (1 - sigmas) ** 2
+        return signal / (signal + sigmas**2)
     alphas = scheduler.alphas_cumprod
     return np.asarray(alphas.cpu() if hasattr(alphas, "cpu") else alphas, dtype=np.float64)
 
@@ -44,11 +62,14 @@ def min_snr(alphas_cumprod: Weights, prediction_type: str, gamma: float = SNR_LI
     """min(SNR, gamma) as the weight of the predicted sample's loss, in terms of what is predicted (arXiv 2303.09556).
 
     SNR = alpha / (1 - alpha). The loss of the predicted noise is SNR times, that of the velocity SNR + 1 times the
-    sample's, hence min(SNR, gamma) / SNR (1 at SNR = 0, where the quotient has no value) and / (SNR + 1).
+    sample's, hence min(SNR, gamma) / SNR (1 at SNR = 0, where the quotient has no value) and / (SNR + 1). That of flow
+    matching's velocity is 1 / sigma ** 2 = (1 + sqrt(SNR)) ** 2 times.
     """
     snr = alphas_cumprod / np.maximum(1 - alphas_cumprod, 1e-12)
     if prediction_type == "epsilon":
         return np.minimum(1.0, gamma / np.maximum(snr, 1e-12))
+    if prediction_type == FLOW:
+        return np.minimum(snr, gamma) / (1 + np.sqrt(snr)) ** 2
     return np.minimum(snr, gamma) / (snr + 1 if prediction_type == "v_prediction" else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,9 @@ PIXELS = 8 * 256 * 256  # that go through the autoencoder at once
 CAPTIONS = 8  # captions that go through a text encoder at once
 WORDS = 77  # tokens a caption that LDMTextToImagePipeline takes
 AESTHETIC_SCORE = 6.0  # what SDXL's refiner pipeline takes for its prompts
-ENCODERS = ("vae", "vqvae", "bert", "text_encoder", "text_encoder_2")
-STATES, POOLED, NUMBERS = "encoder_hidden_states", "text_embeds", "time_ids"
+ENCODERS = ("vae", "vqvae", "bert", "text_encoder", "text_encoder_2", "text_encoder_3")
+STATES, NUMBERS = "encoder_hidden_states", "time_ids"
+NULL = "null "  # before the inputs that stand for no prompt, in what an adapter says is encoded
 
 
 @torch.no_grad()
@@ -69,7 +71,11 @@ def latents_of(pipeline: Any, model: nn.Module, samples: Samples) -> Tensor:
         return samples.values
     channels, height, width = samples.shape
     scale = 2 ** (len(encoder.config.block_out_channels) - 1)
-    expected = (encoder.config.in_channels, *(side * scale for side in find_adapter(model).sample_shape(model)[1:]))
+    adapter = find_adapter(model)
+    sides = [side * scale for side in adapter.sample_shape(model)[1:]]
+    if adapter.any_size:
+        sides = [side // scale * scale for side in (height, width)]
+    expected = (encoder.config.in_channels, *sides)
     if (channels, height, width) != expected:
         raise BadInput(
             f"data: images are {samples.shape} (channels, height, width), the pipeline takes {expected}: its UNet's "
@@ -103,7 +109,7 @@ def normalized(latents: Tensor, config: Any) -> Tensor:
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[key], device=latents.device) for key in ("latents_mean", "latents_std"))
         latents = (latents - mean.reshape(1, -1, 1, 1)) / std.reshape(1, -1, 1, 1)
-    scaled: Tensor = latents * config.scaling_factor
+    scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
     return scaled
 
 
@@ -131,13 +137,18 @@ def texts_encoded(pipeline: Any, model: Any, captions: Sequence[str]) -> tuple[d
         )
     try:
         rows = [call(pipeline, model, part) for part in batches(captions)]
-        null = call(pipeline, model, None)
+        null = call(pipeline, model, None) if knows_none(call, model) else {}
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise BadInput(
             f"data: {type(pipeline).__name__} cannot encode the captions: {first_line(error)}; give embeddings in a "
             ".safetensors"
         ) from error
-    return {name: torch.cat([row[name] for row in rows]) for name in null}, null
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, null
+
+
+def knows_none(call: Any, model: Any) -> bool:
+    """Whether a pipeline says what stands for no prompt: of those distilled with guidance none does."""
+    return call is bert_encoded or any(name.startswith(NULL) for name in find_adapter(model).encoded)
 
 
 def batches(captions: Sequence[str]) -> Iterator[list[str]]:
@@ -146,15 +157,23 @@ def batches(captions: Sequence[str]) -> Iterator[list[str]]:
 
 def prompt_encoded(pipeline: Any, model: Any, texts: list[str] | None) -> dict[str, Tensor]:
     """By the pipeline's own encode_prompt; for None what it takes for no prompt (SDXL: zeros)."""
-    # Stable Diffusion returns embeddings and negative ones, SDXL the pooled of both too.
-    found = pipeline.encode_prompt(
-        prompt=texts or [""],
-        device=model.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=texts is None,
-    )
-    chosen = found[0 if texts else 1 :: 2]
-    return {name: tensor.float().cpu() for name, tensor in zip((STATES, POOLED), chosen, strict=False)}
+    options = {
+        "prompt": texts or [""],
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": model.device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": texts is None,
+    }
+    taken = inspect.signature(pipeline.encode_prompt).parameters
+    found = pipeline.encode_prompt(**{name: value for name, value in options.items() if name in taken})
+    start = "" if texts else NULL
+    named = zip(find_adapter(model).encoded, found, strict=False)
+    return {
+        name.removeprefix(NULL): (tensor.float() if tensor.is_floating_point() else tensor).cpu()
+        for name, tensor in named
+        if name and name.startswith(NULL) == bool(start)
+    }
 
 
 def bert_encoded(pipeline: Any, model: Any, texts: list[str] | None) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffprune_plugin.adapters.ports import Port, any_timestep, config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.schedulers import check_objective
 from diffprune_plugin.errors import BadInput
 
 CONDITION = "condition"  # in the data: what the model takes in the channels behind the noised ones, a row a sample
@@ -22,15 +24,18 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
 
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs.
     """
+    check_objective(scheduler, adapter)
     check_timesteps(model, adapter, scheduler)
     expected, noised = adapter.sample_shape(model), noised_channels(model, adapter, scheduler)
+    if adapter.any_size:
+        expected = (expected[0], *whole_squares(samples, model, adapter))
     samples = with_condition(coloured(samples, noised), expected, noised)
     if samples.shape != expected:
         raise BadInput(
             f"data: samples are {samples.shape} (channels, height, width), the UNet takes {expected}; convert them"
         )
     ports = adapter.further_ports(model)
-    missing = [port.name for port in ports if port.name not in samples.extra]
+    missing = [port.name for port in ports if port.name not in samples.extra and not port.optional]
     if missing:
         remedy = (
             "add metadata.jsonl with captions to the folder, or give" if "encoder_hidden_states" in missing else "give"
@@ -39,13 +44,24 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
             f"data: the UNet needs {', '.join(missing)}, the data has {', '.join(sorted(samples.extra)) or 'none'}; "
             f"{remedy} {'them' if len(missing) > 1 else 'it'} by name in an .npz or .safetensors"
         )
+    ports = tuple(port for port in ports if port.name in samples.extra)
     for port in ports:
         check_input(port, samples, model, adapter)
+    samples = replace(samples, null=samples.null | no_index(ports, samples, model))
     extra, null = (
         {port.name: typed(part[port.name], port) for port in ports if port.name in part}
         for part in (samples.extra, samples.null)
     )
     return replace(samples, extra=extra, null=null, noised=noised)
+
+
+def whole_squares(samples: Samples, model: nn.Module, adapter: ModelAdapter) -> tuple[int, int]:
+    """The (height, width) of samples for a model that takes any; raises BadInput for half a patch."""
+    _, height, width = samples.shape
+    step = adapter.trace_size(model)[0] // 2
+    if height % step or width % step:
+        raise BadInput(f"data: samples are {height} x {width}, the sides have to divide by {step}; convert them")
+    return height, width
 
 
 def check_timesteps(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> None:
@@ -108,6 +124,12 @@ def noised_channels(model: nn.Module, adapter: ModelAdapter, scheduler: Any) -> 
     return min(taken, predicted // 2 if learned else predicted)
 
 
+def no_index(ports: Iterable[Port], samples: Samples, model: nn.Module) -> dict[str, Tensor]:
+    """By port the index that stands for none, where the model has one and the data say nothing."""
+    config = config_of(model)
+    return {p.name: torch.tensor([p.classes(config)]) for p in ports if p.none and p.name not in samples.null}
+
+
 def typed(values: Tensor, port: Port) -> Tensor:
     """Indices as the embeddings take them; numbers as floats."""
     index = port.torch_dtype is torch.int64
@@ -129,9 +151,9 @@ def check_input(port: Port, samples: Samples, model: nn.Module, adapter: ModelAd
     if port.integers_below:
         count = port.classes(config_of(model))
         known = torch.cat([values, *([samples.null[port.name].to(values)] if port.name in samples.null else [])])
-        low, high = int(known.min()), int(known.max())
-        if low < 0 or high >= count:
-            raise BadInput(f"data: {port.name} goes from {low} to {high}, the UNet knows 0 to {count - 1}; mend it")
+        low, high, last = int(known.min()), int(known.max()), count - 1 + port.none
+        if low < 0 or high > last:
+            raise BadInput(f"data: {port.name} goes from {low} to {high}, the UNet knows 0 to {last}; mend it")
         if samples.classes not in (None, count):
             raise BadInput(
                 f"data: {samples.classes} class folders, but the UNet knows {count} classes; name the folders by class "

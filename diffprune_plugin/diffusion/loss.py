@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.criteria.timestep_weights import alphas_of, min_snr
+from diffprune_plugin.criteria.timestep_weights import alphas_of, min_snr, sigmas_of
 from diffprune_plugin.diffusion.schedulers import prediction_type
 from diffprune_plugin.errors import BadInput
 
-Objective = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Noised(NamedTuple):
+    """Noisy samples and what to predict from them, (batch, channels, ...), and the model's timesteps (batch,)."""
+
+    sample: Tensor
+    target: Tensor
+    timesteps: Tensor
+
+
+Objective = Callable[[Any, Tensor, Tensor, Tensor], Noised]
 
 
 def noise_prediction_loss(
@@ -29,7 +38,8 @@ def noise_prediction_loss(
 
     sample: (batch, channels, height, width); noise: likewise, or for the first channels only: those behind are a
     condition, clean; timesteps: (batch,); extra: further inputs by port name. What is predicted is the scheduler's
-    prediction_type: the noise, the velocity, or the sample. Learned variances, behind the prediction, are left out.
+    prediction_type: the noise, the velocity, or the sample; the velocity noise - sample where the adapter says flow
+    matching, whose training timesteps count from the cleanest. Learned variances, behind the prediction, are left out.
     Without an ``adapter`` the model takes noisy samples and timesteps by position.
 
     Raises BadInput where fewer channels are predicted than are noised.
@@ -47,11 +57,11 @@ def predicted(
     adapter: ModelAdapter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The model's prediction for noisy samples and what it should be, both of the shape of ``noise``."""
-    noisy, target = noised(scheduler, sample, noise, timesteps, adapter)
+    noisy, target, times = noised(scheduler, sample, noise, timesteps, adapter)
     if adapter is None:
-        prediction = model(noisy, timesteps, **extra, return_dict=False)[0]
+        prediction = model(noisy, times, **extra, return_dict=False)[0]
     else:
-        prediction = adapter.predict(model, noisy, timesteps, extra)
+        prediction = adapter.predict(model, noisy, times, extra)
     if prediction.shape[1] < noise.shape[1]:
         raise BadInput(
             f"noise: {noise.shape[1]} channels, the model predicts {prediction.shape[1]}; give noise for these alone"
@@ -59,22 +69,34 @@ def predicted(
     return prediction[:, : noise.shape[1]], target
 
 
-def noised(
-    scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, adapter: ModelAdapter | None
-) -> tuple[Tensor, Tensor]:
+def noised(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor, adapter: ModelAdapter | None) -> Noised:
     """Samples with noise in as many of their first channels as there are in ``noise``, and what is to be predicted."""
     channels = noise.shape[1]
-    noisy, target = objective_of(adapter)(scheduler, sample[:, :channels], noise, timesteps)
-    return torch.cat([noisy, sample[:, channels:]], 1), target
+    noisy, target, times = objective_of(adapter)(scheduler, sample[:, :channels], noise, timesteps)
+    if adapter is not None and adapter.model_time != 1:
+        times = times * adapter.model_time
+    return Noised(torch.cat([noisy, sample[:, channels:]], 1), target, times)
 
 
-def noise_prediction(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def noise_prediction(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
     """Noisy samples and what is to be predicted from them: the noise, or what it and the sample give."""
-    return scheduler.add_noise(sample, noise, timesteps), target_of(scheduler, sample, noise, timesteps)
+    noisy = scheduler.add_noise(sample, noise, timesteps)
+    return Noised(noisy, target_of(scheduler, sample, noise, timesteps), timesteps)
 
 
-# By `ModelAdapter.objective`: of a scheduler, samples, noise and timesteps the noisy samples and the target.
-OBJECTIVES: dict[str, Objective] = {"noise_prediction": noise_prediction}
+def flow_matching(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+    """(1 - sigma) sample + sigma noise, the velocity noise - sample, and sigma times num_train_timesteps.
+
+    sigma: the scheduler's own, ``timesteps`` the place among them, the cleanest first. arXiv 2403.03206, section 2.
+    """
+    table = torch.from_numpy(sigmas_of(scheduler)).float().to(timesteps.device)
+    sigmas = table[timesteps]
+    share = sigmas.reshape(-1, *[1] * (sample.dim() - 1)).to(sample)
+    return Noised((1 - share) * sample + share * noise, noise - sample, sigmas * len(table))
+
+
+# By `ModelAdapter.objective`, of a scheduler, samples, noise and training timesteps.
+OBJECTIVES: dict[str, Objective] = {"noise_prediction": noise_prediction, "flow_matching": flow_matching}
 
 
 def objective_of(adapter: ModelAdapter | None) -> Objective:

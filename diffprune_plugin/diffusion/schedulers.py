@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 import numpy as np
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffprune_plugin.criteria.timestep_weights import alphas_of
+from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.criteria.timestep_weights import FLOW, alphas_of, sigmas_of
 from diffprune_plugin.errors import BadInput
 
 # What a scheduler's config says of the training.
@@ -22,29 +23,36 @@ TRAINED = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
-
+TRAINED_BY_FLOW = ("num_train_timesteps", "shift", "use_dynamic_shifting")
+OBJECTIVE_NAMES = {True: "flow_matching", False: "noise_prediction"}  # of a scheduler that is for flow matching, or not
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def prediction_type(scheduler: Any) -> str:
     """What is predicted; raises BadInput for what is unknown."""
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        flow = "; flow matching is not supported yet" if kind == "flow_prediction" else ""
-        raise BadInput(f"scheduler: prediction_type {kind!r} is none of {', '.join(PREDICTION_TYPES)}{flow}")
+    kind = FLOW if flow_sign(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+    if kind not in (*PREDICTION_TYPES, FLOW):
+        raise BadInput(f"scheduler: prediction_type {kind!r} is none of {', '.join(PREDICTION_TYPES)}")
     return str(kind)
 
 
 def training_scheduler(scheduler: Any) -> Any:
-    """The scheduler whose add_noise is the training objective's: sqrt(alpha) sample + sqrt(1 - alpha) noise.
+    """The scheduler whose add_noise is the training objective's: sqrt(alpha) sample + sqrt(1 - alpha) noise; for flow
+    matching one whose sigmas are those of the training, whatever it was set to.
 
     Samplers (Euler, DPM, PNDM) share their betas with the DDPM scheduler and are replaced by it.
 
-    Raises BadInput for a scheduler without alphas (variance exploding, flow matching), with other alphas than those of
-    its betas, or of an unknown prediction_type.
+    Raises BadInput for a scheduler without alphas or sigmas of flow (variance exploding), with other alphas than those
+    of its betas, or of an unknown prediction_type.
     """
-    check_no_flow(scheduler)
+    if flow_sign(scheduler):
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise BadInput(
+                f"scheduler: {type(scheduler).__name__} is a sampler for flow matching; save the pipeline with the "
+                "FlowMatchEulerDiscreteScheduler that the model was trained with"
+            )
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BadInput(
             f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; save the pipeline with a DDPM or DDIM"
@@ -61,12 +69,37 @@ def training_scheduler(scheduler: Any) -> Any:
     return same
 
 
-def check_no_flow(scheduler: Any) -> None:
-    """Raises BadInput for a scheduler that is, or is set, for flow matching."""
-    name = type(scheduler).__name__
-    signs = {"no alphas_cumprod": "Flow" in name, "use_flow_sigmas": scheduler.config.get("use_flow_sigmas")}
-    for sign in (sign for sign, there in signs.items() if there):
-        raise BadInput(f"scheduler: {name} has {sign}: it is for flow matching, which is not supported yet")
+def flow_sign(scheduler: Any) -> str:
+    """By what a scheduler tells that it is, or is set, for flow matching; nothing if it is not."""
+    signs = {
+        "no alphas_cumprod": "Flow" in type(scheduler).__name__,
+        "use_flow_sigmas": scheduler.config.get("use_flow_sigmas"),
+        "prediction_type flow_prediction": scheduler.config.get("prediction_type") == FLOW,
+    }
+    return next((sign for sign, there in signs.items() if there), "")
+
+
+def check_objective(scheduler: Any, adapter: ModelAdapter) -> None:
+    """Raises BadInput for a scheduler for flow matching beside a model that predicts noise, or the reverse."""
+    sign = flow_sign(scheduler)
+    if adapter.objective in OBJECTIVE_NAMES.values() and OBJECTIVE_NAMES[bool(sign)] != adapter.objective:
+        name, sort = type(scheduler).__name__, "flow matching" if sign else "noise prediction"
+        has = f"has {sign}: it" if sign else "has alphas_cumprod: it"
+        raise BadInput(
+            f"scheduler: {name} {has} is for {sort}, and a {adapter.model_class} is trained by "
+            f"{adapter.objective.replace('_', ' ')}; save the pipeline with the scheduler that it was trained with"
+        )
+
+
+def noise_form(scheduler: Any) -> np.ndarray[Any, Any]:
+    """What the loss at each training timestep, shape (timesteps,), is multiplied by before the threshold is applied.
+
+    The threshold (arXiv 2305.10924) assumes a loss of the predicted noise, which falls as noise grows. Flow matching's
+    velocity v = noise - sample has noise = x + (1 - sigma) v, so that its loss times (1 - sigma) ** 2 is the noise's.
+    """
+    if flow_sign(scheduler):
+        return (1 - sigmas_of(scheduler)) ** 2
+    return np.ones(int(scheduler.config.num_train_timesteps))
 
 
 def same_noise(first: Any, second: Any) -> bool:
@@ -77,7 +110,9 @@ def same_noise(first: Any, second: Any) -> bool:
 
 def trained_for(scheduler: Any) -> dict[str, Any]:
     """What a scheduler says of the training, as JSON has it: the noise, and what is predicted."""
-    facts = {key: scheduler.config.get(key) for key in TRAINED}
+    flow = bool(flow_sign(scheduler))
+    facts = {key: scheduler.config.get(key) for key in (TRAINED_BY_FLOW if flow else TRAINED)}
+    facts |= {"prediction_type": FLOW} if flow else {}
     found: dict[str, Any] = json.loads(json.dumps(facts, default=lambda numbers: numbers.tolist()))
     return found
 

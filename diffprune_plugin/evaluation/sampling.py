@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from diffprune_plugin.diffusion.inputs import check_time_table
-from diffprune_plugin.diffusion.schedulers import check_no_flow, config_of
+from diffprune_plugin.diffusion.schedulers import config_of, flow_sign, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
@@ -89,9 +89,10 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
 
     ``sigmas``: whether the pipeline works with samplers that scale its noise (see `scales_noise`).
 
-    Raises BadInput for an unknown scheduler, one that cannot be set so or does not fit the pipeline, and flow matching.
+    Raises BadInput for an unknown scheduler, or one that cannot be set so or does not fit the pipeline.
     """
-    check_no_flow(own)
+    if flow_sign(own):
+        return flow_sampler(own, name, steps, skip)
     total = own.config.num_train_timesteps
     if skip not in SKIPS:
         raise BadInput(f"--skip {skip!r}{nearest(skip, SKIPS)}; known: {', '.join(SKIPS)}")
@@ -112,6 +113,21 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
         raise BadInput(f"--scheduler {name}: {first_line(error)}") from None
     if not sigmas and float(scheduler.init_noise_sigma) != 1:
         raise BadInput(f"--scheduler {name}: it works in sigmas, and this pipeline scales no noise; use ddim or dpm")
+    return scheduler
+
+
+def flow_sampler(own: Any, name: str, steps: int, skip: str) -> Any:
+    """Of a flow matching pipeline its own scheduler: Euler steps, which for noise prediction DDIM's are.
+
+    Raises BadInput for any other, or a spacing: the pipelines choose the sigmas themselves.
+    """
+    scheduler = training_scheduler(own)
+    if name not in ("ddim", type(scheduler).__name__) or skip != "uniform":
+        raise BadInput(
+            f"--scheduler {name}, --skip {skip}: a pipeline of flow matching is drawn from with its own scheduler and "
+            f"sigmas; leave them out, or give {type(scheduler).__name__}"
+        )
+    scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}))
     return scheduler
 
 

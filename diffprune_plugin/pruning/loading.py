@@ -138,12 +138,12 @@ def load_pipeline(
     if any(library == "transformers" for library, _ in parts.values()):
         check_installed("transformers")
     name = component_in(directory)
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = absent(directory)
     if (directory / name).is_dir():
         given[name] = load(directory, torch_dtype, variant=variant, unused_tensors=unused_tensors)
     variants = {
         variant_of(directory / part, variant if variant in weight_files(directory / part) else None)
-        for part in parts.keys() - given.keys()
+        for part in parts.keys() - {name}
         if weight_files(directory / part)
     }
     if torch_dtype not in (None, torch.float32):
@@ -156,6 +156,11 @@ def load_pipeline(
             )
     finally:
         diffusers.utils.logging.enable_progress_bar()
+
+
+def absent(directory: Path) -> dict[str, None]:
+    """The components that a pipeline was saved without, which diffusers wants to be told (SD 3 without its T5)."""
+    return {name: None for name, part in read_json(directory / INDEX_FILE).items() if part == [None, None]}
 
 
 def load_model(directory: str | Path, device: str, dtype: str, **options: Any) -> tuple[Any, nn.Module]:

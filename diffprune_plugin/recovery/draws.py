@@ -51,11 +51,11 @@ def draw(
     rows = torch.from_numpy(rng.permutation(len(data))[image])
     chosen = torch.tensor([int(rng.choice(share(timesteps, int(i), count))) for i in rng.permutation(count)])
     noise = torch.randn((count, *data.noise_shape), generator=torch.Generator().manual_seed(seed))
-    noisy, _ = noised(scheduler, data.sample(rows), noise, chosen, adapter)
+    noisy, _, times = noised(scheduler, data.sample(rows), noise, chosen, adapter)
     dropped = torch.from_numpy(np.random.default_rng([seed, 2]).random(count) < CONDITION_DROPOUT)
     extra = moved(data.inputs(rows, dropped), like)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
-    return Draws(noisy.to(like), chosen.to(like.device), extra, held_out, adapter)
+    return Draws(noisy.to(like), times.to(like.device), extra, held_out, adapter)
 
 
 def check_enough(images: int, samples: int) -> None:

@@ -103,14 +103,15 @@ class Noisy:
     seed: int
     adapter: ModelAdapter
 
-    def batch(self, rows: Sequence[int], like: Tensor) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int], model: nn.Module) -> dict[str, Tensor]:
         """The model's inputs, by name, for these samples."""
+        like = next(model.parameters())
         total = np.arange(int(self.scheduler.config.num_train_timesteps))
         dropout = CONDITION_DROPOUT if self.data.null else 0.0
         draws = [draw(self.data, self.seed, SENSITIVITY, i, share(total, i, self.count), dropout) for i in rows]
         batch = batch_of(self.data, draws).to(like)
-        noisy, _ = noised(self.scheduler, batch.sample, batch.noise, batch.timesteps, self.adapter)
-        return {self.adapter.sample: noisy, self.adapter.timestep: batch.timesteps, **batch.extra}
+        noisy, _, times = noised(self.scheduler, batch.sample, batch.noise, batch.timesteps, self.adapter)
+        return self.adapter.given(model, noisy, times, batch.extra)
 
 
 @dataclass
@@ -157,7 +158,7 @@ class Run:
                 for name in self.layers:
                     handle = self.model.get_submodule(name).register_forward_pre_hook(note(name))
                     hooks.callback(handle.remove)
-                output = self.adapter.denoise(self.model, self.noisy.batch(rows, next(self.model.parameters())))
+                output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
             self.squares.append(float(output.double().square().mean()) * len(rows))
         self.centres = {name: (total / self.noisy.count).float() for name, total in totals.items()}
 
@@ -178,9 +179,8 @@ class Run:
 
     def add(self, rows: range, probes: int) -> None:
         """One forward pass, and a backward pass of its graph for each probe: the squared sums for each unit."""
-        like = next(self.model.parameters())
         with self.watched() as found:
-            output = self.adapter.denoise(self.model, self.noisy.batch(rows, like))
+            output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
             for probe in range(probes):
                 noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
                 output.backward(noise, retain_graph=probe + 1 < probes)  # type: ignore[no-untyped-call]

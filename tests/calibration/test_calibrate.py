@@ -152,7 +152,7 @@ def test_a_sampler_in_sigmas_is_calibrated_with_its_training_noise_and_flow_matc
     euler, ddpm = (cls(**settings) for cls in (EulerDiscreteScheduler, DDPMScheduler))
     first, second = (dp.calibrate(unet, scheduler, images, SMALL, **FAST) for scheduler in (euler, ddpm))
     assert same_bits(first, second)
-    with pytest.raises(BadInput, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+    with pytest.raises(BadInput, match="Scheduler has no alphas_cumprod: it is for flow matching, and a UNet2DModel"):
         dp.calibrate(unet, FlowMatchEulerDiscreteScheduler(**settings), images, SMALL, **FAST)
 
 

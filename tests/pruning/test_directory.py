@@ -86,7 +86,7 @@ def test_inspecting_another_model_says_what_it_is(
         (UniPCMultistepScheduler(100, use_flow_sigmas=True, prediction_type="flow_prediction"), "use_flow_sigmas"),
     ],
 )
-def test_flow_matching_is_said_to_be_not_supported_yet(
+def test_flow_matching_is_said_not_to_fit_a_model_that_predicts_noise(
     run: Any, pipeline: Any, npz: Path, tmp_path: Path, scheduler: Any, sign: str
 ) -> None:
     pipeline.scheduler = scheduler
@@ -95,4 +95,4 @@ def test_flow_matching_is_said_to_be_not_supported_yet(
     for words in (["sample"], ["evaluate", "--reference", npz, "--count", 0]):
         code, _, err = run(*words, tmp_path / "flow", "-o", tmp_path / "out")
         assert code == 2
-        assert f"scheduler: {name} has {sign}: it is for flow matching, which is not supported yet" in err
+        assert f"scheduler: {name} has {sign}: it is for flow matching, and a UNet2DModel is trained by noise" in err
