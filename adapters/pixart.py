@@ -42,6 +42,7 @@ PIXART = ModelAdapter(
     ),
     known=(Known("activation_fn", ("gelu-approximate", "gelu")), Known("attention_type", (None, "default"))),
     words=(("sequence", 300),),
+    patches=("squeeze", "attention_mask"),
     encoded=(
         "encoder_hidden_states",
         "encoder_attention_mask",

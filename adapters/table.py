@@ -39,13 +39,15 @@ class ModelAdapter(AttentionFacts):
 
     component: the attribute of a pipeline that holds the model. sample, timestep: names of the inputs that hold the
         noisy sample (batch, channels, ...) and its timesteps (batch,).
-    size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; timesteps: taken.
+    size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; any_size: data of
+        any size are taken. timesteps: taken.
     words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
-    real_timesteps: whether those between whole ones are taken too. any_size: data of any size are taken.
+    real_timesteps: whether those between whole ones are taken too.
     packing: of latents into tokens, where the pipeline does it.
     objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`; model_time: what its timesteps are times
-        those of the scheduler. encoded: the inputs that the pipeline's encode_prompt returns, by place, or nothing;
-        after "null" those for no prompt. module: where the class is imported from.
+        those of the scheduler.
+    encoded: the inputs that the pipeline's encode_prompt returns, by place, or nothing; after "null" those for no
+        prompt. patches: those of `export.patches` that its export needs. module: where the class is imported from.
     """
 
     model_class: str
@@ -71,12 +73,8 @@ class ModelAdapter(AttentionFacts):
     real_timesteps: Callable[[Config], bool] = whole_ones
     objective: str = "noise_prediction"
     model_time: float = 1.0
-    encoded: tuple[str, ...] = (
-        "encoder_hidden_states",
-        "null encoder_hidden_states",
-        "text_embeds",
-        "null text_embeds",
-    )
+    encoded: tuple[str, ...] = STATES_AND_POOLED
+    patches: tuple[str, ...] = ()
 
     def ports(self, model: nn.Module) -> tuple[Port, ...]:
         """The inputs that this model's config asks for."""

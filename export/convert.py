@@ -18,6 +18,7 @@ from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.export.graphs import exported, versions, written
 from diffprune_plugin.export.integrity import Files, check_output
+from diffprune_plugin.export.patches import exportable
 from diffprune_plugin.export.timestep import AXIS, check_kind, loosen_
 from diffprune_plugin.graph.costs import meta_copy, total_macs
 from diffprune_plugin.planning.plan import architecture_hash
@@ -191,7 +192,8 @@ def traced(
     words = [{i: word for i, word in port.words(config).items() if word in dynamic} for port in ports]
     flat = {port.name: inputs[port.name] for port in ports}
     names = [port.name for port in adapter.outputs]
-    return exported(Flat(model, adapter), flat, words, names, opset, type(model).__name__)
+    with exportable(adapter):
+        return exported(Flat(model, adapter), flat, words, names, opset, type(model).__name__)
 
 
 def provenance(model: Any, adapter: ModelAdapter, options: dict[str, Any]) -> dict[str, Any]:

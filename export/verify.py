@@ -187,7 +187,8 @@ def all_cases(
         for start in range(0, len(TIMESTEPS), batch):
             inputs = subject.example(batch, seed=start)
             rows = [subject.taken(TIMESTEPS[(start + row) % len(TIMESTEPS)]) for row in range(batch)]
-            inputs[name] = torch.tensor(rows, device=inputs[name].device)
+            times = [row * subject.adapter.model_time for row in rows]
+            inputs[name] = torch.tensor(times, dtype=inputs[name].dtype, device=inputs[name].device)
             yield f"batch {batch}, timestep {', '.join(map(str, rows))}", inputs
     if "batch" in dynamic:
         batch = max(2, min(batches))
@@ -255,7 +256,8 @@ def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> 
     """Whether the file's output changes with each input that PyTorch's output changes with."""
     inputs, others = subject.example(), subject.example(seed=1)
     name = subject.adapter.timestep
-    others[name] = torch.full_like(inputs[name], subject.taken(TIMESTEPS[-1]))
+    last = subject.taken(TIMESTEPS[-1]) * subject.adapter.model_time
+    others[name] = torch.full_like(inputs[name], last)
     found, expected = session(inputs), subject.denoise(inputs)
     for name, tensor in others.items():
         if bool((tensor == inputs[name]).all()):

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from diffprune_plugin.diffusion.inputs import check_time_table
-from diffprune_plugin.diffusion.schedulers import config_of, flow_sign, training_scheduler
+from diffprune_plugin.diffusion.schedulers import check_objective, config_of, flow_sign, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
@@ -39,6 +39,7 @@ def sample_images(
     check_fitting(pipeline, asked.prompts, asked.guidance_scale, asked.size)
     check_drawable(pipeline, asked.prompts)
     before, (_, model) = pipeline.scheduler, denoiser_of(pipeline)
+    check_objective(before, find_adapter(model))
     check_time_table(model, find_adapter(model), before)
     pipeline.scheduler = sampler(before, asked.scheduler, asked.steps, asked.skip, scales_noise(pipeline))
     pipeline.set_progress_bar_config(disable=True)

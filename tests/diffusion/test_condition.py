@@ -76,10 +76,11 @@ def test_noise_for_more_channels_than_are_predicted_is_refused_rather_than_broad
 
 def test_the_condition_stays_as_it_is_in_the_data() -> None:
     sample, noise = whole(4), torch.randn(4, 1, 16, 16)
-    noisy, target = noised(SCHEDULER, sample, noise, TIMESTEPS, UNET_2D)
+    noisy, target, times = noised(SCHEDULER, sample, noise, TIMESTEPS, UNET_2D)
     assert torch.equal(noisy[:, 1:], sample[:, 1:])
     assert torch.equal(noisy[:, :1], SCHEDULER.add_noise(sample[:, :1], noise, TIMESTEPS))
     assert torch.equal(target, noise)
+    assert times is TIMESTEPS
 
 
 def test_the_condition_may_lie_beside_the_images_or_behind_them_in_the_latents(tmp_path: Path) -> None:
