@@ -17,10 +17,16 @@ from diffprune_plugin.hookspecs import hookimpl
 __all__ = ["BUILT_IN", "REFUSED", "Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Port", "Refused"]
 BUILT_IN = (UNET_2D, UNET_2D_CONDITION, DIT, PIXART, SD3, FLUX)
 
+LATER = "a transformer without an adapter yet"
 # Models that people try and that cannot be pruned on their own, and why.
 REFUSED = {
     "ControlNetModel": "its outputs are added to the skip connections of a UNet, whose widths they have to keep: "
     "pruning it needs the plan of that UNet; prune the UNet of a pipeline without it",
+    "Flux2Transformer2DModel": f"{LATER}: queries, keys, values and feed-forward of its single blocks are one layer",
+    "SanaTransformer2DModel": f"{LATER}: its feed-forward is a gated depthwise convolution",
+    "QwenImageTransformer2DModel": f"{LATER}: its rotary positions are complex, half of its last block unused",
+    "ZImageTransformer2DModel": f"{LATER}: it takes lists of tensors, and its time runs the other way",
+    "WanTransformer3DModel": f"{LATER}: it makes videos, and its norms run over all heads",
 }
 
 

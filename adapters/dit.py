@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffprune_plugin.adapters.depth import Blocks
 from diffprune_plugin.adapters.ports import Config, Port, two_patches
 from diffprune_plugin.adapters.rows import Heads, Keep, Known
 from diffprune_plugin.adapters.table import ModelAdapter, always
@@ -24,6 +25,7 @@ DIT = ModelAdapter(
         Port("timestep", "batch", "int64"),
         Port("class_labels", "batch", "int64", integers_below=("num_embeds_ada_norm",), none=True),
     ),
+    blocks=(Blocks("transformer_blocks", "num_layers"),),
     outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
     keep=(Keep("pos_embed.proj", always, RESIDUAL), "proj_out_2"),
     heads=(

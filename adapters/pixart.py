@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffprune_plugin.adapters.depth import Blocks
 from diffprune_plugin.adapters.dit import RESIDUAL, predicted_channels
 from diffprune_plugin.adapters.ports import Config, Port, is_set, two_patches, width
 from diffprune_plugin.adapters.rows import Heads, Keep, Known
@@ -31,6 +32,7 @@ PIXART = ModelAdapter(
         Port("resolution", "batch 2", when=sized, inside="added_cond_kwargs"),
         Port("aspect_ratio", "batch 1", when=sized, inside="added_cond_kwargs"),
     ),
+    blocks=(Blocks("transformer_blocks", "num_layers"),),
     outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
     keep=(
         Keep("pos_embed.proj", always, RESIDUAL),

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from diffprune_plugin.adapters.depth import Blocks, State
 from diffprune_plugin.adapters.dit import RESIDUAL
 from diffprune_plugin.adapters.ports import Port, two_patches
 from diffprune_plugin.adapters.rows import Heads, Keep
 from diffprune_plugin.adapters.table import ModelAdapter, always
+
+
+def context_ends(state: State, block: str) -> State:
+    """The weights where this block is the last, which gives no text: of what its text norm is modulated with the shift
+    and the scale of attention are left, the other way round."""
+    names = [f"{block}.norm1_context.linear.{key}" for key in ("weight", "bias")]
+    width = state[f"{block}.attn.to_q.weight"].shape[1]
+    if len(state[names[0]]) == 2 * width:  # it was the last before
+        return state
+    return state | {name: state[name][: 2 * width].roll(width, 0) for name in names}
+
 
 SD3 = ModelAdapter(
     model_class="SD3Transformer2DModel",
@@ -20,6 +32,7 @@ SD3 = ModelAdapter(
         Port("pooled_projections", "batch {pooled_projection_dim}"),
         Port("timestep", "batch"),
     ),
+    blocks=(Blocks("transformer_blocks", "num_layers", ("dual_attention_layers",), context_ends),),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=(
         Keep("pos_embed.proj", always, RESIDUAL),

@@ -19,6 +19,19 @@ REMEDIES = (
     ("", "call unet.set_default_attn_processor() first"),
 )
 
+QUANTIZERS = ("bitsandbytes", "nunchaku", "torchao", "optimum")  # packages whose layers or tensors hold no weights
+ORDER = "load it unquantized, fuse what LoRA is to stay, prune, compensate and fine-tune it, and quantize last"
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Raises BadInput, by layer, for a model that bitsandbytes, torchao, quanto, GGUF or Nunchaku quantized."""
+    for name, module in model.named_modules():
+        kinds = [type(module), *(type(p.data) for p in module.parameters(recurse=False))]
+        for kind in kinds:
+            package = "gguf" if ".gguf" in kind.__module__ else kind.__module__.partition(".")[0]
+            if package in (*QUANTIZERS, "gguf"):
+                raise BadInput(f"{name}: quantized ({kind.__name__} of {package}), its channels cannot be cut: {ORDER}")
+
 
 def check_stock(model: nn.Module) -> None:
     """Raises BadInput for a model that is masked, or that was and still has masked layers."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffprune_plugin.adapters.depth import Blocks, DepthPlan
 from diffprune_plugin.adapters.heads import AttentionFacts, attribute_at, below, modules_of
 from diffprune_plugin.adapters.ports import (
     Config,
@@ -20,7 +21,7 @@ from diffprune_plugin.adapters.ports import (
     whole_ones,
 )
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
-from diffprune_plugin.adapters.state import REMEDIES, check_stock
+from diffprune_plugin.adapters.state import REMEDIES, check_stock, check_unquantized
 from diffprune_plugin.errors import BadInput
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ModelAdapter(AttentionFacts):
         any size are taken. timesteps: taken.
     words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
     real_timesteps: whether those between whole ones are taken too.
+    blocks, depths: lists of blocks of which any may go, and published plans that take some.
     packing: of latents into tokens, where the pipeline does it.
     objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`; model_time: what its timesteps are times
         those of the scheduler.
@@ -60,6 +62,8 @@ class ModelAdapter(AttentionFacts):
     known: tuple[Known, ...] = ()
     refused: tuple[Refused, ...] = ()
     words: tuple[tuple[str, int | Callable[[Mapping[str, int]], int]], ...] = ()
+    blocks: tuple[Blocks, ...] = ()
+    depths: tuple[DepthPlan, ...] = ()
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
     module: str = "diffusers"
     component: str = "unet"
@@ -253,6 +257,7 @@ class ModelAdapter(AttentionFacts):
         """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA; and
         for a model that is masked or hooked."""
         check_stock(model)
+        check_unquantized(model)
         for row in self.known:
             value = config_of(model).get(row.key)
             for item in value if isinstance(value, (list, tuple)) else (value,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffprune_plugin.adapters.depth import BK_SDM
 from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
@@ -81,6 +82,7 @@ UNET_2D_CONDITION = ModelAdapter(
         Port("text_embeds", "batch {cross_attention_dim}", when=refiner, inside="added_cond_kwargs"),
         Port("time_ids", "batch 5", when=refiner, inside="added_cond_kwargs"),
     ),
+    depths=BK_SDM,
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=(
         "conv_out",

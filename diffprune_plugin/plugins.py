@@ -289,12 +289,15 @@ def denoiser_of(pipeline: Any) -> tuple[str, Any]:
 
 def no_denoiser(where: Any, kind: str, parts: Mapping[str, str]) -> BadInput:
     """The error for a pipeline that holds no model which an adapter describes; ``parts``: its classes by component."""
+    denoiser, known = next((name for name in DENOISERS if name in parts), None), adapters(plugin_manager())
+    if denoiser and parts[denoiser] not in known:
+        name = parts[denoiser]
+        refused = built_in_adapters.REFUSED.get(name)
+        why = f"{name} cannot be pruned: {refused}" if refused else no_adapter(name, known)
+        return BadInput(f"{where}: {kind} (it has {', '.join(parts)}); its {denoiser}: {why}")
     *others, last = ["UNet" if name == "unet" else name for name in components()]
     called = " or ".join([", ".join(others), last]) if others else last
-    denoiser = next((name for name in DENOISERS if name in parts), None)
-    known = adapters(plugin_manager())
-    why = f"; its {denoiser}: {no_adapter(parts[denoiser], known)}" if denoiser and parts[denoiser] not in known else ""
-    return BadInput(f"{where}: {kind} has no {called} (it has {', '.join(parts)}){why}")
+    return BadInput(f"{where}: {kind} has no {called} (it has {', '.join(parts)})")
 
 
 def class_names(cls: type) -> Iterable[str]:

@@ -34,7 +34,9 @@ from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
 from diffprune_plugin.planning.plot import plot_widths
-from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.planning.presets import filled_in
+from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.pruning.depth import without_blocks
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load_model, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
@@ -82,6 +84,7 @@ class Job:
     criterion: Criterion
     loaded: Any
     model: nn.Module
+    gone: tuple[str, ...]
     compensating: bool
     samples: Callable[[], Samples]
 
@@ -118,6 +121,7 @@ def prune_shared(
     plan = plan_of(job, made, sensitivity, processes, not dry_run, progress)
     if plan is None or made is None:
         return None
+    plan = plan.model_copy(update={"depth": job.gone})
     wished = job.config.with_wishes_of(made.criterion)
     errors = {} if sensitivity is None else predicted(made.items, wished, sensitivity)
     result = Pruned(job.loaded, plan, calibration, None, errors)
@@ -193,6 +197,8 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     if isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
     find_adapter(model)
+    loaded, model, gone = shallow(config, loaded, model)
+    config = filled_in(config, model, find_adapter(model))
     check_patterns(model, config)
     if config.timed:
         check_runtime(config.latency)
@@ -204,7 +210,18 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
             check_enough(len(found), SAMPLES)
         return found
 
-    return Job(config, criterion, loaded, model, compensating, functools.cache(samples))
+    return Job(config, criterion, loaded, model, gone, compensating, functools.cache(samples))
+
+
+def shallow(config: PruningConfig, loaded: Any, model: nn.Module) -> tuple[Any, nn.Module, tuple[str, ...]]:
+    """What was loaded, its model, and the blocks that this lost, as the config's ``depth`` says."""
+    if not config.depth:
+        return loaded, model, ()
+    smaller, gone = without_blocks(model, config.depth)
+    if loaded is model:
+        return smaller, smaller, gone
+    loaded.register_modules(**{denoiser_of(loaded)[0]: smaller})
+    return loaded, smaller, gone
 
 
 def material_for(job: Job, calibration: Calibration | None) -> Material:
@@ -262,10 +279,14 @@ def timed_plan(
 
 
 def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> CompensationReport | None:
-    """Remove, compensate, save; what the compensation did, if there was one."""
+    """Remove, compensate, save; what the compensation did, if there was one.
+
+    Where nothing but blocks goes, what is left is saved as the dense model that it is.
+    """
     config, loaded, model = job.config, job.loaded, job.model
-    dense = copy.deepcopy(model) if job.compensating else None
-    remove_(model, plan)
+    dense = copy.deepcopy(model) if job.compensating and plan.layers else None
+    if plan.layers or not plan.depth:
+        remove_(model, plan)
     compensation = (
         None if dense is None else compensate(model, dense, plan, loaded.scheduler, job.samples(), config, progress)
     )

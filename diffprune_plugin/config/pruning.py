@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from diffprune_plugin.config.base import PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.options import Patterns, PlanOptions
 from diffprune_plugin.utils.checked import Checked, Seed
 
 
@@ -41,6 +41,11 @@ class PruningConfig(PlanOptions, Subject):
         ge=1,
         le=16384,
         description="Image files are resized and cropped to so many pixels a side; without it they stay as they are.",
+    )
+    depth: str | Patterns = Field(
+        default=(),
+        description="Whole blocks that go first: patterns of their names, or a published plan (bk-sdm-base, "
+        "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets.",
     )
     compensate: bool | None = Field(
         default=None,

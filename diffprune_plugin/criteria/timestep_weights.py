@@ -69,7 +69,8 @@ def min_snr(alphas_cumprod: Weights, prediction_type: str, gamma: float = SNR_LI
     if prediction_type == "epsilon":
         return np.minimum(1.0, gamma / np.maximum(snr, 1e-12))
     if prediction_type == FLOW:
-        return np.minimum(snr, gamma) / (1 + np.sqrt(snr)) ** 2
+        weights: Weights = np.minimum(snr, gamma) / (1 + np.sqrt(snr)) ** 2
+        return weights
     return np.minimum(snr, gamma) / (snr + 1 if prediction_type == "v_prediction" else 1)
 
 

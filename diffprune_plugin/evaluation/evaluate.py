@@ -20,7 +20,7 @@ from diffprune_plugin.data.encoding import encode, image_channels
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
-from diffprune_plugin.diffusion.schedulers import prediction_type, same_noise, training_scheduler
+from diffprune_plugin.diffusion.schedulers import check_objective, prediction_type, same_noise, training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.drawing import check_comparably_drawn, completed, drawing_facts
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
@@ -160,6 +160,8 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
     if len(set(shapes.values())) > 1:
         raise BadInput(f"--against: its samples are {shapes['against']}, the model's {shapes['model']}: not comparable")
     if samples is not None:
+        for each in pipelines.values():
+            check_objective(each.scheduler, find_adapter(model_of(each)))
         check_comparable([training_scheduler(pipeline.scheduler) for pipeline in pipelines.values()])
     if features is None:
         return

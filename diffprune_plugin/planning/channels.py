@@ -77,12 +77,12 @@ def requested_units(groups: Sequence[AskedGroup], common: float, options: PlanOp
     for item in groups:
         ratio = item.ratio(common, options)
         if ratio is not None:
-            counts[item.group.root] = asked_of(item.dense, ratio)
+            counts[item.group.root] = asked_of(item.dense, ratio, options)
             family = item.group.family if options.isomorphic and not item.scope else ()
             shared.setdefault((ratio, item.scope, family), []).append(item)
     for ranked in shared.values() if options.global_pruning else ():
         ratio = ranked[0].ratio(common, options)
-        total = asked_of(sum(item.dense for item in ranked), ratio or 0.0) - sum(item.gone for item in ranked)
+        total = asked_of(sum(item.dense for item in ranked), ratio or 0.0, options) - sum(item.gone for item in ranked)
         owner = np.repeat(np.arange(len(ranked)), [len(item.scores) for item in ranked])
         order = np.argsort(np.concatenate([item.scores for item in ranked]), kind="stable")
         lost = np.bincount(owner[order[: max(total, 0)]], minlength=len(ranked))
@@ -90,9 +90,9 @@ def requested_units(groups: Sequence[AskedGroup], common: float, options: PlanOp
     return counts
 
 
-def asked_of(units: int, ratio: float) -> int:
-    """The published count: C - int(C * (1 - ratio))."""
-    return units - int(units * (1 - ratio))
+def asked_of(units: int, ratio: float, options: PlanOptions) -> int:
+    """The published count, C - int(C * (1 - ratio)), or the nearest."""
+    return round(units * ratio) if options.rounding == "nearest" else units - int(units * (1 - ratio))
 
 
 def plan_group(item: AskedGroup, requested: int, options: PlanOptions) -> GroupPlan:
@@ -138,7 +138,7 @@ def chosen_heads(groups: Sequence[AskedGroup], common: float, options: PlanOptio
     heads, own = groups[0].group.parts, groups[0].request.ratio
     ratio = next(each for each in (options.head_pruning_ratio, own, common) if each is not None)
     gone = groups[0].gone * heads // groups[0].group.units
-    asked = max(asked_of(heads + gone, ratio) - gone, 0)
+    asked = max(asked_of(heads + gone, ratio, options) - gone, 0)
     limits = head_limits(groups, heads, gone, options)
     allowed = [n for n in range(asked + 1) if not n or all(fits(n) for fits in limits.values())]
     count = allowed[-1]

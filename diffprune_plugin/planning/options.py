@@ -94,6 +94,16 @@ class PlanOptions(Checked):
         description="apart: each half of a GEGLU is asked to lose the ratio on its own, and a pair stays where both "
         "stay (deduced from the published size of LDM-4). By default what the criterion asks for, else together.",
     )
+    rounding: Literal["published", "nearest"] = Field(
+        default="published",
+        description="How many of C channels, or heads, a ratio asks to go: C - int(C * (1 - ratio)), as published, or "
+        "the nearest count.",
+    )
+    preset: Literal["obs-diff"] | None = Field(
+        default=None,
+        description="A published recipe, which says where channels go and how they are counted. obs-diff: heads and "
+        "feed-forward of all blocks of a transformer but the first and the last.",
+    )
     strict: bool = Field(
         default=False, description="A group that loses nothing, or a whole step less than asked, is an error."
     )
@@ -120,6 +130,8 @@ class PlanOptions(Checked):
             raise ValueError(
                 f"global_pruning: true ranks groups together, allocation: {self.allocation} weighs them; drop one"
             )
+        if self.preset and (self.target_layers or self.rounding != "published"):
+            raise ValueError(f"preset: {self.preset} sets target_layers and rounding itself; drop them, or the preset")
         if self.isomorphic and not self.global_pruning:
             raise ValueError("isomorphic: true ranks like groups together and needs global_pruning: true; set it too")
         return self

@@ -101,7 +101,8 @@ class PruningPlan(Frozen):
     ``architecture`` is the SHA-256 of the dense UNet's config; ``layers`` holds every layer that changes; ``params``
     and ``macs`` are those of the whole UNet before and after, for one sample. ``target`` is the ``macs_target``,
     ``params_target`` or ``latency_target`` that was to be met; ``heads`` the number of heads before and after of each
-    attention that loses whole ones.
+    attention that loses whole ones; ``depth`` the blocks that went before, without which the model is the dense one of
+    this plan.
     """
 
     format: Literal[1] = 1
@@ -112,6 +113,7 @@ class PruningPlan(Frozen):
     target: dict[str, float] = {}
     allocation: Allocation | None = None
     latency: Latency | None = None
+    depth: tuple[str, ...] = ()
     groups: tuple[GroupPlan, ...]
     heads: dict[str, tuple[int, int]] = {}
     layers: dict[str, LayerSize]
@@ -122,7 +124,7 @@ class PruningPlan(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
-        absent = {key for key in ("allocation", "latency") if getattr(self, key) is None}  # not in older plans
+        absent = {key for key in ("allocation", "latency", "depth") if not getattr(self, key)}  # not in older plans
         content = self.model_dump(mode="json", exclude={"versions", *absent})
         if self.allocation and not self.allocation.measured:
             del content["allocation"]["measured"]

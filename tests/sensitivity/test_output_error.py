@@ -54,7 +54,7 @@ def by_hand(unet: Any, samples: Samples) -> dict[str, torch.Tensor]:
     groups = trace_groups(unet, adapter)
     layers = sorted({m.layer for group in groups for m in group.members if m.side == "in"})
     noisy = Noisy(samples, SCHEDULER, COUNT, 0, adapter)
-    batches = [noisy.batch([row], next(unet.parameters())) for row in range(COUNT)]
+    batches = [noisy.batch([row], unet) for row in range(COUNT)]
     run = Run(unet, adapter, groups, noisy, 1, 0, None)  # type: ignore[arg-type]
     seen = [inputs_of_layers(unet, layers, batch) for batch in batches]
     means = {name: sum(channels_first(own[name]).mean(1) for _, own in seen) / COUNT for name in layers}

@@ -49,7 +49,7 @@ def test_a_score_is_what_the_output_moves_when_the_channel_is_turned_down(images
     unet, count, by = make_unet(), 4, 1e-3
     found = measure_sensitivity(unet, SCHEDULER, images, samples=count, probes=200, batch_size=4, progress=False)
     noisy = Noisy(load_samples(images), SCHEDULER, count, 0, UNET_2D)
-    inputs = noisy.batch(range(count), next(unet.parameters()))
+    inputs = noisy.batch(range(count), unet)
     with torch.no_grad():
         expected = UNET_2D.denoise(unet, inputs)
     assert found.power == pytest.approx(float(expected.square().mean()), rel=1e-5)
