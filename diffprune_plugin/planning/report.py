@@ -35,6 +35,8 @@ def shortened(layers: Sequence[str]) -> tuple[Sequence[str], str]:
 def plan_text(plan: PruningPlan, width: int) -> str:
     """The plan for a terminal: a line a name, which nothing breaks; what is coupled and why below each root layer."""
     lines = [summary(plan), "", "before after  layer, + what is coupled to it, and why it stays or loses less"]
+    if plan.depth:
+        lines.insert(0, f"depth: {len(plan.depth)} blocks go first, sizes are of what is left: {', '.join(plan.depth)}")
     for group in plan.groups:
         before, after = channels(group)
         shown, more = shortened(group.layers[1:])

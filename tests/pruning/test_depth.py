@@ -16,6 +16,7 @@ from tiny_transformers import make
 import diffprune_plugin as dp
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.report import plan_text
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.depth import without_blocks
 from diffprune_plugin.pruning.loading import load
@@ -149,6 +150,7 @@ def test_a_named_plan_by_a_config_saves_a_stock_model_that_widths_can_go_from_ne
     assert torch.equal(kept, load(tmp_path / "dense").up_blocks[-1].resnets[2].conv1.weight)
     narrow = prune(PruningConfig(**values, output=str(tmp_path / "narrow"), pruning_ratio=0.5), progress=False)
     assert narrow.plan.depth == result.plan.depth
+    assert plan_text(narrow.plan, 80).startswith(f"depth: {len(result.plan.depth)} blocks go first")
     assert torch.equal(output_of(load(tmp_path / "narrow")), output_of(narrow.model))
 
 
