@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from diffprune_plugin.config.base import PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import Patterns, PlanOptions
 from diffprune_plugin.utils.checked import Checked, Seed
+
+Depth = Annotated[Patterns, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class Subject(Checked):
@@ -42,7 +44,7 @@ class PruningConfig(PlanOptions, Subject):
         le=16384,
         description="Image files are resized and cropped to so many pixels a side; without it they stay as they are.",
     )
-    depth: str | Patterns = Field(
+    depth: Depth = Field(
         default=(),
         description="Whole blocks that go first: patterns of their names, or a published plan (bk-sdm-base, "
         "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets.",

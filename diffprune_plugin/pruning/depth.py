@@ -9,10 +9,10 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
-from diffprune_plugin.adapters.depth import Blocks, Shallower
+from diffprune_plugin.adapters.depth import Blocks, DepthPlan, Shallower
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.patterns import matching
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
@@ -27,14 +27,16 @@ def without_blocks(
     keep the shape of what goes through them, so that those on both sides of a gap fit each other; Stable Diffusion 3's
     last block is made of one that was not the last, with the same output.
 
-    Raises BadInput for a plan that the class or its config does not have, patterns that match nothing but blocks, or a
-    list of which no block is left.
+    Raises BadInput for a plan that the class or its config does not have, patterns that match no block, or a list
+    of which none is left.
     """
     adapter = adapter or find_adapter(model)
     adapter.check(model)
     if isinstance(model, PrunedModelMixin):
         raise BadInput("depth: the model is pruned already; start from the dense one")
-    shallower = named_plan(blocks, model, adapter) if isinstance(blocks, str) else by_number(blocks, model, adapter)
+    patterns = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    plan = next((plan for plan in adapter.depths if (plan.name,) == patterns), None)
+    shallower = named_plan(plan, model) if plan else by_number(patterns, model, adapter)
     cls: Any = type(model)
     # Without the list of values that were not given, which from_config would reset.
     config = {key: value for key, value in dict(config_of(model)).items() if not key.startswith("_")}
@@ -46,18 +48,17 @@ def without_blocks(
             dense = row.mend(dense, shallower.dense_name(f"{row.path}.{shallower.changes[row.count] - 1}"))
     smaller.load_state_dict({name: dense[shallower.dense_name(name)] for name in left}, assign=True)
     smaller.train(model.training)
+    device = next(model.parameters()).device
+    smaller = smaller if device.type == "meta" else smaller.to(device)  # buffers that are not among the weights
     return smaller, shallower.gone
 
 
-def named_plan(name: str, model: nn.Module, adapter: ModelAdapter) -> Shallower:
-    plans = {plan.name: plan for plan in adapter.depths}
-    if name not in plans:
-        known = f"known are {', '.join(plans)}" if plans else f"a {adapter.model_class} has none; list its blocks"
-        raise BadInput(f"depth: {name!r} is no plan{nearest(name, plans)}; {known}")
+def named_plan(plan: DepthPlan, model: nn.Module) -> Shallower:
+    """What a published plan makes of a model; raises BadInput where that is of another shape."""
     try:
-        return plans[name].of(config_of(model))
+        return plan.of(config_of(model))
     except (KeyError, ValueError) as error:
-        raise BadInput(f"depth: {name!r}: {error}; list blocks instead") from None
+        raise BadInput.of("depth", plan.name, f"does not fit: {error}; it is for Stable Diffusion 1 and 2") from None
 
 
 def by_number(patterns: Sequence[str], model: nn.Module, adapter: ModelAdapter) -> Shallower:
@@ -65,7 +66,8 @@ def by_number(patterns: Sequence[str], model: nn.Module, adapter: ModelAdapter) 
     config, changes, gone = config_of(model), dict[str, Any](), list[str]()
     names = {f"{row.path}.{i}": () for row in adapter.blocks for i in range(len(model.get_submodule(row.path)))}  # type: ignore[arg-type]
     if not names:
-        raise BadInput(f"depth: no blocks of a {adapter.model_class} can go by a list")
+        known = ", ".join(plan.name for plan in adapter.depths) or "none"
+        raise BadInput.of("depth", patterns[0], f"is no plan for a {adapter.model_class}, whose plans are: {known}")
     chosen = {name for pattern in patterns for name in matching(pattern, names, "depth")}
     kept: dict[str, list[int]] = {}
     for row in adapter.blocks:
