@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,23 @@ def test_plans_are_reached_within_a_step_and_pruned_models_load_with_difference_
     assert plan.params[1] == sum(p.numel() for p in model.parameters())
     loaded = dp.load(dp.save(model, tmp_path / "pruned"))
     assert torch.equal(output_of(loaded), output_of(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pruned_one_loads_by_the_file_beside_it_without_this_package(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    dp.remove_(model, dp.make_plan(model, "magnitude", pruning_ratio=0.5))
+    file = dp.save(model, tmp_path / "pruned") / "diffprune_plugin.py"
+    spec = importlib.util.spec_from_file_location("alone", file)
+    assert spec
+    assert spec.loader
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    kind = type("Alone", (alone.Pruned, MODELS[name][0]), {})
+    adapter = find_adapter(model)
+    inputs = adapter.flat_inputs(model, batch=2)
+    assert torch.equal(adapter.denoise(kind.from_pretrained(file.parent), inputs), output_of(model))
 
 
 @pytest.mark.parametrize("name", ["DiT", "SD 3.5"])
