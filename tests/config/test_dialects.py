@@ -144,7 +144,9 @@ def test_filter_norm_scores_as_nncf_does() -> None:
 @pytest.mark.parametrize(("count", "level", "kept"), GOLDEN["kept_of_count_at_level"])
 def test_kept_counts_are_multiples_of_8_as_nncfs_or_one_step_less(count, level, kept) -> None:
     group = CoupledGroup("layer", count, 1, 1, (), None)
-    plan = plan_group(AskedGroup(group, Request(), np.arange(count)), asked_of(count, level), PlanOptions(round_to=8))
+    plan = plan_group(
+        AskedGroup(group, Request(), np.arange(count)), asked_of(count, level, PlanOptions()), PlanOptions(round_to=8)
+    )
     ours = count - len(plan.removed)
     assert ours % 8 == 0
     assert ours in ((kept,) if math.isclose(count * level % 1, 0, abs_tol=1e-9) else (kept, kept - 8))
