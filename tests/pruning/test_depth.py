@@ -138,7 +138,10 @@ def four_stages() -> UNet2DConditionModel:
     ).eval()
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
+SLOW = [pytest.param(f"bk-sdm-{name}", marks=pytest.mark.slow) for name in ("base", "small")]
+
+
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", *SLOW])
 def test_a_named_plan_by_a_config_saves_a_stock_model_that_widths_can_go_from_next(name: str, tmp_path: Path) -> None:
     dp.save(four_stages(), tmp_path / "dense")
     values = {"model": str(tmp_path / "dense"), "importance": "magnitude", "depth": name}
