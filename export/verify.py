@@ -194,7 +194,8 @@ def all_cases(
         batch = max(2, min(batches))
         for timestep in single_timesteps(subject, input_types(path)[name].kind == "f"):
             inputs = subject.example(batch)
-            single = torch.tensor([timestep], device=inputs[name].device)
+            scale = subject.adapter.model_time
+            single = torch.tensor([timestep if scale == 1 else timestep * scale], device=inputs[name].device)
             yield f"batch {batch}, one timestep {timestep} for all", inputs | {name: single}
     for word in sorted(dynamic - {"batch"}):
         for size in other_sizes(subject, word, steps.get(word)):
