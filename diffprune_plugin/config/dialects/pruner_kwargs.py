@@ -23,6 +23,7 @@ from diffprune_plugin.config.dialects.table import (
     to,
 )
 from diffprune_plugin.config.pruning import PruningConfig
+from diffprune_plugin.planning.options import BUDGETS
 
 NAME = "Torch-Pruning"
 NO_CLASS = "is not built in; use MagnitudeImportance or TaylorImportance, or register a plugin (see docs/extending.md)"
@@ -142,7 +143,7 @@ def translate(content: Mapping[str, Any], where: str, criteria: Collection[str])
     """The keyword arguments as a listing; native keys may stand beside them."""
     listing = Listing(NAME, where)
     facts = KEYS | BESIDE
-    if any(content.get(key) is not None for key in ("macs_target", "params_target")):  # they stand for a ratio
+    if any(content.get(key) is not None for key in BUDGETS):  # they stand for a ratio
         facts |= {"pruning_ratio": replace(KEYS["pruning_ratio"], default=ABSENT)}
     found = listing.take(facts, content)
     if "importance" in found:
