@@ -322,15 +322,24 @@ def test_a_value_in_an_error_is_cut_and_what_cannot_be_printed_is_taken_out(run,
     assert err.startswith("error: no where [31m: no such directory")
 
 
-def test_output_that_cannot_be_written_is_one_line(config_file) -> None:
-    for words in (["--help"], ["config", config_file], ["config", config_file, "--json"]):
-        command = [sys.executable, "-m", "diffprune_plugin.cli", *words]
-        with open("/dev/full", "w") as full:
-            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-        assert result.returncode == 2
-        *slow, line = result.stderr.splitlines()
-        assert line == "error: cannot write the output: No space left on device; free space, or send it elsewhere"
-        assert all("still loading plugin" in said for said in slow)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        pytest.param(["config"], marks=pytest.mark.slow),
+        pytest.param(["config", "--json"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_output_that_cannot_be_written_is_one_line(words, config_file) -> None:
+    given = [config_file] if "config" in words else []
+    command = [sys.executable, "-m", "diffprune_plugin.cli", *words, *given]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    *slow, line = result.stderr.splitlines()
+    assert line == "error: cannot write the output: No space left on device; free space, or send it elsewhere"
+    assert all("still loading plugin" in said for said in slow)
 
 
 def test_sample_refuses_an_unknown_scheduler(run, dense_dir, tmp_path) -> None:

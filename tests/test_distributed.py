@@ -91,6 +91,7 @@ def test_two_processes_under_accelerate_launch_prune_as_one_does(config, alone, 
     check_same_result(alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_one_process_under_accelerate_launch_leaves_the_files_of_diffprune_prune(config, alone, tmp_path) -> None:
     result = call(*LAUNCH, *ONE, *MODULE, config, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -109,6 +110,7 @@ def test_a_bad_config_ends_both_processes_with_2_and_is_told_once(config, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_launcher_takes_the_old_spelling_too_and_says_the_new_one_once(config, tmp_path) -> None:
     results = two_processes("-m", "diffprune_plugin.prune", config, cwd=(tmp_path, tmp_path))
     assert [code for code, _, _ in results] == [0, 0], results
@@ -124,7 +126,7 @@ def test_the_launcher_takes_the_old_spelling_too_and_says_the_new_one_once(confi
             ["config.json"],
             "error: process 1: config.json: cannot be read: No such file",
         ),  # only where the first process works
-        (["--nothing"], "No such option: --nothing"),
+        pytest.param(["--nothing"], "No such option: --nothing", marks=pytest.mark.slow),
     ],
 )
 def test_what_one_process_alone_lacks_ends_both_with_2_and_is_told_once(words, expected, config, tmp_path) -> None:

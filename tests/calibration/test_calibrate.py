@@ -91,7 +91,7 @@ def calibrate_slowly(sampling: str, checkpoint: Path | None, pause: float) -> Ca
     return dp.calibrate(make_unet(), scheduler, "images.npz", sweep, **settings)
 
 
-@pytest.mark.parametrize("sampling", ["stratified", "reference"])
+@pytest.mark.parametrize("sampling", ["stratified", pytest.param("reference", marks=pytest.mark.slow)])
 def test_killed_at_any_point_it_resumes_to_the_same_bits(sampling, tmp_path, images, monkeypatch) -> None:
     """A process of its own is killed with SIGKILL once it has stored gradients; another goes on."""
     monkeypatch.chdir(tmp_path)

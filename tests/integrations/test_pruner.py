@@ -46,7 +46,7 @@ def test_one_step_removes_what_make_plan_and_remove_remove() -> None:
         assert torch.equal(tensor, other), name
 
 
-@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("interactive", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_script_with_several_steps_saves_and_reloads_with_difference_0(
     interactive, pipeline, scheduler, images, tmp_path
 ) -> None:

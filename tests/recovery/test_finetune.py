@@ -419,6 +419,7 @@ def test_under_accelerate_launch_one_process_speaks(tuning, tmp_path) -> None:
     assert good.stdout.count("on 2 processes (cpu)") == good.stdout.count("wrote ") == 1
 
 
+@pytest.mark.slow
 def test_what_one_process_alone_lacks_ends_both_and_is_told_once(tuning, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     words = ["-m", "diffprune_plugin", "finetune", tuning.name]
