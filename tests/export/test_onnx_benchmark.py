@@ -155,7 +155,7 @@ def test_an_interval_within_one_percent_is_settled():
 
 def test_warming_up_goes_on_until_three_runs_agree(monkeypatch):
     seconds = iter([9.0, 5.0, 2.0, 1.02, 1.01, 1.0])
-    monkeypatch.setattr(benchmark, "timed", lambda run: next(seconds))
+    monkeypatch.setattr(benchmark, "timed", lambda run, clock: next(seconds))
     assert len(warmed(lambda: None, 3)) == 6
 
 
