@@ -1,4 +1,4 @@
-"""diffprune-plugin: structural pruning of diffusion UNets for the pipelines people already have."""
+"""diffprune-plugin: structural pruning of diffusion models for the pipelines people already have."""
 
 from __future__ import annotations
 
