@@ -20,6 +20,7 @@ from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.export import ORTUNet
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_report_with_pictures_and_a_model_that_reloads(tmp_path, run) -> None:
     output = tmp_path / "out"
     code, out, _ = run("demo", "--output", output)

@@ -100,6 +100,7 @@ def test_one_process_under_accelerate_launch_leaves_the_files_of_diffprune_prune
     assert all(content(alone / name) == content(tmp_path / name) for name in names)
 
 
+@pytest.mark.slow
 def test_a_bad_config_ends_both_processes_with_2_and_is_told_once(config, tmp_path) -> None:
     """The launcher itself ends with 1 and a report, whatever its processes end with."""
     result = call(*LAUNCH, *TWO, *MODULE, config, "--set", "timesteps=2000", cwd=tmp_path)

@@ -51,7 +51,7 @@ def test_pruned_by_a_config_with_captions_it_reloads_in_diffusers_and_draws_the_
 
 @pytest.mark.parametrize(
     "families",
-    [("stable diffusion", "latent diffusion"), ("stable diffusion xl",)],
+    [("stable diffusion", "latent diffusion"), pytest.param(("stable diffusion xl",), marks=pytest.mark.slow)],
     ids=lambda families: families[0],
 )
 def test_a_pruned_conditional_unet_is_exported_verified_and_draws_in_the_pipeline_as_in_pytorch(

@@ -57,7 +57,7 @@ def without(field: str, row: Any) -> ModelAdapter:
     return dataclasses.replace(UNET_2D_CONDITION, **{field: rows})
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.5])
+@pytest.mark.parametrize("ratio", [pytest.param(0.3, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_every_group_loses_what_the_rule_says_and_the_pruned_unet_reloads_with_difference_0(
     config: dict[str, Any], ratio: float, tmp_path: Any

@@ -62,6 +62,7 @@ def test_a_learned_time_embedding_is_fed_the_timesteps_that_it_has_rows_for(tmp_
     assert (tmp_path / "m.onnx").exists(), "nothing is wrong with the file"
 
 
+@pytest.mark.slow
 def test_a_graph_that_takes_only_a_timestep_for_each_sample_is_caught(tmp_path, monkeypatch):
     """Planted: SDXL as it was exported before, on which optimum-onnx failed; and one that broadcasts by luck."""
     monkeypatch.setattr(convert, "loosen_", lambda *_: None)
@@ -96,7 +97,10 @@ def test_timesteps_between_whole_ones_are_computed_where_the_model_takes_them(tm
         to_onnx(learned, tmp_path / "learned.onnx", timestep="float32")
 
 
-@pytest.mark.parametrize(("make", "step", "odd"), [(lambda: make_conditional(SD), 1, 13), (make_unet, 2, 22)])
+@pytest.mark.parametrize(
+    ("make", "step", "odd"),
+    [pytest.param(lambda: make_conditional(SD), 1, 13, marks=pytest.mark.slow), (make_unet, 2, 22)],
+)
 def test_every_size_that_pytorch_computes_is_in_a_file_with_open_height_and_width(make, step, odd, tmp_path):
     """A UNet2DConditionModel takes any size, a UNet2DModel multiples of its depth: the file says so, and is as good."""
     unet, path = make(), tmp_path / "m.onnx"

@@ -180,10 +180,8 @@ def held_out_loss(unet: torch.nn.Module) -> float:
     return loss_of(unet, seed=12345, batch=16).item()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [pytest.param(make, id=name, marks=[pytest.mark.slow] * (name == "UNet2DModel")) for name, make in SMALL.items()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_masked_fine_tuned_then_removed_is_removed_then_fine_tuned(make) -> None:
     plan = plan_for(make())
     pruned = removed(make, plan)

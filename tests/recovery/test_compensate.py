@@ -265,6 +265,7 @@ def test_the_dense_unet_is_left_untouched(images: np.ndarray) -> None:
     assert not any(module._forward_hooks for model in (unet, dense) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_weights_and_another_others(images: np.ndarray) -> None:
     dense = make_unet()
     hashes = []

@@ -412,6 +412,7 @@ def test_with_fp16_steps_are_skipped_until_the_scale_is_below_1_and_resumed_with
         training.Training.clip(self, batch)
 
 
+@pytest.mark.slow
 def test_under_accelerate_launch_one_process_speaks(tuning, tmp_path) -> None:
     command = [*LAUNCH, *PAIR, "--dynamo_backend", "no", "-m", "diffprune_plugin", "finetune", tuning]
     good = call(*command, cwd=tmp_path)

@@ -114,7 +114,10 @@ def test_what_is_asked_of_single_groups_holds(sensitivity: Sensitivity) -> None:
     ("options", "words"),
     [
         ({"macs_target": 0.5, "allocation": "linear"}, "allocation: linear needs a sensitivity"),
-        ({"allocation": "linear"}, "linear spends a budget; add macs_target, params_target, latency_target or max_latency_ms"),
+        (
+            {"allocation": "linear"},
+            "linear spends a budget; add macs_target, params_target, latency_target or max_latency_ms",
+        ),
         ({"macs_target": 0.5, "allocation": "linear", "global_pruning": True}, "drop one"),
         ({"macs_target": 0.5, "params_target": 0.5}, "ask for different things"),
     ],
