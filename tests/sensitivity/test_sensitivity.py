@@ -116,7 +116,7 @@ def test_what_is_stored_is_read_back_and_a_changed_digit_refused(images: np.ndar
         Sensitivity.load(path)
     for text in ("", "[]", '{"sha256": 1}', "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(BadInput, match="sensitivity.json: (not valid json|nested|holds|not a sensitivity)"):
+        with pytest.raises(BadInput, match=r"sensitivity.json: (not valid json|nested|holds|not a sensitivity)"):
             Sensitivity.load(path)
 
 
