@@ -212,7 +212,11 @@ TROUBLE: dict[Callable[..., dict[str, Any]], tuple[int, str, str]] = {
     no_memory: (2, "BadInput: process 1: out of memory at batch size 1", "BadInput: out of memory at batch size 1"),
     fault: (1, "CheckFailed: process 1: IndexError: pop from empty list", "IndexError: pop from empty list"),
     full_disk: (2, "BadInput: cannot write", "BadInput: process 0: cannot write"),
-    damaged: (2, "BadInput: damaged: not a calibration", "BadInput: process 0: damaged: not a calibration"),
+    damaged: (
+        2,
+        "BadInput: damaged/calibration.json: cannot be read",
+        "BadInput: process 0: damaged/calibration.json: cannot be read",
+    ),
     too_strict: (1, "CheckFailed: strict", "CheckFailed: process 0: strict"),
     output_there: (2, "BadInput: output: '.' is the working", "BadInput: process 0: output: '.' is the working"),
     another_device: (2, "BadInput: process 1: device: cuda, but", "BadInput: device: cuda, but"),
