@@ -47,7 +47,7 @@ def component_in(directory: Path) -> str:
     parts = {name: str(part[-1]) for name, part in index.items() if isinstance(part, list) and part and part[-1]}
     found = next((name for name in names if name in parts or (directory / name).is_dir()), None)
     of_diffusers = found is not None and (index.get(found) or [""])[0] == "diffusers"
-    if found is None or (of_diffusers and parts[found] not in adapters(plugin_manager())):
+    if found is None or (of_diffusers and found in parts and parts[found] not in adapters(plugin_manager())):
         raise no_denoiser(directory, str(index.get("_class_name")), parts)
     return found
 
