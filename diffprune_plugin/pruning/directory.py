@@ -46,8 +46,8 @@ def component_in(directory: Path) -> str:
     index, names = read_json(directory / "model_index.json"), components()
     parts = {name: str(part[-1]) for name, part in index.items() if isinstance(part, list) and part and part[-1]}
     found = next((name for name in names if name in parts or (directory / name).is_dir()), None)
-    of_diffusers = found is not None and (index.get(found) or [""])[0] == "diffusers"
-    if found is None or (of_diffusers and found in parts and parts[found] not in adapters(plugin_manager())):
+    of_diffusers = found in parts and index[found][0] == "diffusers"
+    if found is None or (of_diffusers and parts[found] not in adapters(plugin_manager())):
         raise no_denoiser(directory, str(index.get("_class_name")), parts)
     return found
 
