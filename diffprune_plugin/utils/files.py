@@ -65,7 +65,8 @@ def new_directory(path: Path, overwrite: bool = False, kind: str = "directory") 
 def scratch(path: Path) -> Iterator[Path]:
     """Where to make ``path``, in a directory beside it that is gone at the end; what killed processes left goes first.
 
-    The directory is locked for as long as its process lives, so that another can tell.
+    The directory is locked for as long as its process lives, so that another can tell. The path lies one level below,
+    whose own lock is free for ``alone_in``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
@@ -77,7 +78,9 @@ def scratch(path: Path) -> Iterator[Path]:
             break
         os.close(handle)
     try:
-        yield Path(folder) / path.name
+        inner = Path(folder, "new")
+        inner.mkdir()
+        yield inner / path.name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)

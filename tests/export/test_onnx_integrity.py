@@ -12,7 +12,7 @@ import pytest
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import check_files, read_provenance
 from diffprune_plugin.export import integrity as files
-from diffprune_plugin.utils.files import alone_in
+from diffprune_plugin.utils.files import alone_in, scratch
 
 
 def data_of(path: Path) -> Path:
@@ -199,6 +199,13 @@ def test_one_export_is_put_in_place_at_a_time(tmp_path):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(handle)
+
+
+def test_an_export_into_a_scratch_place_does_not_wait_for_its_own_lock(tmp_path):
+    with scratch(tmp_path / "dense.onnx") as place:
+        handle = os.open(place.parent, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2, 3])
