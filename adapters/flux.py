@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from diffprune_plugin.adapters.depth import Blocks
 from diffprune_plugin.adapters.dit import RESIDUAL
 from diffprune_plugin.adapters.ports import Config, Packing, Port, is_set
-from diffprune_plugin.adapters.rows import Heads, Keep
+from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep
 from diffprune_plugin.adapters.table import ModelAdapter, always
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ FLUX = ModelAdapter(
         Heads(
             "FluxAttention",
             "heads",
-            ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+            JOINT,
             "to_q",
             whole=True,
-            norms=("norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+            norms=JOINT_NORMS,
             widths=("inner_dim",),
         ),
     ),

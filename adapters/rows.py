@@ -31,6 +31,11 @@ class Heads:
     widths: tuple[str, ...] = ()
 
 
+# Joint attention of two streams: the projections of both, and the norms over a head's dimensions.
+JOINT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+JOINT_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The output of ``layer`` in modules of class ``owner`` is cut into ``parts`` whose channels go together.

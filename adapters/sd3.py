@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffprune_plugin.adapters.depth import Blocks, State
 from diffprune_plugin.adapters.dit import RESIDUAL
 from diffprune_plugin.adapters.ports import Port, two_patches
-from diffprune_plugin.adapters.rows import Heads, Keep
+from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep
 from diffprune_plugin.adapters.table import ModelAdapter, always
 
 
@@ -43,11 +43,11 @@ SD3 = ModelAdapter(
         Heads(
             "Attention",
             "heads",
-            ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+            JOINT,
             "to_q",
             "scale",
             whole=True,
-            norms=("norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+            norms=JOINT_NORMS,
             widths=("inner_dim", "inner_kv_dim"),
         ),
     ),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, with_options, without_replay
+from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, spec_of, without_replay
 from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
 
@@ -59,7 +59,7 @@ class BenchOptions:
         Raises BadInput for options without a provider, or that it does not take.
         """
         if self.provider is not None:
-            return with_options(self.provider, self.provider_options, self.cuda_graph, self.nhwc)
+            return spec_of(self.provider, self.provider_options, self.cuda_graph, self.nhwc)
         if self.provider_options or self.cuda_graph or self.nhwc:
             raise BadInput("--provider-option, --cuda-graph and --nhwc are a provider's: give --provider too")
         return None
@@ -71,16 +71,26 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class Options(BenchOptions):
+class FileOptions:
+    """What an ONNX file is made with: what ``to_onnx`` takes."""
+
+    opset: Annotated[int, typer.Option(help="ONNX opset; 20 runs fastest.")] = 20
+    dynamic: Annotated[tuple[str, ...], typer.Option(help="Axes left open: batch,height,width,sequence.")] = ("batch",)
+    dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32"
+    timestep: Annotated[str, typer.Option(help="int64, or float32 to take those between whole ones.")] = "int64"
+
+    def of_file(self) -> dict[str, Any]:
+        """These alone, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(FileOptions)}
+
+
+@dataclass(frozen=True)
+class Options(FileOptions, BenchOptions):
     """How a model is exported and proved."""
 
     baseline: Annotated[
         Path | None, typer.Option(help="Dense model to compare with. Default: the same architecture, random weights.")
     ] = None
-    opset: Annotated[int, typer.Option(help="ONNX opset; 20 runs fastest.")] = 20
-    dynamic: Annotated[tuple[str, ...], typer.Option(help="Axes left open: batch,height,width,sequence.")] = ("batch",)
-    dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32"
-    timestep: Annotated[str, typer.Option(help="int64, or float32 to take those between whole ones.")] = "int64"
     verify: Annotated[bool, typer.Option("--no-verify", help="Leave the numerics unproved; the verdict says so.")] = (
         True
     )

@@ -124,14 +124,7 @@ def export_denoiser(model: Path, folder: Path, options: Options, provider: str, 
     """The denoiser's file, verified as a file of its own is."""
     path = folder / MODEL_FILE
     folder.mkdir()
-    report = to_onnx(
-        model,
-        path,
-        opset=options.opset,
-        dynamic=options.dynamic,
-        dtype=options.dtype,
-        timestep=options.timestep,
-    )
+    report = to_onnx(model, path, **options.of_file())
     facts: Facts = {"export": told(asdict(report), folder)}
     config = json.loads(report.provenance["config"]) | {"_class_name": report.provenance["model_class"]}
     (folder / "config.json").write_text(to_json(config))

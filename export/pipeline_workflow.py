@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffprune_plugin.errors import CheckFailed, DiffPruneError, HardwareUnproved
+from diffprune_plugin.errors import CheckFailed, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, gate
 from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, summary
 from diffprune_plugin.export.integrity import VERDICT
@@ -24,7 +23,7 @@ from diffprune_plugin.export.workflow import (
     command,
     dense_file,
     gated,
-    memory_errors,
+    outcome,
     provider_for,
     time_files,
     told,
@@ -58,19 +57,13 @@ def run_pipeline(
     verdict.content["command"] = command(model, output, options)
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
-        with memory_errors():
+        with outcome(verdict.content, [model, output, options.baseline]):
             with new_directory(output, options.overwrite, KIND) as place:
                 build(verdict, model, place, options, say)
                 time_both(verdict, model, place, options, say, show)
                 write_card(place, model, proofs={"the export": verdict_lines(held(verdict))})
             if verdict.latency:
                 gate(verdict.latency, options.max_latency_ms, options.min_speedup)
-        verdict.content["passed"] = True
-        del verdict.content["failure"]
-    except DiffPruneError as error:
-        paths = [path for path in (model, output, options.baseline) if path]
-        verdict.content["failure"] = functools.reduce(lambda text, p: text.replace(str(p), told(p)), paths, str(error))
-        raise
     finally:
         write_json(path, verdict.content)
     return verdict

@@ -174,7 +174,7 @@ def options_of(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def with_options(name: str, words: Iterable[str] = (), cuda_graph: bool = False, nhwc: bool = False) -> str:
+def spec_of(name: str, words: Iterable[str] = (), cuda_graph: bool = False, nhwc: bool = False) -> str:
     """What `known_provider` reads, for a name and its options; raises BadInput for options that it has not."""
     row, words = known_provider(name), list(words)
     for asked, flag, option in ((cuda_graph, "--cuda-graph", row.graph_option), (nhwc, "--nhwc", row.nhwc_option)):
@@ -193,7 +193,7 @@ def without_replay(spec: str) -> str:
     kept = [
         word for word in filter(None, rest.split(",")) if word.partition("=")[0] != known_provider(name).graph_option
     ]
-    return with_options(name, kept)
+    return spec_of(name, kept)
 
 
 def check_dtype(provider: str, dtype: str) -> None:

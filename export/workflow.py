@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +23,11 @@ from diffprune_plugin.export.providers import check_distribution, known_provider
 from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.pruning.directory import model_folder
+from diffprune_plugin.utils.command_options import asked_by
 from diffprune_plugin.utils.files import scratch, write_text
 from diffprune_plugin.utils.memory import out_of_memory
 
+PLACES = ("overwrite", "verdict", "markdown", "plot")
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
 
 
@@ -67,7 +68,7 @@ def run(
     verdict.content["command"] = command(model, output, options)
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
-        with memory_errors():
+        with outcome(verdict.content, [model, output, options.baseline]):
             if options.verdict:  # of an older file, which this one replaces at some moment
                 path.unlink(missing_ok=True)
             to_file(verdict, model, output, options, say)
@@ -77,12 +78,6 @@ def run(
             if verdict.latency:
                 show(verdict.latency)
                 gate(verdict.latency, options.max_latency_ms, options.min_speedup)
-        verdict.content["passed"] = True
-        del verdict.content["failure"]
-    except DiffPruneError as error:
-        paths = [path for path in (model, output, options.baseline) if path]
-        verdict.content["failure"] = functools.reduce(lambda text, p: text.replace(str(p), told(p)), paths, str(error))
-        raise
     finally:
         if "export" in verdict.content:
             write_verdict(path, output, verdict.content)
@@ -90,17 +85,33 @@ def run(
 
 
 def command(model: Path, output: Path, options: Options) -> str:
-    """The command of an export, with what differs from its defaults."""
-    words, bare = ["diffprune-export", told(output), "--model", told(model)], Options()
-    named = {"batches": "batch"} | {name: name for name in ("baseline", "dynamic", "dtype", "timestep", "opset")}
-    named |= {name: name for name in ("threads", "rounds", "steps", "provider")}
-    for field, name in named.items():
-        value = getattr(options, field)
-        if value != getattr(bare, field):
-            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words += [f"--{name}", told(value) if isinstance(value, Path) else str(value)]
-    words += ([] if options.verify else ["--no-verify"]) + ([] if options.latency else ["--no-bench"])
+    """The command of an export, with what differs from its defaults but for where results go."""
+    words = ["diffprune-export", told(output), "--model", told(model)]
+    for option in asked_by(Options):
+        value = getattr(options, option.field.name)
+        if value != option.default and option.field.name not in PLACES:
+            words.append(option.flag)
+            if isinstance(value, tuple):
+                words.append(",".join(map(str, value)))
+            elif not isinstance(value, bool):
+                words.append(told(value) if isinstance(value, Path) else str(value))
     return shlex.join(words)
+
+
+@contextlib.contextmanager
+def outcome(content: dict[str, Any], paths: list[Path | None]) -> Iterator[None]:
+    """Write into a verdict that all of it passed, or the failure, without where these paths lie on this machine."""
+    try:
+        with memory_errors():
+            yield
+        content["passed"] = True
+        del content["failure"]
+    except DiffPruneError as error:
+        text = str(error)
+        for path in filter(None, paths):
+            text = text.replace(str(path), told(path))
+        content["failure"] = text
+        raise
 
 
 def told(path: Path) -> str:
@@ -149,11 +160,8 @@ def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: 
     report = to_onnx(
         model,
         output,
-        opset=options.opset,
-        dynamic=options.dynamic,
-        dtype=options.dtype,
-        timestep=options.timestep,
         overwrite=options.overwrite,
+        **options.of_file(),
     )
     verdict.content["export"] = asdict(report) | {"path": told(report.path)}
     size = sum(file["bytes"] for file in report.files.values())
@@ -291,14 +299,7 @@ def dense_file(model: Path, output: Path, options: Options) -> Iterator[Path | N
         return
     # Beside the file: what a killed run leaves there, the next one removes.
     with scratch(output.with_name(f"{output.stem}-dense.onnx")) as path:
-        to_onnx(
-            dense,
-            path,
-            opset=options.opset,
-            dynamic=options.dynamic,
-            dtype=options.dtype,
-            timestep=options.timestep,
-        )
+        to_onnx(dense, path, **options.of_file())
         yield path
 
 

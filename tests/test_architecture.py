@@ -71,7 +71,6 @@ WORDS = {
     "export/ort_pipeline.py": {"sample"},
     "export/ort_unet.py": {"sample", "timestep"},
     "export/pipeline.py": {"timestep"},
-    "export/workflow.py": {"timestep"},  # an option
 }
 
 

@@ -45,7 +45,7 @@ from diffprune_plugin.export.proofs import (
     replay_proof,
     session_proof,
 )
-from diffprune_plugin.export.providers import known_provider, with_options
+from diffprune_plugin.export.providers import known_provider, spec_of
 from size import scale
 
 BENCH = Path(__file__).parents[1] / "bench.py"
@@ -188,7 +188,7 @@ def combinations(provider: str) -> list[str]:
         for n in (False, True)
         if (row.graph_option or not g) and (row.nhwc_option or not n)
     ]
-    return [with_options(provider, cuda_graph=graph, nhwc=nhwc) for graph, nhwc in wanted]
+    return [spec_of(provider, cuda_graph=graph, nhwc=nhwc) for graph, nhwc in wanted]
 
 
 def timed_models(place: Place, dense: Any, pruned: Any, dtype: str) -> Row:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from diffprune_plugin.utils.html_report import write_report
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from diffprune_plugin.config.pruning import PruningConfig
     from diffprune_plugin.recovery.compensate import CompensationReport
     from diffprune_plugin.sensitivity.frontier import Frontier
@@ -43,15 +45,16 @@ def repairs(report: CompensationReport) -> str:
     return "\n".join(f"| {', '.join(one.layers)} | {one.before:.4f} | {one.after:.4f} |" for one in report.repairs)
 
 
+def markdown_of(table: Table) -> str:
+    """A terminal's table as a Markdown table."""
+    columns = [[str(column.header), "---", *map(str, column.cells)] for column in table.columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+
+
 def write_frontier(path: Path, found: Frontier) -> None:
     """The picture and the table of what every budget would cost, to a file."""
-    rows = [
-        f"| {point.asked:g} | {point.allocation} | {point.macs:.1%} | {point.params:.1%} | {point.predicted:.2%} | "
-        f"{'' if point.measured is None else f'{point.measured:.2%}'} |"
-        for point in found.points
-    ]
-    head = f"| {found.target} | allocation | MACs | params | predicted error | measured |\n|---|---|---|---|---|---|\n"
+    table = found.table() if found.dense_ms is None else found.timed_table()
     with tempfile.TemporaryDirectory() as folder:
         found.plot(Path(folder) / "frontier.png")
-        parts = ["# What every budget would cost", "![error against size](frontier.png)", head + "\n".join(rows)]
+        parts = ["# What every budget would cost", "![error against size](frontier.png)", markdown_of(table)]
         write_report(path, "What every budget would cost", "\n\n".join(parts), Path(folder))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
 import numpy as np
 import pytest
+import typer
 
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.export import proofs
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
-from diffprune_plugin.export.options import BenchOptions
+from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.proofs import Bound, prove, replay_proof
 from diffprune_plugin.export.providers import (
     PROVIDERS,
     known_provider,
     open_session,
     provider_options,
-    with_options,
+    spec_of,
     without_replay,
 )
+from diffprune_plugin.export.workflow import command
+from diffprune_plugin.utils.command_options import with_options
 
 
 def test_options_are_passed_through_beside_the_providers_own() -> None:
@@ -61,11 +69,11 @@ def test_what_a_provider_does_not_take_is_refused_by_name(options: dict, told: s
 
 
 def test_a_graph_is_captured_for_the_timing_alone() -> None:
-    spec = with_options("cuda", ["prefer_nhwc=1"], cuda_graph=True)
+    spec = spec_of("cuda", ["prefer_nhwc=1"], cuda_graph=True)
     assert known_provider(spec).replays
     assert without_replay(spec) == "cuda:prefer_nhwc=1"
     assert not known_provider(without_replay(spec)).replays
-    assert known_provider(with_options("tensorrt", cuda_graph=True)).replays
+    assert known_provider(spec_of("tensorrt", cuda_graph=True)).replays
 
 
 @pytest.fixture
@@ -103,3 +111,28 @@ def test_a_stale_replay_is_refused_before_anything_is_timed(models, monkeypatch:
     monkeypatch.setattr(proofs, "Bound", lambda *given: next(made)(*given))
     with pytest.raises(HardwareUnproved, match="binding: a replay answers other inputs with old values"):
         prove(models.pruned_onnx, "cpu", feeds, dims)
+
+
+def test_the_command_in_a_verdict_gives_the_same_export_again() -> None:
+    options = Options(
+        provider="cuda",
+        provider_options=("cudnn_conv_algo_search=HEURISTIC", "fuse_conv_bias=1"),
+        cuda_graph=True,
+        nhwc=True,
+        batches=(1, 4),
+        dtype="fp16",
+        min_speedup=1.5,
+        verify=False,
+        plot=Path("latency.png"),
+    )
+    told = shlex.split(command(Path("pruned"), Path("m.onnx"), options))
+    seen: dict = {}
+
+    @with_options(Options)
+    def export(output: Annotated[str, typer.Argument()], options: Options, model: str = "") -> None:
+        seen.update(output=output, model=model, options=options)
+
+    app = typer.Typer()
+    app.command()(export)
+    app(told[1:], standalone_mode=False)
+    assert seen == {"output": "m.onnx", "model": "pruned", "options": replace(options, plot=None)}

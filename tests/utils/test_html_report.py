@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffprune_plugin.cli.reports import write_frontier
 from diffprune_plugin.errors import BadInput, MissingExtra
+from diffprune_plugin.sensitivity.frontier import Frontier, Point
 from diffprune_plugin.utils import html_report
 from diffprune_plugin.utils.html_report import check_report, html_page, write_report
 
@@ -90,3 +92,15 @@ def test_a_pruning_is_told_in_one_file(run, config_file: Path, tmp_path: Path, w
     assert "conv_in" in page
     assert str(tmp_path) not in page.replace(f"{tmp_path}/dense", "")
     assert run("prune", config_file, *fast, *words, "--report", report)[0] == 2
+
+
+@pytest.mark.parametrize(("dense_ms", "told"), [(None, "uniform"), (12.5, "ms")])
+def test_a_frontier_says_in_its_report_what_it_says_on_the_terminal(
+    tmp_path: Path, dense_ms: float | None, told: str
+) -> None:
+    point = Point("linear", 0.5, 0.5, 0.4, 0.01, None, latency=0.6, latency_measured=None)
+    found = Frontier("macs_target", (point,), (), dense_ms)
+    write_frontier(tmp_path / "f.html", found)
+    page = (tmp_path / "f.html").read_text()
+    assert f"<th>{told}</th>" in page
+    assert ("<td>7.5</td>" in page) == (dense_ms is not None)
