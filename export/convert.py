@@ -15,10 +15,12 @@ from torch import nn
 
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.export.graphs import exported, versions, written
 from diffprune_plugin.export.integrity import Files, check_output
 from diffprune_plugin.export.patches import exportable
+from diffprune_plugin.export.scheduler import scheduler_of
 from diffprune_plugin.export.timestep import AXIS, check_kind, loosen_
 from diffprune_plugin.graph.costs import meta_copy, total_macs
 from diffprune_plugin.planning.plan import architecture_hash
@@ -84,6 +86,8 @@ def to_onnx(
     adapter = adapter or find_adapter(live)
     check_dynamic(live, adapter, dynamic)
     check_kind(timestep, live, adapter)
+    if (scheduler := scheduler_of(model)) is not None:
+        check_time_table(live, adapter, scheduler)
     multiples = allowed_multiples(live, adapter, dynamic)
     size = irregular_size(live, adapter, multiples)
     program = traced(live, adapter, opset, tuple(dynamic), size, timestep)
@@ -199,7 +203,7 @@ def traced(
 def provenance(model: Any, adapter: ModelAdapter, options: dict[str, Any]) -> dict[str, Any]:
     """Everything that the file says about where it came from; MACs for one sample of the config's size."""
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
-    steps = adapter.timesteps(config_of(model))
+    steps = adapter.tried_timesteps(config_of(model))
     facts: dict[str, Any] = {
         "format": "1",
         "model_class": adapter.model_class,

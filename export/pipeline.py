@@ -20,7 +20,8 @@ from diffprune_plugin.export.convert import DTYPES, IMAGE, model_in, to_onnx
 from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import read_provenance
 from diffprune_plugin.export.options import Options
-from diffprune_plugin.export.verify import pipeline_scheduler, summary, verify_onnx
+from diffprune_plugin.export.scheduler import pipeline_scheduler
+from diffprune_plugin.export.verify import summary, verify_onnx
 from diffprune_plugin.export.verify_parts import verify_part
 from diffprune_plugin.plugins import adapters, components, find_adapter, plugin_manager
 from diffprune_plugin.pruning.building import foreign_errors

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.errors import CheckFailed, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, gate
 from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, summary
@@ -29,6 +30,7 @@ from diffprune_plugin.export.workflow import (
     told,
     write_json,
 )
+from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import verdict_lines, write_card
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.utils.files import check_absent, check_apart, new_directory, write_list
@@ -90,6 +92,8 @@ def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say
 def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], str]:
     """PyTorch's images by batch size; none and why, for a pipeline that is not drawn from."""
     pipeline = load_pipeline(model)
+    denoiser = denoiser_of(pipeline)[1]
+    check_time_table(denoiser, find_adapter(denoiser), pipeline.scheduler)
     if why := not_drawn(pipeline):
         return {}, why
     batches = options.drawn if "batch" in options.dynamic else (1,)

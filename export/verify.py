@@ -14,12 +14,11 @@ from torch import nn
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.diffusion.inputs import check_time_table
-from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
-from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import IMAGE, model_in, odd_multiple
 from diffprune_plugin.export.feeds import input_shapes, input_types, multiples
 from diffprune_plugin.export.integrity import Files, check_files, read_manifest, reject
 from diffprune_plugin.export.ort_session import OrtSession, RunFailed
+from diffprune_plugin.export.scheduler import ddim_of
 from diffprune_plugin.plugins import find_adapter
 
 BATCHES = (1, 2, 3, 5)
@@ -159,7 +158,7 @@ class Subject:
 
     def taken(self, timestep: int) -> int:
         """The timestep, or the nearest that the model takes."""
-        steps = self.adapter.timesteps(config_of(self.model))
+        steps = self.adapter.tried_timesteps(config_of(self.model))
         return max(steps[0], min(timestep, steps[-1]))
 
     def denoise(self, inputs: Inputs) -> torch.Tensor:
@@ -271,21 +270,6 @@ def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> 
         yield Case(f"output depends on {name}", 0.0 if depends else meant, 0.0, depends)
 
 
-def ddim_of(scheduler: Any, steps: int) -> Any:
-    """DDIM with a scheduler's settings, set to so many steps; raises BadInput if it has not as many."""
-    from diffusers import DDIMScheduler
-
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    try:
-        ddim.set_timesteps(steps)
-    except ValueError as error:
-        raise BadInput(f"--steps {steps}: {first_line(error)}") from None
-    first, total = int(ddim.timesteps.max()), ddim.config.num_train_timesteps
-    if first >= total:
-        raise BadInput(f"--steps {steps}: they would begin at timestep {first} of {total}; take fewer")
-    return ddim
-
-
 def sample(result: Verification, session: OrtDenoiser, subject: Subject, ddim: Any) -> None:
     """DDIM from the same noise: a case for each prediction on PyTorch's trajectory, and the error of a free run.
 
@@ -322,26 +306,3 @@ def summary(result: Verification) -> str:
         f"{worst.name}: error {worst.absolute:.1e} ({worst.relative:.1e} relative), allowed "
         f"{result.tolerance.absolute:.0e} + {result.tolerance.relative:.0e} relative"
     )
-
-
-def pipeline_scheduler(directory: str | Path) -> Any:
-    """The scheduler of a pipeline directory in DDIM's terms, or None where there is none that DDIM can follow.
-
-    Raises BadInput for a damaged one.
-    """
-    from diffusers import DDIMScheduler
-
-    folder = Path(directory) / "scheduler"
-    if not (folder / "scheduler_config.json").is_file():
-        return None
-    try:
-        config = DDIMScheduler.load_config(str(folder))
-    except OSError as error:
-        raise BadInput(f"{folder}: damaged scheduler_config.json: {first_line(error)}; restore it") from None
-    known = config.get("prediction_type", "epsilon") in PREDICTION_TYPES
-    if not known or not {"beta_start", "beta_end", "beta_schedule", "num_train_timesteps"} <= set(config):
-        return None
-    try:
-        return DDIMScheduler.from_config(config)
-    except NotImplementedError:  # a schedule of betas that DDIM does not know
-        return None

@@ -20,7 +20,8 @@ from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.promise import promise_line, promised
 from diffprune_plugin.export.proofs import best_provider, check_device, prove
 from diffprune_plugin.export.providers import check_distribution, known_provider, without_replay
-from diffprune_plugin.export.verify import ddim_of, pipeline_scheduler, summary, verify_onnx
+from diffprune_plugin.export.scheduler import ddim_of, pipeline_scheduler
+from diffprune_plugin.export.verify import summary, verify_onnx
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.pruning.directory import model_folder
 from diffprune_plugin.utils.command_options import asked_by

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from onnx import helper, numpy_helper
 from tiny import make_unet
 from tiny_conditional import SD, SDXL
@@ -20,8 +20,12 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export import ORTUNet, convert, read_provenance, to_onnx, verify_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import read_manifest
+from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_session import RunFailed
-from diffprune_plugin.export.verify import OrtDenoiser, Tolerance, judged, pipeline_scheduler, summary
+from diffprune_plugin.export.pipeline_workflow import run_pipeline
+from diffprune_plugin.export.scheduler import pipeline_scheduler
+from diffprune_plugin.export.verify import OrtDenoiser, Tolerance, judged, summary
+from diffprune_plugin.export.workflow import run
 from diffprune_plugin.plugins import find_adapter
 
 
@@ -60,6 +64,35 @@ def test_a_learned_time_embedding_is_fed_the_timesteps_that_it_has_rows_for(tmp_
     with pytest.raises(BadInput, match="its timesteps go from 0 to 999, this UNet2DModel has learned those to 6"):
         verify_onnx(tmp_path / "m.onnx", unet, scheduler=DDIMScheduler(), steps=2)
     assert (tmp_path / "m.onnx").exists(), "nothing is wrong with the file"
+
+
+@pytest.mark.parametrize(("rows", "total"), [(20, 30), (1000, 1001)])
+def test_a_scheduler_longer_than_a_learned_time_table_is_refused_before_an_export_verified_or_not(
+    rows: int, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many rows as schedulers have by default too; a time embedding that is computed has no end."""
+
+    def reached(*_: object) -> None:
+        raise InterruptedError("traced")
+
+    monkeypatch.setattr(convert, "traced", reached)
+    for kind in ("learned", "positional"):
+        unet = make_unet(time_embedding_type=kind, num_train_timesteps=rows)
+        DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=total)).save_pretrained(tmp_path / kind)
+    said = f"timesteps go from 0 to {total - 1}, this UNet2DModel has learned those to {rows - 1};"
+    learned = tmp_path / "learned"
+    for export in (
+        lambda: to_onnx(learned, tmp_path / "m.onnx"),
+        lambda: to_onnx(DDIMPipeline.from_pretrained(learned), tmp_path / "m.onnx"),
+        lambda: run(learned, tmp_path / "m.onnx", Options(verify=False, latency=False)),
+        lambda: run_pipeline(learned, tmp_path / "m", Options(latency=False)),
+        lambda: run_pipeline(learned, tmp_path / "m", Options(verify=False, latency=False)),
+    ):
+        with pytest.raises(BadInput, match=said):
+            export()
+    assert {path.name for path in tmp_path.iterdir()} <= {"learned", "positional", "m.verdict.json"}
+    with pytest.raises(InterruptedError, match="traced"):
+        to_onnx(tmp_path / "positional", tmp_path / "m.onnx")
 
 
 @pytest.mark.slow
