@@ -20,7 +20,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of a pool too
 
 from quality import allocation, calibration, compensate, criteria, recover, reference, regressions
-from size import export_sd15, gpu, latency, pipeline_sd15, scale
+from size import export_sd15, gpu, latency, pipeline_sd15, scale, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Quick = Annotated[bool, typer.Option("--quick", help="fewer seeds, steps and images")]
@@ -40,6 +40,7 @@ for module in (
     export_sd15,
     pipeline_sd15,
     gpu,
+    widths,
 ):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"), help=(module.__doc__ or "").split("\n\n")[0])(
         module.main

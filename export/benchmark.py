@@ -16,10 +16,10 @@ import numpy as np
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.export.kernels import Waste, wasteful_layers
 from diffprune_plugin.export.memory import peak_memory
 from diffprune_plugin.export.proofs import Placement, best_provider, prove
 from diffprune_plugin.export.providers import check_dtype, known_provider
+from diffprune_plugin.export.widths import Waste, wasteful_layers
 
 DENSE, PRUNED, AGAIN = "dense", "pruned", "again"
 EAGER = "PyTorch eager"

@@ -1,19 +1,19 @@
-"""What can be said of a GPU without one: which nodes have no CUDA kernel, which widths waste the hardware."""
+"""What can be said of a GPU without one: which nodes have no CUDA kernel."""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.feeds import fixed_dims
-from diffprune_plugin.export.integrity import check_files, parse
-from diffprune_plugin.export.providers import PROVIDERS, known_provider
+from diffprune_plugin.export.integrity import check_files
+from diffprune_plugin.export.providers import PROVIDERS
 from diffprune_plugin.utils.optional import need
 
 TABLES = {name: provider.kernels for name, provider in PROVIDERS.items() if provider.kernels}
@@ -89,41 +89,3 @@ def frozen(path: Path, dims: Mapping[str, int]) -> Any:
             output.shape = None
     optimizer.optimize_ir(model, onnx_shape_inference=True)
     return model
-
-
-@dataclass(frozen=True)
-class Waste:
-    """A layer with a width that the hardware pads: channels out, the multiple that fits, what round_to would leave."""
-
-    layer: str
-    width: int
-    multiple: int
-    rounded: int
-
-
-def wasteful_layers(path: str | Path, provider: str, dtype: str) -> list[Waste]:
-    """The convolutions and linear layers whose output channels are no multiple of what fits provider and dtype.
-
-    Layers as narrow as the image's channels are left out: nothing can be done about them.
-    """
-    multiple = known_provider(provider).widths.get(dtype)
-    if multiple is None:
-        return []
-    return [
-        Waste(layer, width, multiple, -(-width // multiple) * multiple)
-        for layer, width in layer_widths(parse(Path(path)).graph)
-        if width % multiple and width >= multiple
-    ]
-
-
-def layer_widths(graph: Any) -> Iterator[tuple[str, int]]:
-    """(name, output channels) of each layer, by its weight; the exporter renames those that it transposes."""
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    bias = {i: j for node in graph.node if node.op_type == "Add" for i, j in (node.input, node.input[::-1])}
-    for node in graph.node:
-        weight = node.input[1] if len(node.input) > 1 else ""
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or weight not in shapes:
-            continue
-        name = weight if "." in weight else bias.get(node.output[0], node.name)
-        across = node.op_type == "MatMul"
-        yield name.partition(".")[2].rsplit(".", 1)[0], shapes[weight][1 if across else 0]

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from diffprune_plugin.export.benchmark import AGAIN, DENSE, EAGER, NOISE, Latency, Ratio, Row
+from diffprune_plugin.export.widths import Waste
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need
 
@@ -107,16 +108,21 @@ def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def lint(result: Latency, shown: int = 5) -> list[str]:
-    """The layers with widths that waste the hardware, and what round_to would leave."""
-    if not result.waste:
-        return []
-    named = "; ".join(f"{w.layer} has {w.width}, round_to would leave {w.rounded}" for w in result.waste[:shown])
-    more = f"; and {len(result.waste) - shown} more" if len(result.waste) > shown else ""
-    return [
-        f"{len(result.waste)} layers have widths that are no multiple of {result.waste[0].multiple}, "
-        f"which {result.provider} pads or runs slower ({result.dtype}): {named}{more}"
-    ]
+def lint(result: Latency) -> list[str]:
+    """A line for each kernel that widths do not suit: the first of them, and what round_to would leave."""
+    found: dict[tuple[str, str], list[Waste]] = {}
+    for waste in result.waste:
+        found.setdefault((waste.kernel, waste.of), []).append(waste)
+    return [lint_line(kernel, of, wastes, result) for (kernel, of), wastes in found.items()]
+
+
+def lint_line(kernel: str, of: str, wastes: Sequence[Waste], result: Latency, shown: int = 5) -> str:
+    listed = (f"{w.layer} has {w.width}, " + (f"round_to would leave {w.rounded}" if w.rounded else "") for w in wastes)
+    named = "; ".join(each.removesuffix(", ") for each in list(listed)[:shown])
+    more = f"; and {len(wastes) - shown} more" if len(wastes) > shown else ""
+    what = f"{len(wastes)} layers have widths that are no multiple of {wastes[0].multiple}, which {result.provider} pads"
+    told = f"{what} or runs slower" if of == "layer" else f"{len(wastes)} widths of a {of} that {kernel} does not take"
+    return f"{told} ({result.dtype}): {named}{more}"
 
 
 def plot(result: Latency, path: str | Path) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from diffprune_plugin.config.base import PathText
+from diffprune_plugin.planning.widths import runtime_name
 from diffprune_plugin.utils.checked import Checked
 
 
@@ -17,8 +18,18 @@ class LatencyConfig(Checked):
     dtype: Literal["fp32", "fp16"] = Field(default="fp32", description="Of the ONNX file.")
     batch: int = Field(default=1, ge=1, le=4096, description="Samples a call.")
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads; spinning is off.")
+    fuse: bool = Field(
+        default=False,
+        description="The file will be fused for CUDA (`diffprune-export --fuse`): round_to: auto then keeps those "
+        "kernels too.",
+    )
     table: PathText | None = Field(
         default=None,
         description="JSON file of the measured pieces: those of the same provider, versions and device are read, new "
         "ones added, so that another budget measures little.",
     )
+
+    @property
+    def runtime(self) -> str:
+        """The row of the table of kernels; raises BadInput where there is none."""
+        return runtime_name(self.provider, self.dtype, self.fuse)

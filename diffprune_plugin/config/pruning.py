@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from diffprune_plugin.config.base import PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import Patterns, PlanOptions
+from diffprune_plugin.planning.widths import AUTO
 from diffprune_plugin.utils.checked import Checked, Seed
 
 Depth = Annotated[Patterns, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
@@ -98,6 +99,19 @@ class PruningConfig(PlanOptions, Subject):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="Of the weights while calibrating and saving."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        """``round_to: auto`` as the runtime that it stands for."""
+        latency = values.get("latency", {})
+        if values.get("round_to") != AUTO or not isinstance(latency, (Mapping, LatencyConfig)):
+            return values
+        try:
+            runtime = LatencyConfig.make(dict(latency), "latency").runtime
+        except BadInput as error:
+            raise ValueError(f"round_to: auto: {error}") from None
+        return {**values, "round_to": runtime}
 
     @field_validator("latency", mode="before")
     @classmethod

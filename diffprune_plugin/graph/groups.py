@@ -62,6 +62,11 @@ class CoupledGroup:
         return (self.pairs, self.parts, *kinds)
 
     @property
+    def normed(self) -> bool:
+        """Whether group norms are among its layers, whose groups ``parts`` then counts; otherwise it counts heads."""
+        return any(isinstance(item.dep.target.module, nn.GroupNorm) for item in self.graph_group.items)
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers whose output channels are coupled, the root first."""
         return tuple(dict.fromkeys(m.layer for m in self.members if m.side == "out"))

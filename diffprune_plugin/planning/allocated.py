@@ -22,6 +22,7 @@ from diffprune_plugin.planning.channels import (
 )
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import LATENCY, TARGETS, Allocation, GroupPlan
+from diffprune_plugin.planning.widths import fit_of
 
 WIDTHS = 64  # of one group at most
 TIMED_WIDTHS = 10  # where a latency is asked for
@@ -131,9 +132,9 @@ def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPla
         chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in range(int(most * item.group.parts) + 1)]
         plans = [plan_heads(item, each, options) for each in chosen]
     else:
-        step = plan_group(item, 0, options).step
-        counts = range(0, int(most * item.group.units) + 1, step)
-        every, widest = step, TIMED_WIDTHS if options.timed else WIDTHS
+        fit = fit_of(item.group, options.round_to)
+        counts = fit.counts(item.group.units, int(most * item.group.units))
+        every, widest = fit.step, TIMED_WIDTHS if options.timed else WIDTHS
         while len(counts) > widest:
             every *= 2
             counts = range(item.group.units % every, counts[-1] + 1, every)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from diffprune_plugin.graph.groups import CoupledGroup
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import GroupPlan
 from diffprune_plugin.planning.scores import Scores
+from diffprune_plugin.planning.widths import fit_of, layer_multiple
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ def asked_of(units: int, ratio: float, options: PlanOptions) -> int:
 
 def plan_group(item: AskedGroup, requested: int, options: PlanOptions) -> GroupPlan:
     """Choose the units that go: in each part those with the lowest scores."""
-    group, multiple = item.group, options.round_to or 1
-    step = math.lcm(group.parts, multiple)
+    group, fit = item.group, fit_of(item.group, options.round_to)
     if item.request.stays:
-        return group_plan(group, group.parts, step, 0, [], item.request.stays)
+        return group_plan(group, group.parts, fit.step, 0, [], item.request.stays)
     allowed = min(requested, int(item.dense * options.max_pruning_ratio))
-    kept = min(max(math.ceil((item.dense - allowed) / step), 1) * step, group.units)
+    kept = fit.at_least(item.dense - allowed, group.units)
+    step = fit.below(kept)
     size = group.units // group.parts
     order = np.argsort(item.scores.reshape(group.parts, size), axis=1, kind="stable")
     lowest = order[:, : (group.units - kept) // group.parts] + np.arange(group.parts)[:, None] * size
     removed = sorted(lowest.ravel().tolist())
     limits = [f"max_pruning_ratio {options.max_pruning_ratio}"] if allowed < requested else []
-    reason = why_fewer(requested - (item.dense - kept), group, multiple, step, limits)
+    reason = why_fewer(requested - (item.dense - kept), group, fit.why, step, limits)
     return group_plan(group, group.parts, step, requested, removed, reason)
 
 
@@ -161,13 +161,13 @@ def head_limits(
     groups: Sequence[AskedGroup], heads: int, gone: int, options: PlanOptions
 ) -> dict[str, Callable[[int], bool]]:
     """What has to hold where so many of the heads that are left go, by its words."""
-    sizes, multiple = {item.group.units // heads for item in groups}, options.round_to or 1
+    sizes, multiple = {item.group.units // heads for item in groups}, layer_multiple(options.round_to)
     return {
         f"max_pruning_ratio {options.max_pruning_ratio}": lambda n: (
             gone + n <= int((heads + gone) * options.max_pruning_ratio)
         ),
         "one head has to stay": lambda n: n < heads,
-        f"round_to {multiple}": lambda n: all((heads - n) * size % multiple == 0 for size in sizes),
+        f"round_to {options.round_to}": lambda n: all((heads - n) * size % multiple == 0 for size in sizes),
     }
 
 
@@ -198,12 +198,12 @@ def group_plan(
     )
 
 
-def why_fewer(missing: int, group: CoupledGroup, round_to: int, step: int, limits: list[str]) -> str:
+def why_fewer(missing: int, group: CoupledGroup, fit: str, step: int, limits: list[str]) -> str:
     """In words, the constraint that kept a group from losing what was asked; empty if nothing is missing."""
     if missing <= 0:
         return ""
     limits = limits + ([f"{group.parts} norm groups or heads lose equally many"] if group.parts > 1 else [])
-    limits += [f"round_to {round_to}"] if round_to > 1 else []
+    limits += [fit] if fit else []
     return f"{' and '.join(limits) or 'one channel has to stay'}: {step} at a time"
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticKnownError
 from typing_extensions import Self
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import TARGETS
+from diffprune_plugin.planning.widths import AUTO, RUNTIMES
 from diffprune_plugin.utils.checked import Checked
 
 DEFAULT_RATIO = 0.3
@@ -18,6 +20,24 @@ PATTERNS = ("pruning_ratio_dict", "ignored_layers", "target_layers")  # options 
 LATENCIES = {"latency_target", "max_latency_ms"}
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+WIDEST = 65536
+
+
+def multiple_or_runtime(value: Any) -> Any:
+    """A multiple in [1, 65536], or a runtime of the table of kernels."""
+    if isinstance(value, str):
+        told = "auto is for a config, whose latency names the runtime; here name it" if value == AUTO else ""
+        if told or value not in RUNTIMES:
+            raise ValueError(f"{told or 'no multiple, and no runtime'}: one of {', '.join(RUNTIMES)}")
+    elif value is not None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise PydanticKnownError("int_type")
+        if not 1 <= value <= WIDEST:
+            raise PydanticKnownError("greater_than_equal", {"ge": 1})
+    return value
+
+
+RoundTo = Annotated[int | str | None, BeforeValidator(multiple_or_runtime)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 Ratios = Annotated[
     dict[str, Ratio], BeforeValidator(lambda value: dict(value) if isinstance(value, Mapping) else value)
@@ -82,12 +102,12 @@ class PlanOptions(Checked):
     isomorphic: bool = Field(
         default=False, description="Rank only groups of the same structure together; needs global_pruning."
     )
-    round_to: int | None = Field(
+    round_to: RoundTo = Field(
         default=None,
-        ge=1,
-        le=65536,
-        description="What is kept of a group is a multiple of it; never removes more than asked. By default what the "
-        "criterion asks for, else 1.",
+        json_schema_extra={"minimum": 1, "maximum": WIDEST},
+        description="What is kept of a group is a multiple of it; never removes more than asked. Or a runtime, "
+        "cuda-fp16 say, whose kernels each group's width is to keep; in a config auto stands for that of latency. By "
+        "default what the criterion asks for, else 1.",
     )
     halves: Literal["together", "apart"] | None = Field(
         default=None,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import onnx
 import onnx_ir
 import pytest
 
@@ -8,9 +7,7 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.kernels import (
     kernel,
     kernel_table,
-    layer_widths,
     missing_kernel,
-    wasteful_layers,
     without_kernel,
 )
 
@@ -55,16 +52,3 @@ def test_the_rows_of_the_table_read_as_ranges():
 def test_there_is_a_table_for_cuda_only(models):
     with pytest.raises(BadInput, match="there is a kernel table for cuda only"):
         without_kernel(models.pruned_onnx, "tensorrt")
-
-
-def test_a_width_of_24_wastes_a_cpu_in_fp32_and_not_tensor_cores(models):
-    waste = {w.layer: (w.width, w.rounded) for w in wasteful_layers(models.pruned_onnx, "cpu", "fp32")}
-    assert waste["mid_block.resnets.0.conv1"] == (24, 32)
-    assert "conv_out" not in waste
-    assert "mid_block.resnets.0.conv1" not in {w.layer for w in wasteful_layers(models.pruned_onnx, "cuda", "fp16")}
-
-
-def test_layers_that_the_exporter_renamed_keep_their_names(models):
-    widths = dict(layer_widths(onnx.load(models.dense_onnx).graph))
-    assert widths["mid_block.attentions.0.to_q"] == 32
-    assert widths["time_embedding.linear_1"] == 64
