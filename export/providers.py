@@ -29,7 +29,7 @@ class Provider:
     install: what brings it. options: what it is opened with; threads_option: the one for its own threads; takes: those
         that a user may set. graph_option, nhwc_option: those that replay a captured graph, and that lay channels last.
     environment: variables set before it is loaded. preload: modules that bring libraries it needs.
-    dtypes: what it computes in their own type. widths: by dtype, the multiple that fits a layer's channels.
+    dtypes: what it computes in their own type.
     rounds: of a benchmark, at least; warm_up: runs before them, at least. kernels: file with its table of kernels.
     fallback: whether every build has it, and gives it what another provider leaves.
     """
@@ -45,7 +45,6 @@ class Provider:
     environment: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("fp32",)
-    widths: Mapping[str, int] = field(default_factory=dict)
     rounds: int = 30
     warm_up: int = 3
     kernels: str = ""
@@ -80,7 +79,7 @@ GPU_INSTALL = (
     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 )
 # TF32 off, so that a GPU's fp32 is fp32 in the check and in the timing alike; TensorRT has no option for it and reads
-# the variable once, when it is loaded. Tensor cores want channels in eights; a warp has 32 lanes.
+# the variable once, when it is loaded.
 CUDA = Provider(
     ("CUDAExecutionProvider", "CudaPluginExecutionProvider"),
     "cuda",
@@ -104,7 +103,6 @@ CUDA = Provider(
     nhwc_option="prefer_nhwc",
     environment={"NVIDIA_TF32_OVERRIDE": "0"},
     dtypes=("fp32", "fp16"),
-    widths={"fp16": 8, "fp32": 32},
     rounds=100,
     warm_up=10,
     kernels="cuda_kernels.json",
@@ -130,8 +128,7 @@ TENSORRT = replace(
     preload=("tensorrt",),
     kernels="",
 )
-# ONNX Runtime's convolutions on CPU work in blocks of 16 (AVX-512).
-CPU = Provider(("CPUExecutionProvider",), "cpu", "pip install onnxruntime", widths={"fp32": 16}, fallback=True)
+CPU = Provider(("CPUExecutionProvider",), "cpu", "pip install onnxruntime", fallback=True)
 OPENVINO = replace(
     CPU,
     names=("OpenVINOExecutionProvider",),

@@ -120,7 +120,9 @@ def lint_line(kernel: str, of: str, wastes: Sequence[Waste], result: Latency, sh
     listed = (f"{w.layer} has {w.width}, " + (f"round_to would leave {w.rounded}" if w.rounded else "") for w in wastes)
     named = "; ".join(each.removesuffix(", ") for each in list(listed)[:shown])
     more = f"; and {len(wastes) - shown} more" if len(wastes) > shown else ""
-    what = f"{len(wastes)} layers have widths that are no multiple of {wastes[0].multiple}, which {result.provider} pads"
+    what = (
+        f"{len(wastes)} layers have widths that are no multiple of {wastes[0].multiple}, which {result.provider} pads"
+    )
     told = f"{what} or runs slower" if of == "layer" else f"{len(wastes)} widths of a {of} that {kernel} does not take"
     return f"{told} ({result.dtype}): {named}{more}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.export.integrity import parse
-from diffprune_plugin.planning.widths import RUNTIMES, Part
+from diffprune_plugin.planning.widths import RUNTIMES, Part, runtime_name
 from diffprune_plugin.utils.optional import need
 
 LINEAR = ("Conv", "Gemm", "MatMul")
@@ -35,8 +35,7 @@ def wasteful_layers(path: str | Path, provider: str, dtype: str, fused: bool = F
 
     Layers as narrow as the image's channels are left out: nothing can be done about them.
     """
-    name = f"{provider.partition(':')[0]}-{dtype}"
-    rules = RUNTIMES.get(f"{name}-fused" if fused else name, ())
+    rules = RUNTIMES.get(runtime_name(provider, dtype, fused), ())
     found = [
         Waste(layer, width, rule.multiple, rounded, rule.kernel, rule.of)
         for of, layer, width in Widths(parse(Path(path)).graph).found()
@@ -66,7 +65,11 @@ class Widths:
             if node.op_type == "InstanceNormalization":
                 norm = self.next(node.output[0], "Mul")
                 if norm is not None and (weight := self.shapes.get(norm.input[1])):
-                    yield "norm group", f"the norm before {self.behind(norm)}", weight[0] // self.shapes[node.input[1]][0]
+                    yield (
+                        "norm group",
+                        f"the norm before {self.behind(norm)}",
+                        weight[0] // self.shapes[node.input[1]][0],
+                    )
             if node.output[0] not in self.names:
                 continue
             layer, width = self.layer(node), self.shapes[node.input[1]][node.op_type == "MatMul"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from diffprune_plugin.config.base import PathText
-from diffprune_plugin.planning.widths import runtime_name
+from diffprune_plugin.planning.widths import RUNTIMES, runtime_name
 from diffprune_plugin.utils.checked import Checked
 
 
@@ -29,7 +30,13 @@ class LatencyConfig(Checked):
         "ones added, so that another budget measures little.",
     )
 
+    @model_validator(mode="after")
+    def _fuses(self) -> Self:
+        if self.fuse and runtime_name(self.provider, self.dtype, fused=True) not in RUNTIMES:
+            raise ValueError(f"fuse: true is for CUDA's fused operators: provider: cuda, not {self.provider}")
+        return self
+
     @property
     def runtime(self) -> str:
-        """The row of the table of kernels; raises BadInput where there is none."""
+        """The row of the table of kernels, where there is one."""
         return runtime_name(self.provider, self.dtype, self.fuse)

@@ -12,7 +12,7 @@ from diffprune_plugin.config.base import PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import Patterns, PlanOptions
-from diffprune_plugin.planning.widths import AUTO
+from diffprune_plugin.planning.widths import AUTO, rules_of
 from diffprune_plugin.utils.checked import Checked, Seed
 
 Depth = Annotated[Patterns, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
@@ -109,6 +109,7 @@ class PruningConfig(PlanOptions, Subject):
             return values
         try:
             runtime = LatencyConfig.make(dict(latency), "latency").runtime
+            rules_of(runtime)
         except BadInput as error:
             raise ValueError(f"round_to: auto: {error}") from None
         return {**values, "round_to": runtime}

@@ -12,7 +12,6 @@ from torch import nn
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.export.convert import check_options
 from diffprune_plugin.export.proofs import check_device
-from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.latency.costs import latency_costs
 from diffprune_plugin.latency.structures import Structures
 from diffprune_plugin.latency.table import Table
@@ -23,6 +22,7 @@ from diffprune_plugin.planning.allocated import LatencyCosts
 from diffprune_plugin.planning.options import BUDGETS, PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material
+from diffprune_plugin.planning.widths import layer_multiple
 from diffprune_plugin.utils.optional import need
 
 
@@ -84,8 +84,7 @@ def timed_on(
         free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS), "latency_target": 0.5}
         asked = asked.model_copy(update=free)
     structures, table = Structures(model, material, config.batch), table_of(config, file, progress)
-    multiple = known_provider(config.provider).widths.get(config.dtype, 1)
-    costs = latency_costs(structures, asked, table, multiple)
+    costs = latency_costs(structures, asked, table, layer_multiple(config.runtime))
     with whole_files(structures.bare, material.adapter, config) as whole:
         yield Timed(asked, structures, table, costs, whole)
 

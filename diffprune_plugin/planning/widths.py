@@ -7,12 +7,14 @@ and memory-efficient attention take head sizes in eights, and BiasSplitGelu is c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.graph.groups import CoupledGroup
+
+if TYPE_CHECKING:
+    from diffprune_plugin.graph.groups import CoupledGroup
 
 AUTO = "auto"  # in a config: the runtime of its `latency`
 Part = Literal["layer", "norm group", "head", "half"]
@@ -58,16 +60,14 @@ RUNTIMES: dict[str, tuple[Rule, ...]] = {
 
 
 def runtime_name(provider: str, dtype: str, fused: bool = False) -> str:
-    """The row of a provider (its options are no matter) and a dtype; raises BadInput where there is none."""
-    name = f"{provider.partition(':')[0]}-{dtype}" + "-fused" * fused
-    rules_of(name)
-    return name
+    """The key in the table for a provider (its options are no matter) and a dtype, where it has one."""
+    return f"{provider.partition(':')[0]}-{dtype}" + "-fused" * fused
 
 
 def rules_of(runtime: str) -> tuple[Rule, ...]:
     """What the kernels of a runtime ask; raises BadInput for one that is not in the table."""
     if runtime not in RUNTIMES:
-        raise BadInput(f"round_to: {runtime!r}{nearest(runtime, RUNTIMES)}: not one of {', '.join(RUNTIMES)}")
+        raise BadInput(f"{runtime!r}{nearest(runtime, RUNTIMES)}: not one of {', '.join(RUNTIMES)}")
     return RUNTIMES[runtime]
 
 
@@ -96,7 +96,7 @@ class Fit:
         """How far the next narrower width that fits is; all of it where there is none."""
         return width - max((each for each in self.listed if each < width), default=0) if self.listed else self.step
 
-    def counts(self, units: int, most: int) -> Iterable[int]:
+    def counts(self, units: int, most: int) -> Sequence[int]:
         """How many of the units may go for what is left to fit, ``most`` at most."""
         if self.listed:
             return sorted(units - each for each in self.listed if 0 <= units - each <= most)
@@ -109,7 +109,9 @@ def fit_of(group: CoupledGroup, round_to: int | str | None) -> Fit:
         multiple = round_to or 1
         return Fit(math.lcm(group.parts, multiple), why=f"round_to {multiple}" if multiple > 1 else "")
     kinds = kinds_of(group)
-    rules = [rule for rule in rules_of(round_to) if rule.of in kinds and (not rule.listed or group.units in rule.listed)]
+    rules = [
+        rule for rule in rules_of(round_to) if rule.of in kinds and (not rule.listed or group.units in rule.listed)
+    ]
     parts = {"norm group": group.parts, "head": group.parts}
     step = math.lcm(group.parts, *(rule.multiple * parts.get(rule.of, 1) for rule in rules))
     listed = next((rule.listed for rule in rules if rule.listed), ())
@@ -118,7 +120,10 @@ def fit_of(group: CoupledGroup, round_to: int | str | None) -> Fit:
 
 def kinds_of(group: CoupledGroup) -> set[Part]:
     """Which parts the channels of a group fall into."""
-    kinds: set[Part] = {"layer"}
-    if group.normed:
-        return kinds | {"norm group"}
-    return kinds | ({"head"} if group.parts > 1 else set()) | ({"half"} if group.pairs == 2 else set())
+    present: dict[Part, bool] = {
+        "layer": True,
+        "norm group": group.normed,
+        "head": group.parts > 1 and not group.normed,
+        "half": group.pairs == 2 and not group.normed,
+    }
+    return {part for part, there in present.items() if there}
