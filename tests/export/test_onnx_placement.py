@@ -155,7 +155,6 @@ def test_a_provider_is_opened_with_what_its_row_says():
     assert provider_options(known_provider("openvino"), 2) == {"device_type": "CPU", "num_of_threads": "2"}
     assert provider_options(known_provider("cuda"), 2) == {"device_id": "0", "use_tf32": "0"}
     assert [(p.rounds, p.warm_up, p.is_gpu) for p in PROVIDERS.values()] == [(100, 10, True)] * 2 + [(30, 3, False)] * 2
-    assert known_provider("tensorrt").widths == {"fp16": 8, "fp32": 32}
 
 
 def test_what_a_row_needs_is_set_and_loaded_before_the_provider(monkeypatch):
