@@ -26,6 +26,7 @@ from diffprune_plugin import adapters, export, testing  # noqa: E402
 from diffprune_plugin.cli import app  # noqa: E402
 from diffprune_plugin.config.documents import parse_mapping  # noqa: E402
 from diffprune_plugin.config.finetuning import FinetuneConfig  # noqa: E402
+from diffprune_plugin.config.lora import LoraConfig  # noqa: E402
 from diffprune_plugin.config.pruning import PruningConfig  # noqa: E402
 from diffprune_plugin.export.cli import app as export_app  # noqa: E402
 
@@ -166,6 +167,7 @@ def purpose(room: str) -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "pruning keys": lambda: keys_of(PruningConfig),
     "finetune keys": lambda: keys_of(FinetuneConfig),
+    "lora keys": lambda: keys_of(LoraConfig),
     "commands": commands,
     "public names": lambda: names_of("diffprune_plugin", public_names),
     **{name: partial(names_of, f"diffprune_plugin.{name}", module.__all__) for name, module in MODULES.items()},

@@ -62,6 +62,7 @@ def evaluate(
     features: Annotated[
         Path | None, typer.Option(help="Feature network (.onnx), or Inception's weights (.safetensors).")
     ] = None,
+    clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP: how well images fit their prompts.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the result.")] = Path("evaluation"),
     options: Drawing,
     prompts: PromptsFile = None,
@@ -82,6 +83,7 @@ def evaluate(
         against=against,
         reference=reference,
         features=features,
+        clip=clip,
         prompts=prompts,
         resolution=resolution,
         drawing=options,

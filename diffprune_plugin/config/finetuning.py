@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from diffprune_plugin.config.base import PathText
-from diffprune_plugin.utils.checked import Checked, Seed
+from diffprune_plugin.config.lora import LoraConfig
+from diffprune_plugin.utils.checked import Checked, Seed, nested
 
 POLYNOMIAL_END = 1e-7  # the rate that diffusers' polynomial schedule ends at
 LONGEST = 100_000_000  # steps
@@ -94,6 +95,11 @@ class FinetuneConfig(Checked):
         le=1e6,
         description="Weight of the distance to the teacher's features (arXiv 2305.15798); by default 0.",
     )
+    lora: Annotated[LoraConfig | None, BeforeValidator(nested(LoraConfig, "lora"))] = Field(
+        default=None,
+        description="Trains a low-rank adapter (arXiv 2106.09685) in place of the weights, for less memory: a mapping "
+        "of rank (16), alpha (the rank), dropout (0), target_modules (all) and merge (true).",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
         default=None, description="What passes are computed in; by default what accelerate launch was told, else no."
     )
@@ -102,8 +108,10 @@ class FinetuneConfig(Checked):
         default=500, ge=1, le=LONGEST, description="Steps between checkpoints, from which an interrupted run goes on."
     )
     num_workers: int = Field(default=0, ge=0, le=1024, description="Processes that load data.")
-    tracker: Literal["tensorboard", "none"] = Field(
-        default="tensorboard", description="Where the loss curve can be followed, in OUTPUT.logs."
+    tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = Field(
+        default="tensorboard",
+        description="Where the loss curve can be followed; tensorboard's files are in OUTPUT.logs, the others keep "
+        "theirs where their own settings say.",
     )
     seed: Seed = Field(default=0, description="Of all that is drawn at random.")
 

@@ -13,7 +13,7 @@ from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import Patterns, PlanOptions
 from diffprune_plugin.planning.widths import AUTO, rules_of
-from diffprune_plugin.utils.checked import Checked, Seed
+from diffprune_plugin.utils.checked import Checked, Seed, nested
 
 Depth = Annotated[Patterns, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -65,7 +65,7 @@ class PruningConfig(PlanOptions, Subject):
         description="JSON file of the sensitivity that a target is spent by: read if it exists, else written, so that "
         "another budget needs no new pass.",
     )
-    latency: LatencyConfig = Field(
+    latency: Annotated[LatencyConfig, BeforeValidator(nested(LatencyConfig, "latency"))] = Field(
         default=LatencyConfig(),
         description="The runtime that a latency_target or max_latency_ms counts on: a mapping of provider (cpu), dtype "
         "(fp32), batch (1), threads (1) and table, a JSON file of the measured pieces that is read if it exists, else "
@@ -113,16 +113,6 @@ class PruningConfig(PlanOptions, Subject):
         except BadInput as error:
             raise ValueError(f"round_to: auto: {error}") from None
         return {**values, "round_to": runtime}
-
-    @field_validator("latency", mode="before")
-    @classmethod
-    def _latency(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        try:
-            return LatencyConfig.make(value, "latency")
-        except BadInput as error:
-            raise ValueError(str(error)) from None
 
     @field_validator("importance", mode="before")
     @classmethod

@@ -22,10 +22,11 @@ from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.schedulers import check_objective, prediction_type, same_noise, training_scheduler
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.evaluation.clip import Clip, load_clip
 from diffprune_plugin.evaluation.drawing import check_comparably_drawn, completed, drawing_facts
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
 from diffprune_plugin.evaluation.images import pil_images
-from diffprune_plugin.evaluation.prompts import read_prompts
+from diffprune_plugin.evaluation.prompts import read_prompts, takes_prompts
 from diffprune_plugin.evaluation.report import EVALUATION, Evaluation, not_measured
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing
@@ -68,6 +69,7 @@ def run(
     against: Path | None = None,
     reference: Path | None = None,
     features: Path | None = None,
+    clip: Path | None = None,
     prompts: Path | None = None,
     resolution: int | None = None,
     drawing: Drawing | None = None,
@@ -83,6 +85,7 @@ def run(
     check_device(device)
     check_absent(output, overwrite, EVALUATION)
     sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
+    sources["clip"] = clip
     check_apart(output, {key: None if path is None else str(path) for key, path in sources.items()})
     drawing = drawing or Drawing()
     if prompts is not None:
@@ -92,6 +95,7 @@ def run(
         against=None if against is None else load_pipeline(against).to(device),
         reference=None if reference is None else load_samples(reference, resolution, whole=features is not None),
         features=None if features is None else load_features(features),
+        clip=None if clip is None else load_clip(clip),
         drawing=drawing,
         progress=progress,
     )
@@ -105,6 +109,7 @@ def evaluate(
     against: Any = None,
     reference: Any = None,
     features: Features | None = None,
+    clip: Clip | None = None,
     drawing: Drawing | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -114,7 +119,8 @@ def evaluate(
     with ``features`` too the distances between drawn and reference images; with ``against`` SSIM and PSNR between the
     two models' images, and the difference of their losses for the same images, timesteps and noise.
 
-    Of pipelines that draw from prompts image i of both models comes from the same prompt and the same noise.
+    Of pipelines that draw from prompts image i of both models comes from the same prompt and the same noise; with
+    ``clip`` how well it fits that prompt.
 
     What is not measured, for want of an option or of images, is in ``not_measured``, with what it takes.
 
@@ -124,6 +130,7 @@ def evaluate(
     pipelines = {"model": pipeline} if against is None else {"against": against, "model": pipeline}
     drawing = completed(drawing or Drawing(), pipeline, samples)
     check(pipelines, samples, features, drawing)
+    check_clip(clip, pipeline, drawing)
     facts: dict[str, Any] = {"drawing": drawing_facts(drawing, pipeline)}
     real = None
     if features is not None and samples is not None:
@@ -143,6 +150,10 @@ def evaluate(
         for role, model in models.items():
             drawn = features.of(model.images, drawing.batch_size)
             facts["models"][role] |= distances(real, drawn, features, drawing.seed)
+    if clip is not None:
+        facts["clip"] = {"name": clip.name, "weights": clip.weights}
+        for role, model in models.items():
+            facts["models"][role] |= clip.measured(model.pictures, drawing.prompts, drawing.batch_size)
     if against is not None:
         facts["compared"] = compare(models["model"], models["against"])
     facts["not_measured"] = not_measured(facts)
@@ -171,6 +182,18 @@ def check(pipelines: dict[str, Any], samples: Samples | None, features: Features
         raise BadInput("--reference: holds floats; --features needs uint8 images")
     if not drawing.count:
         raise BadInput("--features: --count 0 draws no images to compare; give more, or leave it out")
+
+
+def check_clip(clip: Clip | None, pipeline: Any, drawing: Drawing) -> None:
+    """Raises BadInput where there is no image of a prompt to compare with it."""
+    if clip is None:
+        return
+    if not takes_prompts(pipeline):
+        raise BadInput(f"--clip: {type(pipeline).__name__} draws without prompts; leave it out")
+    if not drawing.count:
+        raise BadInput("--clip: --count 0 draws no images to compare with their prompts; give more, or leave it out")
+    if not drawing.prompts:
+        raise BadInput("--clip: there are no prompts to compare images with; give --prompts FILE")
 
 
 def check_comparable(schedulers: Sequence[Any]) -> None:

@@ -14,15 +14,18 @@ from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.planning.report import quantity
 from diffprune_plugin.utils.files import new_directory
 
+SCORE = "CLIP score"
 # Measures, and the options that each of them takes.
 OPTIONS = {
     "loss per timestep": ("--reference IMAGES",),
     "SSIM and PSNR to the dense model's images": ("--against DENSE", "--count 1 or more"),
     "loss difference to the dense model": ("--against DENSE", "--reference IMAGES"),
+    SCORE: ("--clip DIRECTORY", "--count 1 or more"),
     "distance to real images": ("--reference IMAGES", "--features NETWORK"),
 }
 EVALUATION = "evaluation"  # what its directory is
-UNLISTED = ("name", "weights", "loss_stderr", "loss_per_timestep", "blacked_out")  # facts of a model: not in its table
+# Facts of a model that are not in its table.
+UNLISTED = ("name", "weights", "loss_stderr", f"{SCORE}_stderr", "loss_per_timestep", "blacked_out")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ def not_measured(facts: Mapping[str, Any]) -> dict[str, str]:
         "--reference IMAGES": "reference" in facts,
         "--against DENSE": "against" in facts["models"],
         "--features NETWORK": "features" in facts,
+        "--clip DIRECTORY": "clip" in facts,
         "--count 1 or more": facts["drawing"]["count"] > 0,
     }
-    missing = {what: [option for option in options if not given[option]] for what, options in OPTIONS.items()}
+    wanted = {what: options for what, options in OPTIONS.items() if what != SCORE or "prompts" in facts["drawing"]}
+    missing = {what: [option for option in options if not given[option]] for what, options in wanted.items()}
     found = {what: f"give {' and '.join(options)}" for what, options in missing.items() if options}
     for name, least in facts.get("features", {}).get("least_images", {}).items():
         drawn, real = facts["drawing"]["count"], facts["reference"]["images"]
@@ -90,6 +95,8 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
     if "features" in facts:
         name, size, digest = (facts["features"][key] for key in ("name", "size", "sha256"))
         lines += [f"{name}: {size} features, SHA-256 {digest[:12]}."]
+    if "clip" in facts:
+        lines += ["CLIP: {name}, weights {weights:.12}.".format(**facts["clip"])]
     for model in models:
         if "blacked_out" in model:
             black = f"{model['blacked_out']} of {drawing['count']} images"

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,13 @@ from diffprune_plugin.diffusion.batches import settled_dropout
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load, load_pipeline, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
 from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.distillation import kept_features
+from diffprune_plugin.recovery.lora import check_kept
 from diffprune_plugin.recovery.plot import loss_plot
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
 from diffprune_plugin.utils.distributed import Processes, check_parallel
@@ -102,14 +103,15 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
         for tracker in accelerator.trackers:
             tracker.finish()
     training.finish_()
+    kept = training.low_rank.finish_(pipeline, denoiser_of(pipeline)[0]) if training.low_rank else {}
     report = report_of(training, resumed)
-    processes.on_first(lambda: finish(config, pipeline, report, overwrite))
+    processes.on_first(lambda: finish(config, pipeline, {**kept, **provenance(config, report)}, overwrite))
     return report
 
 
-def finish(config: FinetuneConfig, pipeline: Any, report: FinetuneReport, overwrite: bool) -> None:
+def finish(config: FinetuneConfig, pipeline: Any, files: Mapping[str, str | bytes], overwrite: bool) -> None:
     """Write the output; the checkpoints are needed no more."""
-    save(pipeline, Path(config.output), overwrite=overwrite, extra=provenance(config, report))
+    save(pipeline, Path(config.output), overwrite=overwrite, extra=files)
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
 
 
@@ -125,8 +127,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
 
     Raises MissingExtra without the tracker's package, BadInput for what this machine or process cannot do.
     """
-    if config.tracker == "tensorboard":
-        check_installed("tensorboard")
+    check_installed(*([config.tracker] if config.tracker != "none" else []), *(["peft"] if config.lora else []))
     place = Path(config.output)
     try:
         accelerator = Accelerator(
@@ -162,6 +163,7 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     check_apart(output, {key: getattr(config, key) for key in ("model", "data", "teacher")})
     check_shares(config, accelerator)
     pipeline = load_pipeline(Path(config.model))
+    check_kept(config.lora, pipeline, denoiser_of(pipeline)[0])
     model = model_of(pipeline)
     if not isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")

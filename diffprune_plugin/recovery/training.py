@@ -29,6 +29,7 @@ from diffprune_plugin.diffusion.batches import FINETUNE, Batch, batch_of, draw, 
 from diffprune_plugin.diffusion.loss import min_snr_weights, predicted, squared_error
 from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.recovery.distillation import feature_error, watched
+from diffprune_plugin.recovery.lora import LowRank
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
@@ -99,8 +100,13 @@ class Training:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.model.requires_grad_(True).train()
-        self.parameters = list(self.model.parameters())  # walking the modules takes milliseconds, every time
+        self.low_rank = LowRank.add_(self.model, config.lora, config.seed) if config.lora else None
+        if not self.low_rank:
+            self.model.requires_grad_(True)
+        self.model.train()
+        # Walking the modules takes milliseconds, every time.
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.plain_optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -230,7 +236,7 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         slots = self.plain_optimizer.state_dict()["state"]
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.changed().items()}
         tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {f"optimizer.{i}.{key}": value for i, slot in slots.items() for key, value in slot.items()}
         tensors |= {f"curve.{name}": torch.tensor(v, dtype=torch.float64) for name, v in self.curve.items()}
@@ -243,6 +249,11 @@ class Training:
         }
         with new_file(self.file) as temporary:
             save_tensors(tensors, temporary, {"state": json.dumps(state)})
+
+    def changed(self) -> dict[str, Tensor]:
+        """What training changes of the model's state: all of it, or the adapter's factors."""
+        state: dict[str, Tensor] = self.model.state_dict()
+        return {name: state[name] for name in self.trained} if self.low_rank else state
 
     def resume(self) -> None:
         """Take up the stored state, if there is one; raises BadInput if it is damaged."""
@@ -257,7 +268,7 @@ class Training:
     def restore(self, of: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = {name: of["curve"][name].tolist() for name in self.curve}
-        self.model.load_state_dict(of["model"])
+        self.model.load_state_dict({**self.model.state_dict(), **of["model"]})
         self.ema.optimization_step = state["ema"]
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(of["ema"][str(i)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +35,20 @@ class Checked(BaseModel):
             lines = [explain(item, cls) for item in wrong[:TOLD]]
             more = [f"and {len(wrong) - TOLD} more"] if len(wrong) > TOLD else []
             raise BadInput(f"{where}: {'; '.join(lines + more)}") from None
+
+
+def nested(kind: type[Checked], key: str) -> Callable[[Any], Any]:
+    """For pydantic's BeforeValidator: a mapping as the values that a key holds; mistakes are told with the key."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return kind.make(value, key)
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+
+    return read
 
 
 def explain(error: Any, kind: type[BaseModel]) -> str:

@@ -12,11 +12,14 @@ from diffprune_plugin.errors import MissingExtra
 EXTRAS = {
     "markdown": "eval",
     "matplotlib": "eval",
+    "mlflow": "mlflow",
     "nncf": "nncf",
+    "peft": "train",
     "tensorboard": "train",
     "torch_fidelity": "fid",
     "torchmetrics": "eval",
     "transformers": "text",
+    "wandb": "wandb",
 }
 
 
