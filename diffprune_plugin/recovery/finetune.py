@@ -26,6 +26,7 @@ from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load, load_pipeline, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
@@ -116,9 +117,9 @@ def finish(config: FinetuneConfig, pipeline: Any, files: Mapping[str, str | byte
 
 
 def start_tracker(config: FinetuneConfig, accelerator: Accelerator, name: str) -> None:
-    """Raises BadInput where its files cannot be written."""
+    """Raises BadInput where its files cannot be written, or its service says no."""
     if config.tracker != "none":
-        with disk_errors(Path(accelerator.logging_dir)):
+        with disk_errors(Path(accelerator.logging_dir)), foreign_errors(f"tracker: {config.tracker} does not start"):
             accelerator.init_trackers(name)
 
 

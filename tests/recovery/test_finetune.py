@@ -464,6 +464,34 @@ def test_half_precision_and_the_curve_for_tensorboard(values, tmp_path) -> None:
     assert list((tmp_path / "tuned.logs").rglob("events*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_that_is_installed_sees_every_step(tracker, values, tmp_path, monkeypatch) -> None:
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    report = tune(values, tracker=tracker)
+    if tracker == "wandb":
+        assert list(tmp_path.rglob("run-*.wandb"))
+        return
+    import mlflow
+
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    found = mlflow.MlflowClient().get_metric_history(runs[0].info.run_id, "loss")
+    assert [one.value for one in found] == pytest.approx(report.curve["loss"])
+
+
+def test_a_tracker_that_does_not_start_is_one_line(values, monkeypatch) -> None:
+    pytest.importorskip("tensorboard")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no API key\nlog in")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(BadInput, match="tracker: tensorboard does not start: RuntimeError: no API key log in"):
+        tune(values, tracker="tensorboard")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -486,6 +514,9 @@ def test_half_precision_and_the_curve_for_tensorboard(values, tmp_path) -> None:
         (["output=pruned/new"], "lie inside each other"),
         (["output=dense", "teacher=dense"], "dense exists"),
         (["tracker=tensorboard"], "pip install 'diffprune-plugin[train]'"),
+        (["tracker=wandb"], "pip install 'diffprune-plugin[wandb]'"),
+        (["tracker=mlflow"], "pip install 'diffprune-plugin[mlflow]'"),
+        (["tracker=aim"], "tracker: 'aim' is none of tensorboard, wandb, mlflow, none"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
