@@ -19,7 +19,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of a pool too
 
-from quality import allocation, calibration, compensate, criteria, recover, reference, regressions
+from quality import allocation, calibration, compensate, criteria, recover, reference, regressions, rivals, thresholds
+from shared.subject import SUBJECTS
 from size import export_sd15, gpu, latency, pipeline_sd15, scale, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -35,6 +36,8 @@ for module in (
     calibration,
     compensate,
     regressions,
+    thresholds,
+    rivals,
     latency,
     scale,
     export_sd15,
@@ -85,6 +88,9 @@ def more() -> None:
     calibration.main()
     compensate.main()
     regressions.main()
+    for model in SUBJECTS:
+        thresholds.main(model)
+        rivals.main(model)
 
 
 @app.command()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffprune_plugin.adapters.table import ModelAdapter
+    from diffprune_plugin.recovery.compensate import CompensationReport
 
 ENTRY_POINT_GROUP = "diffprune"
 hookspec = pluggy.HookspecMarker("diffprune")
@@ -40,6 +41,9 @@ class Criterion(Protocol):
 CriterionFactory = Callable[..., Criterion]
 # From alphas_cumprod, shape (timesteps,), and the prediction_type: the weight of each timestep's loss, >= 0.
 TimestepWeights = Callable[["npt.NDArray[np.float64]", str], "npt.NDArray[np.float64]"]
+# Of the pruned model, the dense one, plan, scheduler and samples, and by name batch_size, seed, progress: refits the
+# pruned model in place and says what it did, as `recovery.compensate.compensate_`.
+Compensation = Callable[..., "CompensationReport"]
 
 
 @hookspec
@@ -50,6 +54,11 @@ def diffprune_register_criteria(register: Callable[[str, CriterionFactory], None
 @hookspec
 def diffprune_register_timestep_weights(register: Callable[[str, TimestepWeights], None]) -> None:
     """Call ``register(name, function)`` once for each rule that criteria name in their option ``timestep_weights``."""
+
+
+@hookspec
+def diffprune_register_compensations(register: Callable[[str, Compensation], None]) -> None:
+    """Call ``register(name, function)`` once for each way to repair a model that the config's ``compensate`` names."""
 
 
 @hookspec

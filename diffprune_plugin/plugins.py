@@ -154,6 +154,16 @@ def timestep_weights(plugins: Plugins) -> dict[str, Registered]:
     return collect(plugins, "diffprune_register_timestep_weights")
 
 
+def compensations(plugins: Plugins) -> dict[str, Registered]:
+    """Ways to repair a pruned model by name."""
+    return collect(plugins, "diffprune_register_compensations")
+
+
+def compensation(name: str, plugins: Plugins | None = None) -> Registered:
+    """The way of this name; raises BadInput, with the nearest name, for one that nobody registers."""
+    return known_as(name, compensations(plugins or plugin_manager()), "compensate:")
+
+
 def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = None) -> Any:
     """The weight of each training timestep's loss, shape (timesteps,), by the name of a registered rule.
 
@@ -181,10 +191,14 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
 
 def weights_rule(name: str, plugins: Plugins) -> Registered:
     """The rule of this name; raises BadInput, with the nearest name, for one that nobody registers."""
-    known = timestep_weights(plugins)
+    return known_as(name, timestep_weights(plugins), "importance: timestep_weights")
+
+
+def known_as(name: str, known: Mapping[str, Registered], where: str) -> Registered:
+    """What is registered by this name; raises BadInput, with the nearest name, for one that nobody registers."""
     if name not in known:
-        hint = nearest(str(name), known)
-        raise BadInput(f"importance: timestep_weights {name!r}{hint}; known: {', '.join(sorted(known))}")
+        listing = ", ".join(sorted(known)) or "none"
+        raise BadInput(f"{where} {name!r}{nearest(str(name), known)}; known: {listing}")
     return known[name]
 
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffprune_plugin.calibration.calibration import Calibration
@@ -42,8 +41,9 @@ from diffprune_plugin.pruning.loading import load_model, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import PRUNED, save
-from diffprune_plugin.recovery.compensate import SAMPLES, CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.recovery.compensate import SAMPLES, CompensationReport
 from diffprune_plugin.recovery.draws import check_enough
+from diffprune_plugin.recovery.repairing import compensate, wants_compensation
 from diffprune_plugin.sensitivity.answers import spend_measured
 from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
 from diffprune_plugin.sensitivity.measured import Search, search
@@ -53,7 +53,6 @@ from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import check_absent, check_apart, relative
 from diffprune_plugin.utils.files import sweep as sweep_left
-from diffprune_plugin.utils.memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -298,49 +297,6 @@ def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> Comp
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
     loaded.to(config.device)
     return compensation
-
-
-def wants_compensation(config: PruningConfig, loaded: Any) -> bool:
-    """Whether to compensate: as asked, or where there is what it takes.
-
-    Raises BadInput if it is asked for and there are no images or there is no scheduler.
-    """
-    possible = config.data is not None and isinstance(loaded, DiffusionPipeline)
-    if config.compensate and not possible:
-        raise BadInput("compensate: true needs 'data' and a pipeline directory as 'model'; add them or set it to false")
-    return possible if config.compensate is None else config.compensate
-
-
-def compensate(
-    model: nn.Module,
-    dense: nn.Module,
-    plan: PruningPlan,
-    scheduler: Any,
-    samples: Samples,
-    config: PruningConfig,
-    progress: bool,
-) -> CompensationReport:
-    """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
-    try:
-        return compensate_(
-            model,
-            dense,
-            plan,
-            scheduler,
-            samples,
-            batch_size=config.batch_size,
-            passes=passes_that_fit(dense),
-            seed=config.seed,
-            checkpoint=progress_directory(config.output),
-            progress=progress,
-        )
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise BadInput(
-            "out of memory while compensating; set 'compensate: false' and fine-tune (the calibration is kept for the "
-            "same settings), or use a machine with more"
-        ) from None
 
 
 def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:

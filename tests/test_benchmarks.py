@@ -63,6 +63,15 @@ def test_standard_error_and_paired_t_test_are_those_of_the_books(common: Any) ->
     assert common.p_text(2e-4) == "< 0.001"
 
 
+def test_holms_p_are_those_of_the_textbook_step_down(common: Any) -> None:
+    # By hand: 0.005 x 4, 0.011 x 3, 0.02 x 2, and the last not below them.
+    assert common.holm([0.02, 0.005, 0.03, 0.011]) == pytest.approx([0.04, 0.02, 0.04, 0.033])
+    assert common.holm([0.6, 0.5]) == [1.0, 1.0]
+    found = common.holm([math.nan, 0.02])
+    assert math.isnan(found[0])
+    assert found[1] == 0.02
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/figures.md"])
 def test_documents_show_the_results_that_are_stored(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

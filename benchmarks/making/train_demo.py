@@ -2,14 +2,15 @@
 
     python benchmarks/making/train_demo.py --output diffprune_plugin/demo --work runs/train_demo
 
-Killed and started again it goes on from its last checkpoint. Every step draws its images, timesteps and noise from a
-generator seeded with (seed, step), so a resumed run sees what an unbroken one would.
+Killed and started again it goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +19,11 @@ import torch
 import typer
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, safe_open, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from making.training import Training
 
 CALIBRATION, HELD_OUT = 512, 500  # images: the first are trained on as well, the second never
 
@@ -77,60 +80,6 @@ def held_out_loss(unet: UNet2DModel, scheduler: DDPMScheduler, images: torch.Ten
     return torch.stack(losses).mean().item()
 
 
-class Training:
-    """Model, moving average and optimizer, and their checkpoint as safetensors (no pickle)."""
-
-    def __init__(self, steps: int, lr: float, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.seed, self.step = seed, 0
-        self.unet = make_unet()
-        self.ema = EMAModel(self.unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=lr, weight_decay=1e-4)
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, min(200, steps // 10), steps)
-
-    def run_step(self, images: torch.Tensor, batch_size: int, scheduler: DDPMScheduler) -> float:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        rows = torch.randint(0, len(images), (batch_size,), generator=generator)
-        loss = noise_loss(self.unet, scheduler, images[rows], self.seed * 1_000_003 + self.step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.unet.parameters())
-        self.step += 1
-        return loss.item()
-
-    def save(self, path: Path) -> None:
-        tensors = {f"unet.{name}": tensor for name, tensor in self.unet.state_dict().items()}
-        tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
-        for i, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{key}": slots[key] for key in ("exp_avg", "exp_avg_sq")}
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(self.step)})
-        path.with_suffix(".tmp").replace(path)
-
-    def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.step = int(file.metadata()["step"])
-        tensors = load_file(path)
-        self.unet.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("unet.")})
-        self.ema.shadow_params = [tensors[f"ema.{i}"] for i in range(len(self.ema.shadow_params))]
-        self.ema.optimization_step = self.step
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            i: {"step": torch.tensor(float(self.step))}
-            | {key: tensors[f"adam.{i}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
-            for i in range(len(self.ema.shadow_params))
-        }
-        self.optimizer.load_state_dict(state)
-        self.schedule.last_epoch = self.step
-        rates = [
-            base * rate(self.step) for base, rate in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        ]
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
-
-
 def write(output: Path, unet: UNet2DModel, scheduler: DDPMScheduler, training: np.ndarray, held_out: np.ndarray) -> str:
     """The pipeline directory (fp16 safetensors) and both image sets; returns the SHA-256 of the weights."""
     DDPMPipeline(unet.half(), scheduler).save_pretrained(output / "model")
@@ -155,7 +104,13 @@ def main(
     train_images, held_images = digits()
     images, held = to_sample(train_images), to_sample(held_images)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    run, checkpoint = Training(steps, lr, seed), work / "checkpoint.safetensors"
+    cosine = partial(get_cosine_schedule_with_warmup, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
+    run, checkpoint = Training(make_unet, cosine, lr, seed), work / "checkpoint.safetensors"
+
+    def loss_of(seed: int) -> torch.Tensor:
+        rows = torch.randint(0, len(images), (batch_size,), generator=torch.Generator().manual_seed(seed))
+        return noise_loss(run.unet, scheduler, images[rows], seed)
+
     if checkpoint.exists():
         run.load(checkpoint)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -163,7 +118,7 @@ def main(
         task = progress.add_task("train", total=steps, completed=run.step)
         recent: list[float] = []
         while run.step < steps:
-            recent = [*recent[-249:], run.run_step(images, batch_size, scheduler)]
+            recent = [*recent[-249:], run.run_step(loss_of)]
             progress.update(task, completed=run.step, description=f"loss {np.mean(recent):.4f}")
             if run.step % 250 == 0:
                 run.save(checkpoint)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from shared.embedded import MODEL, WORK, Look, Row, dense, measure, measure_dense
+from shared.embedded import MODEL, WORK, Row, dense, measure, measure_dense
 from shared.results import Store, mean, p_text, paired_p, publish, table
+from shared.subject import Look
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import typer
 from making.train_demo import digits, noise_loss, to_sample
-from shared.embedded import MODEL, Look, calibrated, calibration, dense, dense_images, drawn, held_out_loss, similarity
+from shared.embedded import MODEL, calibrated, calibration, dense, dense_images, drawn, held_out_loss, similarity
 from shared.results import RESULTS, Store, mean, publish, standard_error, table
+from shared.subject import Look
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo

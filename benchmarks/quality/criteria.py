@@ -11,6 +11,8 @@ benchmarks/results/criteria.json; interrupted, it goes on where it was.
 from __future__ import annotations
 
 import itertools
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +24,6 @@ import typer
 from shared.embedded import (
     DENSE_STEPS,
     HALF,
-    MODEL,
-    Look,
     Row,
     agreement,
     calibrated,
@@ -36,7 +36,8 @@ from shared.embedded import (
     sensitivity,
     tuned,
 )
-from shared.results import RESULTS, Store, mean, over, p_text, paired_p, publish, standard_error, table
+from shared.results import RESULTS, Store, holm, mean, over, p_text, paired_p, publish, standard_error, table
+from shared.subject import DIGITS, Look, Subject
 
 import diffprune_plugin as dp
 from diffprune_plugin.pruning.directory import read_plan
@@ -70,7 +71,11 @@ FURTHER: dict[str, Entry] = {
     "output_error": ("output_error", {}, None),
     "taylor, min_snr": ("diff_taylor", {}, {**ALL, "timestep_weights": "min_snr"}),
 }
-EVERY = CRITERIA | FURTHER
+# Rows of thresholds, beside "taylor", which is 0, and "diff_taylor, paper", which is 0.05.
+THRESHOLDS: dict[str, Entry] = {
+    f"diff_taylor, {threshold}": ("diff_taylor", {}, {"threshold": threshold}) for threshold in (0.01, 0.02, 0.1, 0.2)
+}
+EVERY = CRITERIA | FURTHER | THRESHOLDS
 PAPER, SCRATCH = "diff_taylor, paper", "from scratch"
 FINE = {"learning_rate": 5e-4, "ema_decay": 0.99}
 
@@ -88,6 +93,7 @@ class Budget:
     steps: int = DENSE_STEPS // 10
     batch_size: int = 1
     look: Look = SHORT
+    of: Subject = DIGITS
 
     def place(self, *parts: Any) -> str:
         """Name of a directory of this budget."""
@@ -113,34 +119,34 @@ def plan_of(name: str, ratio: float, seed: int, budget: Budget) -> dp.PruningPla
     criterion, options, _ = EVERY[name]
     sweep = sweep_of(name, budget)
     if sweep is not None:
-        options = {**options, "calibration": calibration(seed, **sweep)}
+        options = {**options, "calibration": calibration(seed, of=budget.of, **sweep)}
     elif criterion == "output_error":
-        options = {"sensitivity": sensitivity(seed, budget.samples // PROBES)}
+        options = {"sensitivity": sensitivity(seed, budget.samples // PROBES, budget.of)}
     elif criterion == "random":
         options = {"seed": seed}
-    return dp.make_plan(dense().unet, dp.importance(criterion, **options), pruning_ratio=ratio)
+    return dp.make_plan(dense(budget.of).unet, dp.importance(criterion, **options), pruning_ratio=ratio)
 
 
 def start_of(name: str, ratio: float, seed: int, budget: Budget) -> Path:
     """The model before its training."""
     if name == SCRATCH:
-        return from_scratch(f"scratch-{ratio}-{seed}", start_of("magnitude", ratio, 0, budget), seed)
+        return from_scratch(f"scratch-{ratio}-{seed}", start_of("magnitude", ratio, 0, budget), seed, budget.of)
     seed = 0 if name == "magnitude" else seed
-    return pruned(budget.place(name, ratio, seed), plan_of(name, ratio, seed, budget))
+    return pruned(budget.place(name, ratio, seed), plan_of(name, ratio, seed, budget), budget.of)
 
 
 def after_removal(name: str, ratio: float, seed: int, budget: Budget) -> Row:
-    return measure(load_pipeline(start_of(name, ratio, seed, budget)), budget.look)
+    return measure(load_pipeline(start_of(name, ratio, seed, budget)), budget.look, budget.of)
 
 
 def trained(start: Path, seed: int, budget: Budget) -> Path:
     """The model of a directory after its training; a seed gives all of them the same images, timesteps and noise."""
     place = f"{start.name}-tuned-{seed}-{budget.steps}-of-{budget.batch_size}"
-    return tuned(place, start, seed, steps=budget.steps, batch_size=budget.batch_size, **FINE)
+    return tuned(place, start, seed, budget.of, steps=budget.steps, batch_size=budget.batch_size, **FINE)
 
 
 def after_tuning(name: str, ratio: float, seed: int, budget: Budget) -> Row:
-    return measure(load_pipeline(trained(start_of(name, ratio, seed, budget), seed, budget)), budget.look)
+    return measure(load_pipeline(trained(start_of(name, ratio, seed, budget), seed, budget)), budget.look, budget.of)
 
 
 def agreements(name: str, ratio: float, seeds: int, budget: Budget) -> list[float]:
@@ -161,11 +167,12 @@ class Cells:
         chosen = [name for name in self.names if name != SCRATCH]
         sweeps = {name: sweep for name in chosen if (sweep := sweep_of(name, self.budget)) is not None}
         seeds, budget = range(self.seeds), self.budget
-        self.store.fill(
-            {"dense": partial(measure_dense, budget.look)}
-            | {f"{n} calibration {s}": partial(calibrated, s, sweep) for n, sweep in sweeps.items() for s in seeds},
-            workers,
-        )
+        made = {
+            f"{n} calibration {s}": partial(calibrated, s, sweep, budget.of)
+            for n, sweep in sweeps.items()
+            for s in seeds
+        }
+        self.store.fill({"dense": partial(measure_dense, budget.look, budget.of)} | made, workers)
         cells = list(itertools.product(chosen, self.ratios, seeds))
         first = {
             f"{n} {r} 0 {s}": partial(after_removal, n, r, s, budget) for n, r, s in cells if n != "magnitude" or s == 0
@@ -182,27 +189,33 @@ class Cells:
         seeds = range(1 if name == "magnitude" and not steps else self.seeds)
         return [self.store.values[f"{name} {ratio} {steps} {seed}"][key] for seed in seeds]
 
+    def tests(self) -> dict[tuple[str, float], float]:
+        """By criterion and ratio the p of a paired test of the loss after the steps, by Holm for all of them."""
+        places = [(name, ratio) for ratio in self.ratios for name in self.names if name != PAPER]
+        values = [paired_p(*(self.of(n, ratio, self.steps, "loss") for n in (name, PAPER))) for name, ratio in places]
+        return defaultdict(lambda: math.nan, zip(places, holm(values), strict=True))
+
     def row(self, name: str, ratio: float) -> list[str]:
         """A line of the table of one ratio."""
-        tuned_loss = self.of(name, ratio, self.steps, "loss")
         cells = [name]
         for key, digits in (("loss", 4), ("ssim", 3), ("distance", 0)):
             before = "" if name == SCRATCH else mean(self.of(name, ratio, 0, key), digits)
             cells += [before, mean(self.of(name, ratio, self.steps, key), digits)]
-        p = paired_p(tuned_loss, self.of(PAPER, ratio, self.steps, "loss"))
-        cells.append(p_text(p))
+        cells.append(p_text(self.tests()[name, ratio]))
         pairs = self.store.values.get(f"{name} {ratio} agreement", [])
         return [*cells, f"{np.mean(pairs):.0%}" if pairs else ""]
 
     def lines(self) -> list[str]:
         """The tables as Markdown, one a ratio."""
         before, steps, look = self.store.values["dense"], self.steps, self.budget.look
+        of = self.budget.of
         lines = [
             f"{over(self.seeds)} of calibration and training. {steps} steps of batch {self.budget.batch_size} "
-            f"({steps / DENSE_STEPS:.1%} of the dense model's steps, which had batches of 32), nothing repaired before."
-            f" SSIM and FD (digits_classifier): {look.count} images, {look.steps} DDIM steps. "
-            "p: paired t-test of the loss after the steps against diff_taylor, paper. Agreement: share of the removed "
-            f"channels that two seeds have in common. Dense: loss {before['loss']:.4f}, FD {before['distance']:.0f}.",
+            f"({steps / of.steps:.1%} of the dense model's steps, which had batches of {of.training['batch_size']}), "
+            f"nothing repaired before. SSIM and FD ({of.features.stem}): {look.count} images, {look.steps} DDIM steps. "
+            f"p: paired t-test of the loss after the steps against {PAPER}, by Holm for all rows together. Agreement: "
+            f"share of the removed channels that two seeds have in common. Dense: loss {before['loss']:.4f}, FD "
+            f"{before['distance']:.0f}.",
         ]
         head = [f"{what}, {count} steps" for what in ("loss", "SSIM", "FD") for count in (0, steps)]
         for ratio in self.ratios:
@@ -236,12 +249,17 @@ class Cells:
             figure.savefig(temporary, format="png", dpi=100)
 
 
+def opened(title: str, names: Sequence[str], budget: Budget) -> Store:
+    """What was measured of these criteria with this budget."""
+    entries = [(name, EVERY[name]) for name in names if name in EVERY]
+    return Store(title, [budget.of.training["sha256"], entries, FINE, str(budget)])
+
+
 def compare(
     title: str, names: Sequence[str], ratios: Sequence[float], seeds: int, budget: Budget, workers: int
 ) -> None:
     """Measure what is missing, then print the tables and draw the plot; all is kept under this title."""
-    store = Store(title, [MODEL, [(name, EVERY[name]) for name in names if name in EVERY], FINE, str(budget)])
-    cells = Cells(store, names, ratios, seeds, budget)
+    cells = Cells(opened(title, names, budget), names, ratios, seeds, budget)
     cells.fill(workers)
     cells.plot(RESULTS / f"{title}.png")
     publish(title, cells.lines())

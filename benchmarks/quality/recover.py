@@ -24,7 +24,6 @@ from shared.embedded import (
     HALF,
     MODEL,
     WORK,
-    Look,
     Row,
     classifier,
     dense,
@@ -34,6 +33,7 @@ from shared.embedded import (
     tuned,
 )
 from shared.results import RESULTS, Store, mean, over, publish, table
+from shared.subject import Look
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo

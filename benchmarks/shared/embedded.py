@@ -1,4 +1,5 @@
-"""The embedded model in the benchmarks: what is calibrated, removed and trained of it, and how the result is measured.
+"""What the benchmarks calibrate, remove and train of a model, and how the result is measured; the embedded one unless
+another is given.
 
 Directories are kept under runs/, by what they depend on, so that no benchmark makes again what another has made.
 """
@@ -6,105 +7,87 @@ Directories are kept under runs/, by what they depend on, so that no benchmark m
 from __future__ import annotations
 
 import copy
-import json
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from making.train_demo import digits
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import diffprune_plugin as dp
-from diffprune_plugin import demo
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.criteria.sweep import Sweep
-from diffprune_plugin.data.loading import load_samples
-from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
-from diffprune_plugin.evaluation.sampling import sample_images
-from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
-from diffprune_plugin.utils.files import new_file
-from shared.results import RUNS
+from shared.subject import DIGITS, Look, Subject, samples_of
 
 Row = dict[str, float]
-TRAINING: dict[str, Any] = json.loads((demo.HERE / "training.json").read_text())
-MODEL = str(TRAINING["sha256"])  # results of another model are never mixed in
-DENSE_STEPS = int(TRAINING["steps"])
+MODEL = str(DIGITS.training["sha256"])  # results of another model are never mixed in
+DENSE_STEPS = DIGITS.steps
 HALF = 0.36  # the lowest pruning_ratio that leaves less than half of the MACs
-CLASSIFIER = Path(__file__).parents[1] / "making" / "digits_classifier.onnx"
-WORK = RUNS / MODEL[:12]
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a model is measured: held-out images of the loss and noises for each; images drawn, their DDIM steps."""
-
-    held_out: int = 500
-    repeats: int = 4
-    count: int = 192
-    steps: int = 50
+WORK = DIGITS.work
+REGIONS = (0, 250, 500, 750)  # where parts of the timesteps begin: the losses of each are measured too
 
 
 @cache
-def dense() -> Any:
-    """The embedded pipeline."""
-    return load_pipeline(demo.MODEL)
+def dense(of: Subject = DIGITS) -> Any:
+    """The pipeline."""
+    return load_pipeline(of.model)
 
 
-@cache
-def held_out() -> Samples:
-    """500 digits that the model was not trained on."""
-    return load_samples(demo.HELD_OUT_IMAGES)
+def held_out_loss(unet: nn.Module, repeats: int = 4, count: int = 500) -> float:
+    """Noise-prediction loss of the embedded model's shape on ``count`` held-out images; see `losses`."""
+    return float(losses(unet, repeats, count)[0].mean())
 
 
 @torch.no_grad()
-def held_out_loss(unet: nn.Module, repeats: int = 4, count: int = 500) -> float:
-    """Noise-prediction loss on ``count`` held-out images, ``repeats`` timesteps and noises each, always the same."""
-    losses = []
+def losses(unet: nn.Module, repeats: int, count: int, of: Subject = DIGITS) -> tuple[Tensor, Tensor]:
+    """Losses on ``count`` held-out images with ``repeats`` timesteps and noises each, always the same; timesteps."""
+    found, times = [], []
     for repeat in range(repeats):
         generator = torch.Generator().manual_seed(repeat)
         timesteps = torch.randperm(1000, generator=generator)[:count]
         for rows in torch.arange(count).split(100):
-            sample = held_out().sample(rows)
+            samples = samples_of(of.held_out)
+            sample, extra = samples.sample(rows), samples.inputs(rows)
             noise = torch.randn(sample.shape, generator=generator)
-            losses.append(noise_prediction_loss(unet, dense().scheduler, sample, noise, timesteps[rows], {}))
-    return float(torch.cat(losses).mean())
+            found.append(noise_prediction_loss(unet, dense(of).scheduler, sample, noise, timesteps[rows], extra))
+            times.append(timesteps[rows])
+    return torch.cat(found), torch.cat(times)
 
 
-def measure(pipeline: Any, look: Look) -> Row:
-    """Held-out loss, SSIM to the dense model's images from the same noise, Frechet distance to the held-out digits."""
-    images = drawn(pipeline, look)
-    distance = frechet_distance(real_features(), classifier().of((images * 255).round().byte(), 64))
-    ssim = similarity(images, dense_images(look))
-    return {"loss": held_out_loss(pipeline.unet, look.repeats, look.held_out), "ssim": ssim, "distance": distance}
+def measure(pipeline: Any, look: Look, of: Subject = DIGITS) -> Row:
+    """Held-out loss, also by region of the timesteps, SSIM to the dense model's images from the same noise, Frechet
+    distance to real images."""
+    images = of.images(pipeline, look)
+    distance = frechet_distance(real_features(of), classifier(of).of((images * 255).round().byte(), 64))
+    found, timesteps = losses(pipeline.unet, look.repeats, look.held_out, of)
+    ends = (*REGIONS[1:], 1000)
+    inside = [(timesteps >= first) & (timesteps < end) for first, end in zip(REGIONS, ends, strict=True)]
+    regions = {f"loss {first}": float(found[rows].mean()) for first, rows in zip(REGIONS, inside, strict=True)}
+    ssim = similarity(images, dense_images(look, of))
+    return {"loss": float(found.mean()), **regions, "ssim": ssim, "distance": distance}
 
 
-def measure_dense(look: Look) -> Row:
-    return measure(dense(), look)
+def measure_dense(look: Look, of: Subject = DIGITS) -> Row:
+    return measure(dense(of), look, of)
 
 
-def drawn(pipeline: Any, look: Look) -> Tensor:
-    """Images from fixed noise, float (count, 1, height, width) in [0, 1]."""
-    images = sample_images(
-        pipeline, SamplingSettings(count=look.count, seed=0, steps=look.steps, batch_size=32), progress=False
-    )
-    return torch.stack([torch.from_numpy(np.array(image.convert("L"))) for image in images])[:, None] / 255.0
+def drawn(pipeline: Any, look: Look, of: Subject = DIGITS) -> Tensor:
+    """Images from fixed noise, float (count, channels, height, width) in [0, 1]."""
+    return of.images(pipeline, look)
 
 
 @cache
-def dense_images(look: Look) -> Tensor:
-    return drawn(dense(), look)
+def dense_images(look: Look, of: Subject = DIGITS) -> Tensor:
+    return drawn(dense(of), look, of)
 
 
 def similarity(images: Tensor, reference: Tensor) -> float:
@@ -113,23 +96,24 @@ def similarity(images: Tensor, reference: Tensor) -> float:
 
 
 @cache
-def classifier() -> Features:
-    return load_features(CLASSIFIER)
+def classifier(of: Subject = DIGITS) -> Features:
+    return load_features(of.features)
 
 
 @cache
-def real_features() -> Tensor:
-    return classifier().of(held_out().values.permute(0, 3, 1, 2), 64)
+def real_features(of: Subject = DIGITS) -> Tensor:
+    return classifier(of).of(of.real(), 64)
 
 
-def calibration(seed: int, batch_size: int = 32, timesteps: int | None = None, **options: Any) -> Calibration:
-    """A calibration of the embedded model with these options of the sweep; it is timed, so it is made in one piece."""
-    directory = calibration_directory(seed, batch_size=batch_size, timesteps=timesteps, **options)
+def calibration(
+    seed: int, batch_size: int = 32, timesteps: int | None = None, of: Subject = DIGITS, **options: Any
+) -> Calibration:
+    """A calibration with these options of the sweep; it is timed, so it is made in one piece."""
+    directory = calibration_directory(seed, of, batch_size=batch_size, timesteps=timesteps, **options)
     if not directory.exists():
         settings = {"batch_size": batch_size, "timesteps": timesteps, "seed": seed, "progress": False}
-        start, sweep, pipeline = time.perf_counter(), Sweep(**options), dense()
-        images = demo.CALIBRATION_IMAGES
-        result = dp.calibrate(pipeline.unet, pipeline.scheduler, images, sweep, **settings)
+        start, sweep, pipeline = time.perf_counter(), Sweep(**options), dense(of)
+        result = dp.calibrate(pipeline.unet, pipeline.scheduler, of.calibration, sweep, **settings)
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.with_suffix(".seconds").write_text(f"{time.perf_counter() - start:.1f}")
         result.save(directory)
@@ -137,21 +121,21 @@ def calibration(seed: int, batch_size: int = 32, timesteps: int | None = None, *
 
 
 @cache
-def sensitivity(seed: int, samples: int) -> Sensitivity:
-    """The linear sensitivity of the embedded model's channels."""
+def sensitivity(seed: int, samples: int, of: Subject = DIGITS) -> Sensitivity:
+    """The linear sensitivity of the channels."""
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": False}
-    return measure_sensitivity(dense().unet, dense().scheduler, demo.CALIBRATION_IMAGES, **options)
+    return measure_sensitivity(dense(of).unet, dense(of).scheduler, of.calibration, **options)
 
 
-def calibration_directory(seed: int, **options: Any) -> Path:
+def calibration_directory(seed: int, of: Subject = DIGITS, **options: Any) -> Path:
     name = "-".join(f"{key}={value}" for key, value in sorted(options.items()) if value is not None)
-    return WORK / "calibrations" / f"{name}-seed={seed}".replace(".", "_")
+    return of.work / "calibrations" / f"{name}-seed={seed}".replace(".", "_")
 
 
-def calibrated(seed: int, options: dict[str, Any]) -> Row:
+def calibrated(seed: int, options: dict[str, Any], of: Subject = DIGITS) -> Row:
     """Make a calibration if it is not there: samples each way and the wall seconds that it took."""
-    result = calibration(seed, **options)
-    directory = calibration_directory(seed, **{"batch_size": 32, **options})
+    result = calibration(seed, of=of, **options)
+    directory = calibration_directory(seed, of, **{"batch_size": 32, **options})
     seconds = float(directory.with_suffix(".seconds").read_text())
     return {"forward": result.forward, "backward": result.backward, "seconds": seconds}
 
@@ -162,19 +146,19 @@ def agreement(first: PruningPlan, second: PruningPlan) -> float:
     return sum(len(a & b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
 
 
-def pruned(name: str, plan: PruningPlan) -> Path:
-    """Directory of the embedded model after a plan, with nothing repaired."""
-    output = WORK / "models" / name
+def pruned(name: str, plan: PruningPlan, of: Subject = DIGITS) -> Path:
+    """Directory of the model after a plan, with nothing repaired."""
+    output = of.work / "models" / name
     if not output.exists():
-        pipeline = copy.deepcopy(dense())
+        pipeline = copy.deepcopy(dense(of))
         dp.remove_(pipeline.unet, plan)
         dp.save(pipeline, output)
     return output
 
 
-def from_scratch(name: str, shape: Path, seed: int) -> Path:
+def from_scratch(name: str, shape: Path, seed: int, of: Subject = DIGITS) -> Path:
     """Directory of a model of the same shape with weights as a new model has them."""
-    output = WORK / "models" / name
+    output = of.work / "models" / name
     if not output.exists():
         pipeline = load_pipeline(shape)
         torch.manual_seed(seed)
@@ -185,23 +169,14 @@ def from_scratch(name: str, shape: Path, seed: int) -> Path:
     return output
 
 
-def tuned(name: str, start: Path, seed: int, **settings: Any) -> Path:
-    """Directory of the model that starts from ``start`` after a fine-tune with these settings, on the training digits.
+def tuned(name: str, start: Path, seed: int, of: Subject = DIGITS, **settings: Any) -> Path:
+    """Directory of the model that starts from ``start`` after a fine-tune with these settings, on the training images.
 
     An interrupted training goes on from its last checkpoint.
     """
-    output = WORK / "models" / name
+    output = of.work / "models" / name
     if not output.exists():
         common = {"timestep_sampling": "stratified", "tracker": "none", "checkpoint_every": 100, "seed": seed}
-        values = {"model": str(start), "output": str(output), "data": str(training_images()), **common, **settings}
+        values = {"model": str(start), "output": str(output), "data": str(of.train()), **common, **settings}
         finetune(dp.FinetuneConfig.make(values), progress=False)
     return output
-
-
-def training_images() -> Path:
-    """The digits that the dense model was trained on, as an .npz."""
-    file = WORK / "digits.npz"
-    if not file.exists():
-        with new_file(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, images=digits()[0])
-    return file

@@ -74,12 +74,17 @@ def card(
 
 
 def plugins(json: Json = False) -> None:
-    """List criteria, timestep weights and adapters, the packages they come from, and what failed to load and why."""
-    from diffprune_plugin.plugins import adapters, criteria, plugin_manager, timestep_weights
+    """List what plugins register, by kind, the packages it comes from, and what failed to load and why."""
+    from diffprune_plugin.plugins import adapters, compensations, criteria, plugin_manager, timestep_weights
 
     found = plugin_manager()
     offers: dict[str, list[str]] = {}
-    kinds = {"criterion": criteria, "timestep weights": timestep_weights, "adapter": adapters}
+    kinds = {
+        "criterion": criteria,
+        "timestep weights": timestep_weights,
+        "compensation": compensations,
+        "adapter": adapters,
+    }
     for kind, entries in ((kind, collect(found)) for kind, collect in kinds.items()):
         for name, entry in entries.items():
             offers.setdefault(entry.plugin, []).append(f"{kind} {name}")

@@ -50,10 +50,10 @@ class PruningConfig(PlanOptions, Subject):
         description="Whole blocks that go first: patterns of their names, or a published plan (bk-sdm-base, "
         "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets.",
     )
-    compensate: bool | None = Field(
+    compensate: bool | str | None = Field(
         default=None,
         description="Refit the layers behind the cuts, without training; by default where there are data and a "
-        "scheduler.",
+        "scheduler. A name: in the way that a plugin registered.",
     )
     calibration: PathText | None = Field(
         default=None,

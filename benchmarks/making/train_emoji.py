@@ -1,0 +1,172 @@
+"""Train a class-conditional DDPM of the pictures of making/emoji.py: RGB, 32x32, nine classes.
+
+    python benchmarks/making/train_emoji.py          # make models: more than an hour on one core
+
+Leaves benchmarks/models/emoji/model, a pipeline directory, and training.json beside it. Killed and started again it
+goes on from its last checkpoint. A grid of samples is drawn every thousand steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
+from diffprune_plugin.utils.progress import progress_bar
+from making.emoji import CLASSES, NULL, PACKAGE, PLACE, make
+from making.training import Training
+
+SCHEDULE: dict[str, Any] = {"num_train_timesteps": 1000}
+MIN_SNR = 5.0  # Hang et al., arXiv 2303.09556: of a noise prediction the weight is min(snr, 5) / snr
+GUIDANCE = 2.0
+
+
+def make_unet() -> UNet2DModel:
+    """3.9 M parameters; attention at 8x8 and 4x4, and a label for no class."""
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 96, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=8,
+        num_class_embeds=NULL + 1,
+    )
+
+
+@torch.no_grad()
+def draw(unet: nn.Module, labels: Tensor, seed: int = 0, steps: int = 25, guidance: float = GUIDANCE) -> Tensor:
+    """Images in [0, 1], (count, 3, 32, 32), of these classes by DDIM with classifier-free guidance."""
+    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    parts = []
+    for sample, label in zip(noise.split(32), labels.split(32), strict=True):
+        both = torch.cat([label, torch.full_like(label, NULL)])
+        for timestep in scheduler.timesteps:
+            with_class, without = unet(torch.cat([sample, sample]), timestep, class_labels=both).sample.chunk(2)
+            guided = without + guidance * (with_class - without)
+            sample = scheduler.step(guided, timestep, sample).prev_sample
+        parts.append(sample)
+    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Rows of ``columns`` images (count, 3, height, width) in [0, 1], each pixel twice as large."""
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
+    pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
+    return Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST)
+
+
+class Loss:
+    """The weighted error of the predicted noise; classes are drawn alike however many pictures they have."""
+
+    def __init__(self, unet: nn.Module, samples: Samples, batch_size: int) -> None:
+        self.unet, self.samples, self.batch_size = unet, samples, batch_size
+        self.scheduler = DDPMScheduler(**SCHEDULE)
+        kept = self.scheduler.alphas_cumprod
+        self.weights = (kept / (1 - kept)).clamp(max=MIN_SNR) / (kept / (1 - kept))
+        labels = samples.extra["class_labels"]
+        self.chances = 1 / labels.bincount(minlength=len(CLASSES))[labels].double()
+
+    def __call__(self, seed: int) -> Tensor:
+        """Of the batch that this seed draws; computed in bfloat16, which is a quarter faster."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.multinomial(self.chances, self.batch_size, generator=generator)
+        images, labels = self.samples.sample(rows), self.samples.extra["class_labels"][rows]
+        timesteps = torch.randint(0, 1000, (len(rows),), generator=generator)
+        noise = torch.randn(images.shape, generator=generator)
+        dropped = torch.rand(len(rows), generator=generator) < CONDITION_DROPOUT
+        labels = torch.where(dropped, NULL, labels)
+        noisy = self.scheduler.add_noise(images, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.unet(noisy, timesteps, class_labels=labels).sample
+        return (self.weights[timesteps] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+
+
+def average(run: Training) -> UNet2DModel:
+    """The model with the moving average of the weights."""
+    unet = make_unet()
+    unet.load_state_dict(run.unet.state_dict())
+    run.ema.copy_to(unet.parameters())
+    return unet.eval()
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate's factor: 1/2 after 200 steps, 1 after 1300, and over the last tenth down to nothing."""
+    return min((step + 1) / 400, 0.5 if step < 1250 else (step - 1200) / 100, 1.0, 10 * (1 - step / steps))
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="where checkpoints go")] = PLACE / "training",
+    output: Annotated[Path, typer.Option(help="where model/ and training.json go")] = PLACE,
+    steps: int = 8000,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """Train, write the moving average of the weights."""
+    torch.set_num_threads(threads)
+    asked, written = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr}, output / "training.json"
+    if written.exists() and asked.items() <= json.loads(written.read_text()).items():
+        print(f"{written} says that this model is there")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after the step that is under way
+    run = Training(make_unet, partial(LambdaLR, lr_lambda=partial(rate, steps=steps)), lr, seed, decay=0.999)
+    run.unet.to(memory_format=torch.channels_last)
+    loss, checkpoint = Loss(run.unet, load_samples(make()[0]), batch_size), work / "checkpoint.safetensors"
+    if checkpoint.exists():
+        run.load(checkpoint)
+    recent: list[float] = []
+    with progress_bar(True) as bar:
+        task = bar.add_task("train", total=steps, completed=run.step)
+        while run.step < steps and not stopped.is_set():
+            recent = [*recent[-499:], run.run_step(loss)]
+            bar.advance(task)
+            if run.step % 250 == 0:
+                run.save(checkpoint)
+                bar.console.print(f"step {run.step} loss {np.mean(recent):.4f}")
+            if run.step % 1000 == 0:
+                labels = torch.arange(len(CLASSES)).repeat_interleave(8)
+                grid(draw(average(run), labels), 8).save(work / f"{run.step}.png")
+    run.save(checkpoint)
+    if run.step < steps:
+        sys.exit(143)
+    DDPMPipeline(average(run), DDPMScheduler(**SCHEDULE)).save_pretrained(output / "model")
+    weights = output / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    facts = {
+        **asked,
+        "train_loss": float(np.mean(recent)) if recent else None,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "images": PACKAGE,
+    }
+    written.write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,75 @@
+"""A training that survives being killed: model, moving average and optimizer, and their checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Callable[[Optimizer], LambdaLR]
+
+
+class Training:
+    """Model, moving average and optimizer, and their checkpoint as safetensors (no pickle).
+
+    ``schedule``: the learning rate's, of an optimizer. Every step draws from a generator seeded with (seed, step), so
+    a resumed run sees what an unbroken one would.
+    """
+
+    def __init__(
+        self, make: Callable[[], UNet2DModel], schedule: Schedule, lr: float, seed: int, decay: float = 0.9995
+    ) -> None:
+        torch.manual_seed(seed)
+        self.seed, self.step = seed, 0
+        self.unet = make()
+        self.ema = EMAModel(self.unet.parameters(), decay=decay, use_ema_warmup=True, power=0.8)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=lr, weight_decay=1e-4)
+        self.schedule = schedule(self.optimizer)
+
+    def run_step(self, loss_of: Callable[[int], Tensor]) -> float:
+        """One step down the loss, which is made from the seed of the step."""
+        loss = loss_of(self.seed * 1_000_003 + self.step)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+        self.step += 1
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        tensors = {f"unet.{name}": tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
+        tensors |= {f"ema.{i}": tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
+        for i, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{key}": slots[key].contiguous() for key in ("exp_avg", "exp_avg_sq")}
+        save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(self.step)})
+        path.with_suffix(".tmp").replace(path)
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        tensors = load_file(path)
+        self.unet.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("unet.")})
+        self.ema.shadow_params = [tensors[f"ema.{i}"] for i in range(len(self.ema.shadow_params))]
+        self.ema.optimization_step = self.step
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            i: {"step": torch.tensor(float(self.step))}
+            | {key: tensors[f"adam.{i}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+            for i in range(len(self.ema.shadow_params))
+        }
+        self.optimizer.load_state_dict(state)
+        self.schedule.last_epoch = self.step
+        rates = [
+            base * rate(self.step) for base, rate in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr

@@ -1,0 +1,98 @@
+"""What the threshold of the paper brings: six of them, on digits and on pictures in colour, and where in the timesteps.
+
+    python benchmarks/bench.py thresholds                    # digits: an hour on two cores
+    python benchmarks/bench.py thresholds --model emoji      # after: make models
+
+As criteria.py compares, nothing repaired before the fine-tune. Results are kept by model; interrupted, it goes on where
+it was, and more seeds add to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from shared.embedded import HALF, REGIONS
+from shared.results import RESULTS, holm, mean, p_text, paired_p, publish, table
+from shared.subject import SUBJECTS, Look
+
+from diffprune_plugin.utils.files import new_file
+from diffprune_plugin.utils.optional import need_pyplot
+from quality.criteria import FULL, PAPER, THRESHOLDS, Budget, Cells, compare, opened
+
+NAMES = ("taylor", *list(THRESHOLDS)[:2], PAPER, *list(THRESHOLDS)[2:])  # by threshold
+RATIOS = (0.2, HALF, 0.5)
+SAMPLES = 256
+
+
+def budget_of(model: str, batch_size: int) -> Budget:
+    """A tenth of the dense model's steps."""
+    subject = SUBJECTS[model]
+    look = Look(held_out=250, repeats=2, count=66, steps=10)
+    return replace(FULL, samples=SAMPLES, steps=subject.steps // 10, batch_size=batch_size, look=look, of=subject)
+
+
+def regions(cells: Cells) -> list[str]:
+    """The loss of each part of the timesteps as a share of that without a threshold; p of all these tests by Holm."""
+    lines = [(r, s, n) for r in cells.ratios for s in (0, cells.steps) for n in NAMES[1:]]
+    places = [(*line, key) for line in lines for key in region_keys()]
+    pairs = [(cells.of(n, r, s, key), cells.of(NAMES[0], r, s, key)) for r, s, n, key in places]
+    shares = [[a / b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    texts = [cell(*one) for one in zip(shares, holm([paired_p(*pair) for pair in pairs]), strict=True)]
+    width = len(REGIONS)
+    rows = [[*map(str, line), *texts[width * i : width * (i + 1)]] for i, line in enumerate(lines)]
+    ends = (*(first - 1 for first in REGIONS[1:]), 999)
+    head = ["ratio", "steps", "criterion", *(f"t {first}-{end}" for first, end in zip(REGIONS, ends, strict=True))]
+    return [
+        "Loss by timestep as a share of that of taylor (threshold 0), below 1 is better; p of a paired test, by Holm "
+        "for all of this table:",
+        "",
+        *table(head, rows),
+    ]
+
+
+def region_keys() -> list[str]:
+    return [f"loss {first}" for first in REGIONS]
+
+
+def cell(shares: list[float], p: float) -> str:
+    return f"{mean(shares, 3)}{f' (p {text})' if (text := p_text(p)) else ''}"
+
+
+def plot(cells: Cells, path: Path) -> None:
+    """By threshold the loss of each part of the timesteps over that without one, a column a ratio."""
+    pyplot = need_pyplot()
+    figure, axes = pyplot.subplots(2, len(cells.ratios), figsize=(4 * len(cells.ratios), 6), layout="constrained")
+    for column, ratio in enumerate(cells.ratios):
+        for line, steps in enumerate((0, cells.steps)):
+            panel = axes[line][column]
+            for key in region_keys():
+                base = np.array(cells.of(NAMES[0], ratio, steps, key))
+                shares = np.array([np.array(cells.of(name, ratio, steps, key)) / base for name in NAMES])
+                error = shares.std(1, ddof=1) / np.sqrt(shares.shape[1]) if shares.shape[1] > 1 else None
+                label = f"t from {key.removeprefix('loss ')}"
+                panel.errorbar(range(len(NAMES)), shares.mean(1), error, marker="o", capsize=2, label=label)
+            panel.axhline(1, color="grey", ls=":")
+            panel.set_xticks(range(len(NAMES)), ["0", "0.01", "0.02", "0.05", "0.1", "0.2"])
+            panel.set(title=f"ratio {ratio}, {steps} steps", xlabel="threshold", ylabel="loss over that of threshold 0")
+    axes[0][0].legend(fontsize=7)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="digits or emoji")] = "digits",
+    seeds: int = 5,
+    ratios: Annotated[str, typer.Option(help="separated by commas")] = ",".join(map(str, RATIOS)),
+    batch_size: Annotated[int, typer.Option(help="images in a step of the fine-tune")] = 1,
+    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+) -> None:
+    """Measure what is missing, then print the tables and draw the plots."""
+    chosen, budget, title = [float(r) for r in ratios.split(",")], budget_of(model, batch_size), f"thresholds_{model}"
+    compare(title, NAMES, chosen, seeds, budget, workers)
+    cells = Cells(opened(title, NAMES, budget), NAMES, chosen, seeds, budget)
+    plot(cells, RESULTS / f"{title}_regions.png")
+    publish(f"{title}_regions", regions(cells))

@@ -1,0 +1,70 @@
+"""Whether a pruned model is repaired, and in which way, as its config asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffprune_plugin.config.pruning import PruningConfig
+from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.errors import BadInput, DiffPruneError
+from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.plugins import compensation, faults
+from diffprune_plugin.pruning.directory import progress_directory
+from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.utils.memory import out_of_memory
+
+
+def wants_compensation(config: PruningConfig, loaded: Any) -> bool:
+    """Whether to compensate: as asked, or where there is what it takes.
+
+    Raises BadInput if it is asked for and there are no images or there is no scheduler, or for an unknown way.
+    """
+    possible = config.data is not None and isinstance(loaded, DiffusionPipeline)
+    if config.compensate and not possible:
+        asked = str(config.compensate).lower()
+        raise BadInput(
+            f"compensate: {asked} needs 'data' and a pipeline directory as 'model'; add them or set it to false"
+        )
+    if isinstance(config.compensate, str):
+        compensation(config.compensate)
+    return possible if config.compensate is None else bool(config.compensate)
+
+
+def compensate(
+    model: nn.Module,
+    dense: nn.Module,
+    plan: PruningPlan,
+    scheduler: Any,
+    samples: Samples,
+    config: PruningConfig,
+    progress: bool,
+) -> CompensationReport:
+    """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
+    given: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
+    try:
+        if isinstance(config.compensate, str):
+            return in_the_way_of(config.compensate, model, dense, plan, scheduler, samples, **given)
+        files = progress_directory(config.output)
+        passes = passes_that_fit(dense)
+        return compensate_(model, dense, plan, scheduler, samples, passes=passes, checkpoint=files, **given)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(
+            "out of memory while compensating; set 'compensate: false' and fine-tune (the calibration is kept for the "
+            "same settings), or use a machine with more"
+        ) from None
+
+
+def in_the_way_of(name: str, *models: Any, **given: Any) -> CompensationReport:
+    """What a plugin's way of this name says that it did; raises BadInput, with the plugin, for one that fails."""
+    way, report = compensation(name), None
+    with faults(DiffPruneError, MemoryError) as failures:
+        report = way.value(*models, **given)
+    if not isinstance(report, CompensationReport):
+        why = f"fails: {failures[0]}" if failures else f"gives {type(report).__name__}, not a CompensationReport"
+        raise BadInput(f"compensate: {name!r} of {way.plugin} {why}; mend the plugin")
+    return report
