@@ -19,7 +19,19 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of a pool too
 
-from quality import allocation, calibration, compensate, criteria, recover, reference, regressions, rivals, thresholds
+from quality import (
+    allocation,
+    calibration,
+    compensate,
+    criteria,
+    onnx_pruned,
+    recover,
+    reference,
+    regressions,
+    rivals,
+    terrain,
+    thresholds,
+)
 from shared.subject import SUBJECTS
 from size import export_sd15, gpu, latency, pipeline_sd15, scale, widths
 
@@ -38,6 +50,8 @@ for module in (
     regressions,
     thresholds,
     rivals,
+    terrain,
+    onnx_pruned,
     latency,
     scale,
     export_sd15,
@@ -91,6 +105,8 @@ def more() -> None:
     for model in SUBJECTS:
         thresholds.main(model)
         rivals.main(model)
+    terrain.main()
+    onnx_pruned.main()
 
 
 @app.command()

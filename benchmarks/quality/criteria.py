@@ -248,6 +248,12 @@ class Cells:
         with new_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=100)
 
+    def publish(self, title: str, workers: int) -> None:
+        """Measure what is missing, then print the tables and draw the plot."""
+        self.fill(workers)
+        self.plot(RESULTS / f"{title}.png")
+        publish(title, self.lines())
+
 
 def opened(title: str, names: Sequence[str], budget: Budget) -> Store:
     """What was measured of these criteria with this budget."""
@@ -259,10 +265,7 @@ def compare(
     title: str, names: Sequence[str], ratios: Sequence[float], seeds: int, budget: Budget, workers: int
 ) -> None:
     """Measure what is missing, then print the tables and draw the plot; all is kept under this title."""
-    cells = Cells(opened(title, names, budget), names, ratios, seeds, budget)
-    cells.fill(workers)
-    cells.plot(RESULTS / f"{title}.png")
-    publish(title, cells.lines())
+    Cells(opened(title, names, budget), names, ratios, seeds, budget).publish(title, workers)
 
 
 def main(

@@ -2,9 +2,10 @@
 
     python benchmarks/bench.py thresholds                    # digits: an hour on two cores
     python benchmarks/bench.py thresholds --model emoji      # after: make models
+    python benchmarks/bench.py thresholds --thresholds 0,0.05 --ratios 0.36 --seeds 3
 
 As criteria.py compares, nothing repaired before the fine-tune. Results are kept by model; interrupted, it goes on where
-it was, and more seeds add to it.
+it was, and further thresholds, ratios and seeds add to it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from shared.subject import SUBJECTS, Look
 
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need_pyplot
-from quality.criteria import FULL, PAPER, THRESHOLDS, Budget, Cells, compare, opened
+from quality.criteria import FULL, PAPER, THRESHOLDS, Budget, Cells, opened
 
-NAMES = ("taylor", *list(THRESHOLDS)[:2], PAPER, *list(THRESHOLDS)[2:])  # by threshold
+NAMES = {"0": "taylor", "0.05": PAPER} | {name.partition(", ")[2]: name for name in THRESHOLDS}  # by threshold
 RATIOS = (0.2, HALF, 0.5)
 SAMPLES = 256
+ALL = ",".join(sorted(NAMES, key=float))
 
 
 def budget_of(model: str, batch_size: int) -> Budget:
@@ -37,9 +39,9 @@ def budget_of(model: str, batch_size: int) -> Budget:
 
 def regions(cells: Cells) -> list[str]:
     """The loss of each part of the timesteps as a share of that without a threshold; p of all these tests by Holm."""
-    lines = [(r, s, n) for r in cells.ratios for s in (0, cells.steps) for n in NAMES[1:]]
+    lines = [(r, s, n) for r in cells.ratios for s in (0, cells.steps) for n in cells.names[1:]]
     places = [(*line, key) for line in lines for key in region_keys()]
-    pairs = [(cells.of(n, r, s, key), cells.of(NAMES[0], r, s, key)) for r, s, n, key in places]
+    pairs = [(cells.of(n, r, s, key), cells.of(cells.names[0], r, s, key)) for r, s, n, key in places]
     shares = [[a / b for a, b in zip(*pair, strict=True)] for pair in pairs]
     texts = [cell(*one) for one in zip(shares, holm([paired_p(*pair) for pair in pairs]), strict=True)]
     width = len(REGIONS)
@@ -65,18 +67,23 @@ def cell(shares: list[float], p: float) -> str:
 def plot(cells: Cells, path: Path) -> None:
     """By threshold the loss of each part of the timesteps over that without one, a column a ratio."""
     pyplot = need_pyplot()
-    figure, axes = pyplot.subplots(2, len(cells.ratios), figsize=(4 * len(cells.ratios), 6), layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(cells.ratios), figsize=(4 * len(cells.ratios), 6), layout="constrained", squeeze=False
+    )
     for column, ratio in enumerate(cells.ratios):
         for line, steps in enumerate((0, cells.steps)):
             panel = axes[line][column]
             for key in region_keys():
-                base = np.array(cells.of(NAMES[0], ratio, steps, key))
-                shares = np.array([np.array(cells.of(name, ratio, steps, key)) / base for name in NAMES])
+                base = np.array(cells.of(cells.names[0], ratio, steps, key))
+                shares = np.array([np.array(cells.of(name, ratio, steps, key)) / base for name in cells.names])
                 error = shares.std(1, ddof=1) / np.sqrt(shares.shape[1]) if shares.shape[1] > 1 else None
                 label = f"t from {key.removeprefix('loss ')}"
-                panel.errorbar(range(len(NAMES)), shares.mean(1), error, marker="o", capsize=2, label=label)
+                panel.errorbar(range(len(cells.names)), shares.mean(1), error, marker="o", capsize=2, label=label)
             panel.axhline(1, color="grey", ls=":")
-            panel.set_xticks(range(len(NAMES)), ["0", "0.01", "0.02", "0.05", "0.1", "0.2"])
+            panel.set_xticks(
+                range(len(cells.names)),
+                [threshold for threshold in sorted(NAMES, key=float) if NAMES[threshold] in cells.names],
+            )
             panel.set(title=f"ratio {ratio}, {steps} steps", xlabel="threshold", ylabel="loss over that of threshold 0")
     axes[0][0].legend(fontsize=7)
     with new_file(path) as temporary:
@@ -86,13 +93,15 @@ def plot(cells: Cells, path: Path) -> None:
 def main(
     model: Annotated[str, typer.Option(help="digits or emoji")] = "digits",
     seeds: int = 5,
+    thresholds: Annotated[str, typer.Option(help="separated by commas; 0 and 0.05 among them")] = ALL,
     ratios: Annotated[str, typer.Option(help="separated by commas")] = ",".join(map(str, RATIOS)),
     batch_size: Annotated[int, typer.Option(help="images in a step of the fine-tune")] = 1,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plots."""
     chosen, budget, title = [float(r) for r in ratios.split(",")], budget_of(model, batch_size), f"thresholds_{model}"
-    compare(title, NAMES, chosen, seeds, budget, workers)
-    cells = Cells(opened(title, NAMES, budget), NAMES, chosen, seeds, budget)
+    names = [NAMES[threshold] for threshold in sorted(thresholds.split(","), key=float)]
+    cells = Cells(opened(title, list(NAMES.values()), budget), names, chosen, seeds, budget)
+    cells.publish(title, workers)
     plot(cells, RESULTS / f"{title}_regions.png")
     publish(f"{title}_regions", regions(cells))

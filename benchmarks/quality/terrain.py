@@ -1,0 +1,132 @@
+"""A model that others trained and published as ONNX alone, by the commands of the README, judged by its own client.
+
+    pip install --no-deps adaptive-terrain-diffusion==0.4.2
+    python benchmarks/bench.py terrain
+
+examples/terrain reads PyPI's adaptive-terrain-diffusion into torch; the commands prune, compensate and export it; the
+package's own generator then draws with the exported file in the place of its own, from the same noise.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import spearmanr
+from shared.results import RESULTS, RUNS, mean, publish, table
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from diffprune_plugin.evaluation.images import image_grid, save_image
+from diffprune_plugin.pruning.directory import read_plan
+
+WORK = RUNS / "terrain"
+# Calibrated with few samples: one of 128 x 128 takes seconds on a core.
+CALIBRATION = {
+    "timesteps": 50,
+    "batch_size": 8,
+    "importance": {"name": "diff_taylor", "samples": 96, "curve_samples": 1},
+}
+PUBLISHED, DENSE = "published file", "dense, read and exported"
+Heights = NDArray[np.float32]
+
+
+def ways(ratio: float) -> dict[str, tuple[str, dict[str, Any]]]:
+    """By row the directory of the model and what its config says besides."""
+    return {
+        f"pruned, ratio {ratio}": (f"pruned-{ratio}", {"pruning_ratio": ratio, "compensate": False}),
+        f"compensated, ratio {ratio}": (f"compensated-{ratio}", {"pruning_ratio": ratio}),
+    }
+
+
+def command(*words: str) -> None:
+    """Run one of this environment's commands in the work directory."""
+    subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:]], cwd=WORK, check=True)
+
+
+def exported(name: str) -> Path:
+    """The model of this directory in ONNX; made if it is not there."""
+    file = WORK / f"{name}.onnx"
+    if not file.exists():
+        baseline = () if name == "model" else ("--baseline", "model")
+        command("diffprune-export", file.name, "--model", name, *baseline)
+    return file
+
+
+def made(name: str, settings: dict[str, Any]) -> Path:
+    """The exported model of a config."""
+    if not (WORK / name).exists():
+        values = {"model": "model", "output": name, "data": "data.safetensors", "calibration": "calibration"}
+        (WORK / f"{name}.yaml").write_text(yaml.safe_dump({**values, **CALIBRATION, **settings}))
+        command("diffprune", "prune", f"{name}.yaml")
+    return exported(name)
+
+
+def drawn(file: Path | None, count: int) -> tuple[Heights, NDArray[np.int64], float]:
+    """Terrains (count, 128, 128) in metres, their difficulties, seconds for each; without a file, the package's own."""
+    from terrain_diffusion import TerrainGenerator
+
+    generator, difficulties = TerrainGenerator(file, device="cpu"), np.linspace(1, 100, count).astype(int)
+    start = time.perf_counter()
+    terrains = generator.generate(count, difficulty=difficulties, seed=0)
+    return terrains, difficulties, (time.perf_counter() - start) / count
+
+
+def compared(terrains: Heights, reference: Heights, difficulties: NDArray[np.int64]) -> dict[str, list[float]]:
+    """By terrain the mean difference in metres, SSIM, and steepness; how that follows the difficulty is one number."""
+    highest = float(reference.max())
+    pairs = zip(torch.from_numpy(terrains)[:, None, None], torch.from_numpy(reference)[:, None, None], strict=True)
+    ssim = [float(torch.as_tensor(structural_similarity_index_measure(a, b, data_range=highest))) for a, b in pairs]
+    steepness = np.abs(np.gradient(terrains, axis=(1, 2))).mean((0, 2, 3))
+    return {
+        "difference": np.abs(terrains - reference).mean((1, 2)).tolist(),
+        "ssim": ssim,
+        "steepness": steepness.tolist(),
+        "order": [float(spearmanr(steepness, difficulties).statistic)],
+    }
+
+
+def shaded(terrain: Heights) -> Image.Image:
+    """A terrain lit from the upper left, brighter where it is higher."""
+    down, right = np.gradient(terrain * 4)
+    light = (down + right + 1) / np.sqrt(3 * (down**2 + right**2 + 1))
+    height = terrain / max(float(terrain.max()), 1e-6)
+    return Image.fromarray((np.clip(0.65 * np.clip(light, 0, 1) + 0.35 * height, 0, 1) * 255).astype(np.uint8))
+
+
+def main(
+    ratios: Annotated[str, typer.Option(help="separated by commas")] = "0.3",
+    count: Annotated[int, typer.Option(help="terrains, of difficulties from 1 to 100")] = 24,
+) -> None:
+    """Make what is missing, then print the table and draw the picture."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    if not (WORK / "data.safetensors").exists():
+        command("python", "-m", "diffprune_terrain.read", ".")
+    files: dict[str, Path | None] = {PUBLISHED: None, DENSE: exported("model")}
+    macs = {}
+    for ratio in map(float, ratios.split(",")):
+        for row, (name, settings) in ways(ratio).items():
+            files[row] = made(name, settings)
+            macs[row] = read_plan(WORK / name).macs
+    results = {row: drawn(file, count) for row, file in files.items()}
+    reference, difficulties, _ = results[PUBLISHED]
+    rows, pictures = [], {}
+    for row, (terrains, _, seconds) in results.items():
+        found = compared(terrains, reference, difficulties)
+        share = f"{macs[row][1] / macs[row][0]:.0%}" if row in macs else ""
+        cells = [mean(found[key], 3) for key in ("difference", "ssim", "steepness", "order")]
+        rows.append([row, share, *cells, f"{seconds:.2f}"])
+        pictures[row] = [shaded(terrain) for terrain in terrains[:: max(count // 8, 1)]]
+    save_image(image_grid(pictures, scale=1), RESULTS / "terrain.png")
+    head = ["model", "MACs", "difference, m", "SSIM", "steepness, m", "order by difficulty", "s each, once"]
+    text = f"Mean and standard error over {count} terrains of the package's generator, difficulties 1 to 100, seed 0; "
+    text += f"heights to {reference.max():.1f} m. Order: Spearman's correlation of steepness and difficulty."
+    publish("terrain", [text, "", *table(head, rows)])
