@@ -4,8 +4,8 @@ from diffusers import DDPMScheduler
 
 from diffprune_plugin.adapters import Heads, ModelAdapter, Pairs, Port
 
-# Noise as strong as the model was trained for: sigma, which is sqrt(1 / alphas_cumprod - 1), goes to 80.
-SCHEDULE = {"beta_end": 0.0173268, "prediction_type": "sample"}
+# Noise as strong as the model was trained for: sigma, which is sqrt(1 / alphas_cumprod - 1), goes to 82.
+SCHEDULE = {"beta_end": 0.01742, "prediction_type": "sample"}
 KEPT = DDPMScheduler(**SCHEDULE).alphas_cumprod
 
 

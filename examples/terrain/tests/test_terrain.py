@@ -49,7 +49,7 @@ def test_a_ddpms_noisy_samples_become_those_of_the_consistency_model():
     kept = KEPT[700]
     given = TERRAIN_UNET.given(None, kept.sqrt() * sample + (1 - kept).sqrt() * noise, timestep, {})
     torch.testing.assert_close(given["noisy"], sample + given["sigma"] * noise)
-    assert (1 / KEPT[-1] - 1).sqrt().item() == pytest.approx(80, rel=1e-3)
+    assert (1 / KEPT[-1] - 1).sqrt().item() == pytest.approx(80, rel=0.03)
 
 
 @pytest.fixture(scope="module")
