@@ -20,6 +20,7 @@ from diffprune_plugin.errors import BadInput, nearest
 from diffprune_plugin.export.graphs import exported, versions, written
 from diffprune_plugin.export.integrity import Files, check_output
 from diffprune_plugin.export.patches import exportable
+from diffprune_plugin.export.precision import DTYPES, mixed
 from diffprune_plugin.export.scheduler import scheduler_of
 from diffprune_plugin.export.timestep import AXIS, check_kind, loosen_
 from diffprune_plugin.graph.costs import meta_copy, total_macs
@@ -28,7 +29,6 @@ from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.utils.optional import need
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 OPSETS = range(18, 25)  # what torch's exporter writes; past 20 GroupNormalization has no kernel and is slower
 IMAGE = ("height", "width")  # axes that a model halves on its way down
 
@@ -64,6 +64,7 @@ def to_onnx(
     opset: int = 20,
     dynamic: Sequence[str] = ("batch",),
     dtype: str = "fp32",
+    keep_fp32: Sequence[str] = (),
     timestep: str = "int64",
     overwrite: bool = False,
     external_data: bool | None = None,
@@ -73,16 +74,17 @@ def to_onnx(
 
     ``dynamic`` names the axes left open; the others have the config's size. ``external_data``: weights in one file of
     their own (None: where they would not fit a protobuf). ``timestep``: its type, float32 for samplers that step
-    between whole ones; its length is 1 or the batch's. The same input gives the same bytes.
+    between whole ones; its length is 1 or the batch's. ``keep_fp32``: patterns of layers that stay in fp32 where the
+    others do not. The same input gives the same bytes.
 
     Raises BadInput for what cannot be exported or written; nothing is half-written.
     """
     start, path = time.perf_counter(), Path(path)
     check_output(path, overwrite)
-    check_options(opset, dtype)
+    check_options(opset, dtype, keep_fp32)
     need("onnx")
     need("onnxscript")
-    live = model_in(model, dtype)
+    live, kept = mixed(model_in(model), dtype, keep_fp32) if keep_fp32 else (model_in(model, dtype), [])
     adapter = adapter or find_adapter(live)
     check_dynamic(live, adapter, dynamic)
     check_kind(timestep, live, adapter)
@@ -90,8 +92,9 @@ def to_onnx(
         check_time_table(live, adapter, scheduler)
     multiples = allowed_multiples(live, adapter, dynamic)
     size = irregular_size(live, adapter, multiples)
-    program = traced(live, adapter, opset, tuple(dynamic), size, timestep)
-    options = {"opset": str(opset), "dtype": dtype, "dynamic": ",".join(dynamic), "multiples": multiples}
+    program = traced(live, adapter, opset, tuple(dynamic), size, timestep, dtype)
+    options: dict[str, Any] = {"keep_fp32": kept} if kept else {}
+    options |= {"opset": str(opset), "dtype": dtype, "dynamic": ",".join(dynamic), "multiples": multiples}
     facts = provenance(live, adapter, options)
     if "batch" in dynamic:
         loosen_(program.model, adapter.sample, adapter.timestep)
@@ -100,11 +103,13 @@ def to_onnx(
     return ExportReport(path, files, nodes, time.perf_counter() - start, texts)
 
 
-def check_options(opset: int, dtype: str) -> None:
+def check_options(opset: int, dtype: str, keep_fp32: Sequence[str] = ()) -> None:
     if opset not in OPSETS:
         raise BadInput(f"--opset {opset}: not one of {OPSETS[0]} to {OPSETS[-1]}; 20 runs fastest")
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype!r}{nearest(dtype, DTYPES)}: not one of {', '.join(DTYPES)}")
+    if keep_fp32 and dtype == "fp32":
+        raise BadInput(f"--keep-fp32 {','.join(keep_fp32)}: all of an fp32 file is fp32; give --dtype fp16")
 
 
 def model_in(model: Any, dtype: str = "fp32") -> nn.Module:
@@ -183,6 +188,7 @@ def traced(
     dynamic: tuple[str, ...],
     size: tuple[int, int],
     timestep: str = "int64",
+    dtype: str = "fp32",
 ) -> Any:
     """The model as an ONNX program, from an example of this (height, width).
 
@@ -190,6 +196,8 @@ def traced(
     """
     ports = adapter.ports(model)
     inputs = adapter.flat_inputs(model, batch=2 if "batch" in dynamic else 1, size=size)
+    of_model = next(model.parameters()).dtype  # which may be a layer's that is kept in fp32
+    inputs = {name: value.to(DTYPES[dtype]) if value.dtype is of_model else value for name, value in inputs.items()}
     if timestep == "float32":
         inputs[adapter.timestep] = inputs[adapter.timestep].float()
     config = config_of(model)

@@ -77,6 +77,10 @@ class FileOptions:
     opset: Annotated[int, typer.Option(help="ONNX opset; 20 runs fastest.")] = 20
     dynamic: Annotated[tuple[str, ...], typer.Option(help="Axes left open: batch,height,width,sequence.")] = ("batch",)
     dtype: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32"
+    keep_fp32: Annotated[
+        tuple[str, ...],
+        typer.Option("--keep-fp32", metavar="PATTERN,...", help="Layers of an fp16 file that stay in fp32."),
+    ] = ()
     timestep: Annotated[str, typer.Option(help="int64, or float32 to take those between whole ones.")] = "int64"
 
     def of_file(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.errors import CheckFailed, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, gate
 from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, summary
+from diffprune_plugin.export.halves import with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_pipeline import ORTPipeline
@@ -60,6 +61,7 @@ def run_pipeline(
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with outcome(verdict.content, [model, output, options.baseline]):
+            options = with_kept_layers(model, options, say)
             with new_directory(output, options.overwrite, KIND) as place:
                 build(verdict, model, place, options, say)
                 time_both(verdict, model, place, options, say, show)

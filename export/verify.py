@@ -18,6 +18,8 @@ from diffprune_plugin.export.convert import IMAGE, model_in, odd_multiple
 from diffprune_plugin.export.feeds import input_shapes, input_types, multiples
 from diffprune_plugin.export.integrity import Files, check_files, read_manifest, reject
 from diffprune_plugin.export.ort_session import OrtSession, RunFailed
+from diffprune_plugin.export.precision import ends
+from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.export.scheduler import ddim_of
 from diffprune_plugin.plugins import find_adapter
 
@@ -127,6 +129,8 @@ def verify_onnx(
             for name, inputs in all_cases(subject, path, batches, multiples(facts)):
                 result.cases.append(compared(name, session, subject, inputs, result.tolerance))
             try:
+                if dtype != "fp32" and dtype in known_provider(provider).dtypes:
+                    result.cases.append(finite_at_both_ends(session, subject))
                 result.cases += dependence(session, subject, result.tolerance)
                 if ddim is not None and result.passed:
                     sample(result, session, subject, ddim)
@@ -268,6 +272,16 @@ def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> 
         limit = tolerance.absolute + tolerance.relative * float(expected.abs().max())
         depends = moved > meant / 2 or meant <= limit
         yield Case(f"output depends on {name}", 0.0 if depends else meant, 0.0, depends)
+
+
+def finite_at_both_ends(session: OrtDenoiser, subject: Subject) -> Case:
+    """Whether the file's outputs are finite at 50 timesteps from both ends: half precision may fail at one alone."""
+    inputs, name, tried = subject.example(), subject.adapter.timestep, ends(subject.model, subject.adapter)
+    for step in tried:
+        at = torch.full_like(inputs[name], step * subject.adapter.model_time)
+        if not bool(session(inputs | {name: at}).isfinite().all()):
+            return failed(f"not finite at timestep {step}")
+    return Case(f"finite at {len(tried)} timesteps", 0.0, 0.0, True)
 
 
 def sample(result: Verification, session: OrtDenoiser, subject: Subject, ddim: Any) -> None:

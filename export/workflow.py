@@ -14,6 +14,7 @@ from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, Hardw
 from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
+from diffprune_plugin.export.halves import allowed, judged_by_dense, with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT, check_output, still
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.options import BenchOptions, Options
@@ -72,6 +73,7 @@ def run(
         with outcome(verdict.content, [model, output, options.baseline]):
             if options.verdict:  # of an older file, which this one replaces at some moment
                 path.unlink(missing_ok=True)
+            options = with_kept_layers(model, options, say)
             to_file(verdict, model, output, options, say)
             verdict.content["failure"] = "interrupted before all of it was proved"
             write_verdict(path, output, verdict.content)
@@ -143,7 +145,7 @@ def check_asked(model: Path, options: Options) -> None:
     check_gates(options.max_latency_ms, options.min_speedup)
     if options.verify and (scheduler := pipeline_scheduler(model)) is not None:
         ddim_of(scheduler, options.steps)
-    check_options(options.opset, options.dtype)
+    check_options(options.opset, options.dtype, options.keep_fp32)
     if options.check_placement and options.check_placement not in TABLES:
         raise BadInput(f"--check-placement {options.check_placement}: there is a table for {', '.join(TABLES)} only")
     if gated(options) and not options.latency:
@@ -267,7 +269,10 @@ def verify(
     content: dict[str, Any], model: Path, output: Path, options: Options, provider: str, say: Callable[[str], None]
 ) -> None:
     """Raises CheckFailed, the files renamed, if the numerics miss."""
-    scheduler = pipeline_scheduler(model)
+    scheduler, tolerance, of_dense = pipeline_scheduler(model), None, {}
+    if judged_by_dense(options):
+        with dense_file(model, output, options) as dense:
+            tolerance, of_dense = allowed(dense or output, options, without_replay(provider))
     result = verify_onnx(
         output,
         model,
@@ -275,9 +280,10 @@ def verify(
         steps=options.steps,
         provider=without_replay(provider),
         threads=options.threads,
+        tolerance=tolerance,
         files=content["export"]["files"],
     )
-    content["verify"] = result.as_dict()
+    content["verify"] = result.as_dict() | ({"dense": of_dense} if of_dense else {})
     if options.dtype not in known_provider(provider).dtypes:
         content["verify"]["note"] = (
             f"{provider} computes {options.dtype} models in fp32: graph and weights are checked, not the type itself"
