@@ -13,8 +13,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
-from diffprune_plugin.export.convert import DTYPES
 from diffprune_plugin.export.feeds import input_types
+from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.providers import known_provider, open_session
 from diffprune_plugin.utils.memory import out_of_memory
 

@@ -16,10 +16,11 @@ import torch
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export.components import DECODER, LEFT_OUT, MODEL_FILE, PARTS, Piece, part_to_onnx, parts_of
-from diffprune_plugin.export.convert import DTYPES, IMAGE, model_in, to_onnx
+from diffprune_plugin.export.convert import IMAGE, model_in, to_onnx
 from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import read_provenance
 from diffprune_plugin.export.options import Options
+from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.scheduler import pipeline_scheduler
 from diffprune_plugin.export.verify import summary, verify_onnx
 from diffprune_plugin.export.verify_parts import verify_part

@@ -138,7 +138,7 @@ def found_by_itself(
     the whole model has outputs that fit.
     """
     most, timesteps, kept = torch.finfo(DTYPES[dtype]).max, ends(model, adapter), list(patterns)
-    model = copy.deepcopy(model).to(device)  # type: ignore[arg-type]
+    model = copy.deepcopy(model).to(device)
     exact: Mapping[str, float] = {}
     while True:
         half, names = mixed(model, dtype, kept)

@@ -269,7 +269,8 @@ def verify(
     content: dict[str, Any], model: Path, output: Path, options: Options, provider: str, say: Callable[[str], None]
 ) -> None:
     """Raises CheckFailed, the files renamed, if the numerics miss."""
-    scheduler, tolerance, of_dense = pipeline_scheduler(model), None, {}
+    scheduler, tolerance = pipeline_scheduler(model), None
+    of_dense: dict[str, Any] = {}
     if judged_by_dense(options):
         with dense_file(model, output, options) as dense:
             tolerance, of_dense = allowed(dense or output, options, without_replay(provider))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.export.benchmark import DENSE, PRUNED, Clock, interleaved, medians
-from diffprune_plugin.export.convert import DTYPES
 from diffprune_plugin.export.graphs import quiet
+from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.proofs import Bound
 from diffprune_plugin.export.providers import Provider, known_provider, open_session
 from diffprune_plugin.latency.pieces import Piece, filled
