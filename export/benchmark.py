@@ -19,7 +19,7 @@ from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.memory import peak_memory
 from diffprune_plugin.export.proofs import Placement, best_provider, prove
 from diffprune_plugin.export.providers import check_dtype, known_provider
-from diffprune_plugin.export.widths import Waste, wasteful_layers
+from diffprune_plugin.export.widths import Waste, lost_kernels, wasteful_layers
 
 DENSE, PRUNED, AGAIN = "dense", "pruned", "again"
 EAGER = "PyTorch eager"
@@ -77,7 +77,7 @@ class Ratio:
 
 @dataclass
 class Latency:
-    """Everything that one benchmark found, and under which conditions."""
+    """Everything that one benchmark found, and under which conditions; ``lost``: see `lost_kernels`."""
 
     provider: str
     dtype: str
@@ -87,9 +87,19 @@ class Latency:
     ratios: list[Ratio] = field(default_factory=list)
     placements: dict[str, Placement] = field(default_factory=dict)
     waste: list[Waste] = field(default_factory=list)
+    lost: list[Waste] = field(default_factory=list)
+
+    @property
+    def operators(self) -> dict[str, dict[str, int]]:
+        """Of each model the operators of ONNX Runtime's own that ran, fused ones among them."""
+        found: dict[str, dict[str, int]] = {}
+        for name, placement in self.placements.items():
+            found.setdefault(name.partition(",")[0], placement.operators)
+        found.pop(AGAIN, None)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
-        content = asdict(self) | {"spinning": False}
+        content = asdict(self) | {"spinning": False, "operators": self.operators}
         content["placements"] = {name: placement.as_dict() for name, placement in self.placements.items()}
         content["rows"] = [asdict(row) | {"noisy": row.noisy} for row in self.rows]
         content["ratios"] = [asdict(r) | {"win": r.win, "realised": r.realised} for r in self.ratios]
@@ -134,7 +144,9 @@ def measure(
                 f"eager {name} is on {device}, {provider} computes on {wanted.memory}: not comparable; move it"
             )
     result = Latency(provider, dtype, threads, rounds or wanted.rounds)
-    result.waste = wasteful_layers(files[PRUNED], provider, dtype)
+    waste = {n: wasteful_layers(path, provider, dtype, "fused" in facts[n]) for n, path in files.items()}
+    result.waste = waste[PRUNED]
+    result.lost = lost_kernels(waste[PRUNED], waste.get(DENSE, waste[PRUNED])) if "fused" in facts[PRUNED] else []
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
     for batch in batches:
         runs = sessions(result, files, batch, dims[batch])

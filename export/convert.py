@@ -17,6 +17,7 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.errors import BadInput, nearest
+from diffprune_plugin.export.fusion import check_fuse, fused, own_operators
 from diffprune_plugin.export.graphs import exported, versions, written
 from diffprune_plugin.export.integrity import Files, check_output
 from diffprune_plugin.export.patches import exportable
@@ -65,6 +66,7 @@ def to_onnx(
     dynamic: Sequence[str] = ("batch",),
     dtype: str = "fp32",
     keep_fp32: Sequence[str] = (),
+    fuse: str = "",
     timestep: str = "int64",
     overwrite: bool = False,
     external_data: bool | None = None,
@@ -75,7 +77,8 @@ def to_onnx(
     ``dynamic`` names the axes left open; the others have the config's size. ``external_data``: weights in one file of
     their own (None: where they would not fit a protobuf). ``timestep``: its type, float32 for samplers that step
     between whole ones; its length is 1 or the batch's. ``keep_fp32``: patterns of layers that stay in fp32 where the
-    others do not. The same input gives the same bytes.
+    others do not. ``fuse``: a provider, cpu or cuda, whose fused operators the file gets. The same input gives the same
+    bytes.
 
     Raises BadInput for what cannot be exported or written; nothing is half-written.
     """
@@ -98,6 +101,9 @@ def to_onnx(
     facts = provenance(live, adapter, options)
     if "batch" in dynamic:
         loosen_(program.model, adapter.sample, adapter.timestep)
+    if fuse:
+        program.model = fused(program.model, check_fuse(fuse))
+        facts["fused"] = own_operators(program.model)
     notes = {"multiples": multiples} if multiples else {}
     texts, nodes, files = written(program, path, live, facts, overwrite=overwrite, external=external_data, notes=notes)
     return ExportReport(path, files, nodes, time.perf_counter() - start, texts)

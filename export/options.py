@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export.fusion import check_fuse
 from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, spec_of, without_replay
 from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
@@ -81,6 +82,7 @@ class FileOptions:
         tuple[str, ...],
         typer.Option("--keep-fp32", metavar="PATTERN,...", help="Layers of an fp16 file that stay in fp32."),
     ] = ()
+    fuse: Annotated[bool, typer.Option("--fuse", help="Fused operators of the provider's (cpu, cuda).")] = False
     timestep: Annotated[str, typer.Option(help="int64, or float32 to take those between whole ones.")] = "int64"
 
     def of_file(self) -> dict[str, Any]:
@@ -105,6 +107,10 @@ class Options(FileOptions, BenchOptions):
     check_placement: Annotated[
         str | None, typer.Option(metavar="cuda", help="List nodes without a CUDA kernel; needs no GPU.")
     ] = None
+
+    def of_file(self) -> dict[str, Any]:
+        """With the provider that a file is fused for; raises BadInput where none is."""
+        return super().of_file() | {"fuse": check_fuse(self.provider) if self.fuse else ""}
 
 
 def check_results(options: BenchOptions) -> None:

@@ -44,13 +44,17 @@ class Proof:
 
 @dataclass
 class Placement:
-    """The proofs for one model on one provider, and what they were taken from."""
+    """The proofs for one model on one provider, and what they were taken from.
+
+    ``operators``: those of ONNX Runtime's own that ran, fused ones among them, as the session's profile has them.
+    """
 
     provider: str
     proofs: list[Proof] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
     device: str = ""
+    operators: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -128,7 +132,9 @@ def prove(
                 raise
             held(Proof("profile", False, f"it opens and does not run: {first_line(error)}"))
             raise
-        held(profile_proof(wanted, json.loads(Path(session.end_profiling()).read_text())))
+        events = json.loads(Path(session.end_profiling()).read_text())
+        placement.operators = own_operators(events)
+        held(profile_proof(wanted, events))
         held(binding_proof(wanted.memory, bound.devices()))
         if wanted.replays:
             plain = open_session(path, without_replay(provider), free_dims=free_dims, threads=threads)
@@ -195,9 +201,20 @@ def assignment_proof(wanted: Provider, nodes: Sequence[tuple[str, str]]) -> Proo
     return whole(wanted, nodes, "assignment", "assigned to")
 
 
+def kernels_of(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events of a profile in which a kernel ran."""
+    return [e for e in events if e.get("cat") == "Node" and str(e["name"]).endswith("_kernel_time")]
+
+
+def own_operators(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many nodes of a profile have an operator that ONNX does not define, by operator."""
+    ran = {str(event["name"]): str(event["args"].get("op_name")) for event in kernels_of(events)}
+    return dict(Counter(operator for operator in ran.values() if not need("onnx").defs.has(operator)).most_common())
+
+
 def profile_proof(wanted: Provider, events: Sequence[Mapping[str, Any]]) -> Proof:
     """Whether every kernel of a profile ran on the provider, and none copied between memories."""
-    kernels = [e for e in events if e.get("cat") == "Node" and str(e["name"]).endswith("_kernel_time")]
+    kernels = kernels_of(events)
     ran = [(str(e["args"].get("provider")), f"{e['args'].get('op_name')} {e['name']}") for e in kernels]
     copies = [operator for _, operator in ran if operator.startswith(COPIES)]
     if copies:

@@ -16,6 +16,11 @@ from diffprune_plugin.utils.optional import need
 ROWS = ("runs on", "model", "batch", "p50 ms", "p90 ms", "p99 ms", "runs", "peak MB")
 DENSE_COLOR, PRUNED_COLOR = "#b0b7c3", "#2f6fde"
 CLAIMS = {"noise floor": "noise", "faster": "faster", "no win claimed": "no win"}  # as a narrow table has them
+# Operators that --fuse puts into a file; a session makes some of them by itself.
+FUSED = {
+    *("BiasAdd", "BiasSplitGelu", "GroupNorm", "MultiHeadAttention", "NhwcConv", "SkipGroupNorm"),
+    "SkipLayerNormalization",
+}
 RATIOS = ("ratio", "batch", "speed-up", "95 % interval", "MACs ratio", "realised", "")
 
 
@@ -113,7 +118,19 @@ def lint(result: Latency) -> list[str]:
     found: dict[tuple[str, str], list[Waste]] = {}
     for waste in result.waste:
         found.setdefault((waste.kernel, waste.of), []).append(waste)
-    return [lint_line(kernel, of, wastes, result) for (kernel, of), wastes in found.items()]
+    return [lint_line(kernel, of, wastes, result) for (kernel, of), wastes in found.items()] + fusion_lines(result)
+
+
+def fusion_lines(result: Latency) -> list[str]:
+    """What fused operators ran in each model, and what pruning lost, with the width that would keep it."""
+    if not any(FUSED & set(counts) for counts in result.operators.values()):
+        return []
+    told = [
+        f"{name}: {', '.join(f'{counts[operator]} {operator}' for operator in sorted(FUSED & set(counts))) or 'none'}"
+        for name, counts in result.operators.items()
+    ]
+    lost = [f"{w.kernel} of {w.layer} ({w.width}, {w.rounded} would keep it)" for w in result.lost]
+    return [f"fused operators that ran: {'; '.join(told)}", f"lost by pruning: {'; '.join(lost) or 'none'}"]
 
 
 def lint_line(kernel: str, of: str, wastes: Sequence[Waste], result: Latency, shown: int = 5) -> str:

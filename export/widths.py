@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from diffprune_plugin.export.integrity import parse
 from diffprune_plugin.planning.widths import RUNTIMES, Part, runtime_name
 from diffprune_plugin.utils.optional import need
 
-LINEAR = ("Conv", "Gemm", "MatMul")
+LINEAR = ("Conv", "Gemm", "MatMul", "NhwcConv")
 Node = Any
 
 
@@ -31,7 +31,7 @@ class Waste:
 
 
 def wasteful_layers(path: str | Path, provider: str, dtype: str, fused: bool = False) -> list[Waste]:
-    """The widths in an unfused file that some kernel of the runtime does not take; ``fused``: once it is fused.
+    """The widths that some kernel of the runtime does not take; ``fused``: those of fused operators too.
 
     Layers as narrow as the image's channels are left out: nothing can be done about them.
     """
@@ -45,6 +45,12 @@ def wasteful_layers(path: str | Path, provider: str, dtype: str, fused: bool = F
     return list(dict.fromkeys(found))
 
 
+def lost_kernels(pruned: Sequence[Waste], dense: Sequence[Waste]) -> list[Waste]:
+    """The fused operators that a pruned file has not and the dense one has: widths that pruning took from a kernel."""
+    without = {(waste.layer, waste.kernel) for waste in dense}
+    return [waste for waste in pruned if waste.of != "layer" and (waste.layer, waste.kernel) not in without]
+
+
 class Widths:
     """The widths of a graph that the table of kernels has a word for."""
 
@@ -52,6 +58,7 @@ class Widths:
         self.nodes: list[Node] = list(graph.node)
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.shapes = {name: list(tensor.dims) for name, tensor in self.constants.items()}
+        self.makers = {name: node for node in self.nodes for name in node.output}
         self.users: dict[str, list[Node]] = {}
         for node in self.nodes:
             for name in node.input:
@@ -70,13 +77,19 @@ class Widths:
                         f"the norm before {self.behind(norm)}",
                         weight[0] // self.shapes[node.input[1]][0],
                     )
+            if node.op_type == "MultiHeadAttention" and (maker := self.makers.get(node.input[0])):
+                heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+                yield "head", self.names.get(maker.output[0], node.name), self.out_channels(maker) // heads
             if node.output[0] not in self.names:
                 continue
-            layer, width = self.layer(node), self.shapes[node.input[1]][node.op_type == "MatMul"]
+            layer, width = self.layer(node), self.out_channels(node)
             yield "layer", layer, width
             yield from (("head", layer, size) for size in self.head_sizes(node))
             if any(self.next(split.output[-1], "Gelu", steps=1) for split in self.following(node, "Split")):
                 yield "half", layer, width // 2
+
+    def out_channels(self, node: Node) -> int:
+        return int(self.shapes[node.input[1]][node.op_type == "MatMul"])
 
     def layer(self, node: Node) -> str:
         """A layer's name, by its weight; the exporter renames those that it transposes, which go by their bias, and
@@ -88,7 +101,7 @@ class Widths:
         names, last = {}, "the output"
         for node in reversed(self.nodes):
             if node.op_type in LINEAR and len(node.input) > 1 and node.input[1] in self.shapes:
-                known = [n for n in (node.input[1], self.bias.get(node.output[0], "")) if "." in n]
+                known = [n for n in (*node.input[1:3], self.bias.get(node.output[0], "")) if "." in n]
                 last = known[0].partition(".")[2].rsplit(".", 1)[0] if known else last
                 names[node.output[0]] = last if known else f"a layer before {last}"
         return names

@@ -146,6 +146,7 @@ def check_asked(model: Path, options: Options) -> None:
     if options.verify and (scheduler := pipeline_scheduler(model)) is not None:
         ddim_of(scheduler, options.steps)
     check_options(options.opset, options.dtype, options.keep_fp32)
+    options.of_file()
     if options.check_placement and options.check_placement not in TABLES:
         raise BadInput(f"--check-placement {options.check_placement}: there is a table for {', '.join(TABLES)} only")
     if gated(options) and not options.latency:

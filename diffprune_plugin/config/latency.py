@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from diffprune_plugin.config.base import PathText
-from diffprune_plugin.planning.widths import RUNTIMES, runtime_name
+from diffprune_plugin.planning.widths import FUSES, runtime_name
 from diffprune_plugin.utils.checked import Checked
 
 
@@ -21,8 +21,7 @@ class LatencyConfig(Checked):
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads; spinning is off.")
     fuse: bool = Field(
         default=False,
-        description="The file will be fused for CUDA (`diffprune-export --fuse`): round_to: auto then keeps those "
-        "kernels too.",
+        description="With fused operators (`diffprune-export --fuse`): round_to: auto then keeps their kernels too.",
     )
     table: PathText | None = Field(
         default=None,
@@ -32,8 +31,8 @@ class LatencyConfig(Checked):
 
     @model_validator(mode="after")
     def _fuses(self) -> Self:
-        if self.fuse and runtime_name(self.provider, self.dtype, fused=True) not in RUNTIMES:
-            raise ValueError(f"fuse: true is for CUDA's fused operators: provider: cuda, not {self.provider}")
+        if self.fuse and self.provider.partition(":")[0] not in FUSES:
+            raise ValueError(f"fuse: true: fused operators are for provider: {' or '.join(FUSES)}, not {self.provider}")
         return self
 
     @property

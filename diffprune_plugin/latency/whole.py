@@ -71,7 +71,8 @@ class WholeFiles:
 
     def written(self, bare: nn.Module, name: str) -> Path:
         path, dtype = self.folder / f"{name}.onnx", self.config.dtype
-        to_onnx(random_weights(bare), path, dtype=dtype, overwrite=True, adapter=self.adapter)
+        fuse = self.config.provider if self.config.fuse else ""
+        to_onnx(random_weights(bare), path, dtype=dtype, fuse=fuse, overwrite=True, adapter=self.adapter)
         return path
 
 

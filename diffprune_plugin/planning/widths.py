@@ -59,9 +59,13 @@ RUNTIMES: dict[str, tuple[Rule, ...]] = {
 }
 
 
+FUSES = ("cpu", "cuda")  # providers with kernels for fused operators
+
+
 def runtime_name(provider: str, dtype: str, fused: bool = False) -> str:
     """The key in the table for a provider (its options are no matter) and a dtype, where it has one."""
-    return f"{provider.partition(':')[0]}-{dtype}" + "-fused" * fused
+    name = f"{provider.partition(':')[0]}-{dtype}"
+    return f"{name}-fused" if fused and f"{name}-fused" in RUNTIMES else name
 
 
 def rules_of(runtime: str) -> tuple[Rule, ...]:
