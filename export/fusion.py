@@ -1,7 +1,7 @@
 """Operators that ONNX Runtime has a kernel of its own for, in the place of what the exporter writes.
 
 Attention and SkipLayerNormalization by onnxscript's fusions for ONNX Runtime, which know the exporter's graphs and run
-on CPU and CUDA; norms and convolutions with channels last by ONNX Runtime's own optimizer of diffusion UNets, and GEGLUs
+on CPU and CUDA; norms and convolutions with channels last by ONNX Runtime's own optimizer of diffusion UNets, GEGLUs
 here: these have kernels on CUDA only, for some widths only (`planning.widths`), and others are left as they are.
 """
 
@@ -94,36 +94,24 @@ def fuse_geglu_(proto: Any) -> None:
     makers = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     users = Counter(name for node in graph.node for name in node.input)
+
+    def made_by(name: str, operator: str) -> Any:
+        """What computes a value, if it is of a kind and nothing else takes that value."""
+        node = makers.get(name)
+        return node if node is not None and node.op_type == operator and users[name] == 1 else None
+
     for mul in [node for node in graph.node if node.op_type == "Mul"]:
-        gelu = next((makers[n] for n in mul.input if n in makers and makers[n].op_type == "Gelu"), None)
-        split = makers.get(gelu.input[0]) if gelu else None
-        if (
-            gelu is None
-            or split is None
-            or split.op_type != "Split"
-            or list(split.output)
-            != [
-                next(name for name in mul.input if name != gelu.output[0]),
-                gelu.input[0],
-            ]
-        ):
-            continue
-        add = makers.get(split.input[0])
-        bias = next((n for n in add.input if n in constants), None) if add and add.op_type == "Add" else None
-        alone = (
-            add is not None and all(users[node.output[0]] == 1 for node in (add, gelu)) and not graph_output(graph, add)
-        )
-        if bias is None or not alone or constants[bias].dims[0] // 2 not in SPLIT_GELU.listed:
+        gelu = made_by(mul.input[1], "Gelu") or made_by(mul.input[0], "Gelu")
+        split: Any = made_by(gelu.input[0], "Split") if gelu else None
+        add: Any = made_by(split.input[0], "Add") if split else None
+        bias = next((name for name in add.input if name in constants), None) if add else None
+        if bias is None or split.output[0] not in mul.input or constants[bias].dims[0] // 2 not in SPLIT_GELU.listed:
             continue
         value = next(name for name in add.input if name != bias)
-        place = list(graph.node).index(mul)
-        graph.node.insert(place, helper.make_node("BiasSplitGelu", [value, bias], list(mul.output), domain=DOMAIN))
-        for node in (add, split, gelu, mul):
-            graph.node.remove(node)
-
-
-def graph_output(graph: Any, node: Any) -> bool:
-    return bool({value.name for value in graph.output} & set(node.output))
+        node = helper.make_node("BiasSplitGelu", [value, bias], list(mul.output), domain=DOMAIN)
+        graph.node.insert(list(graph.node).index(mul), node)
+        for old in (add, split, gelu, mul):
+            graph.node.remove(old)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ def fused_graph(path: Path, provider: str) -> Any:
     return fusion.fused(onnx_ir.load(path), provider)
 
 
+@pytest.mark.slow
 def test_all_of_a_dense_graph_is_fused_for_cuda_and_no_norm_of_an_odd_number_in_a_pruned_one(plain) -> None:
     dense = fusion.own_operators(fused_graph(plain.dense, "cuda"))
     assert dense == {
@@ -66,6 +67,7 @@ def test_all_of_a_dense_graph_is_fused_for_cuda_and_no_norm_of_an_odd_number_in_
     assert len(odd) == left
 
 
+@pytest.mark.slow
 def test_for_the_cpu_only_what_it_has_kernels_for(plain) -> None:
     assert set(fusion.own_operators(fused_graph(plain.dense, "cpu"))) == {
         "MultiHeadAttention",
