@@ -77,7 +77,10 @@ class Ratio:
 
 @dataclass
 class Latency:
-    """Everything that one benchmark found, and under which conditions; ``lost``: see `lost_kernels`."""
+    """Everything that one benchmark found, and under which conditions; ``lost``: see `lost_kernels`.
+
+    ``tuned``: what `--tune` tried; the dense model then ran on ``dense_provider``, with options of its own.
+    """
 
     provider: str
     dtype: str
@@ -88,6 +91,8 @@ class Latency:
     placements: dict[str, Placement] = field(default_factory=dict)
     waste: list[Waste] = field(default_factory=list)
     lost: list[Waste] = field(default_factory=list)
+    dense_provider: str = ""
+    tuned: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def operators(self) -> dict[str, dict[str, int]]:
@@ -111,6 +116,7 @@ def measure(
     dense: str | Path | None = None,
     *,
     provider: str | None = None,
+    dense_provider: str | None = None,
     batches: Sequence[int] = (1,),
     threads: int = 1,
     rounds: int | None = None,
@@ -123,7 +129,7 @@ def measure(
 
     ``rounds``: how many (None: at least 30, more while the interval is wide); ``budget``: seconds of rounds for each
     batch size, after which they end early. ``eager``: PyTorch models under "dense" and "pruned", in the same rounds.
-    ``clock``: what tells the seconds.
+    ``clock``: what tells the seconds. ``dense_provider``: the same provider with the options that suit the dense model.
 
     Raises BadInput for damaged files or impossible sizes, HardwareUnproved for a provider without proof.
     """
@@ -143,7 +149,7 @@ def measure(
             raise BadInput(
                 f"eager {name} is on {device}, {provider} computes on {wanted.memory}: not comparable; move it"
             )
-    result = Latency(provider, dtype, threads, rounds or wanted.rounds)
+    result = Latency(provider, dtype, threads, rounds or wanted.rounds, dense_provider=dense_provider or provider)
     waste = {n: wasteful_layers(path, provider, dtype, "fused" in facts[n]) for n, path in files.items()}
     result.waste = waste[PRUNED]
     result.lost = lost_kernels(waste[PRUNED], waste.get(DENSE, waste[PRUNED])) if "fused" in facts[PRUNED] else []
@@ -155,7 +161,8 @@ def measure(
         most = rounds or result.rounds * PATIENCE
         times, warm_ups = interleaved(runs, result.rounds, most, budget, wanted.warm_up, clock)
         peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
-        result.rows += [row(name, batch, times[name], warm_ups[name], peaks.get(name), provider) for name in times]
+        ran = {name: provider if name == PRUNED else result.dense_provider for name in times}
+        result.rows += [row(n, batch, times[n], warm_ups[n], peaks.get(n), ran[n]) for n in times]
         result.ratios += ratios({name: medians(taken) for name, taken in times.items()}, batch, macs)
     return result
 
@@ -178,7 +185,8 @@ def sessions(
     first = next(iter(files))
     for name, source in [*((n, n) for n in files), (AGAIN, first)]:
         feeds = example_feeds(files[source], dims[source])
-        placement, bound = prove(files[source], result.provider, feeds, dims[source], result.threads)
+        spec = result.provider if source == PRUNED else result.dense_provider
+        placement, bound = prove(files[source], spec, feeds, dims[source], result.threads)
         result.placements[f"{name}, batch {batch}"] = placement
         runs[name] = bound.run
     return runs

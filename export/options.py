@@ -36,6 +36,9 @@ class BenchOptions:
         False
     )
     nhwc: Annotated[bool, typer.Option("--nhwc", help="Convolutions with channels last (CUDA).")] = False
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try the provider's options first; time each model with its best.")
+    ] = False
     batches: Annotated[tuple[int, ...], typer.Option("--batch", help="Batch sizes to time, for example 1,4.")] = (1,)
     threads: Annotated[int, typer.Option(help="CPU threads; spinning is off.", min=1)] = 1
     rounds: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,7 @@ class Placement:
     """The proofs for one model on one provider, and what they were taken from.
 
     ``operators``: those of ONNX Runtime's own that ran, fused ones among them, as the session's profile has them.
+    ``build_seconds``: until the first run was done, engines and searches for kernels among them; no run that is timed.
     """
 
     provider: str
@@ -55,6 +57,7 @@ class Placement:
     options: dict[str, str] = field(default_factory=dict)
     device: str = ""
     operators: dict[str, int] = field(default_factory=dict)
+    build_seconds: float = 0.0
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -120,12 +123,14 @@ def prove(
             raise HardwareUnproved(f"{provider} is not proved: {proof.name}: {proof.seen}; to run it: {wanted.install}")
 
     held(device_proof(wanted))
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         session, proof = session_proof(Path(path), provider, free_dims, threads, Path(folder))
         held(proof)
         held(assignment_proof(wanted, assigned_nodes(session)))
         try:
             bound = Bound(session, feeds, wanted.memory)
+            placement.build_seconds = time.perf_counter() - start
             bound.run()
         except Exception as error:
             if not wanted.is_gpu and out_of_memory(error):

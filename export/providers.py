@@ -7,6 +7,7 @@ Needs neither torch nor a GPU to be imported.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -28,6 +29,7 @@ class Provider:
     names: ONNX Runtime's for it; a second one is the same provider as a plug-in. memory: that it computes in.
     install: what brings it. options: what it is opened with; threads_option: the one for its own threads; takes: those
         that a user may set. graph_option, nhwc_option: those that replay a captured graph, and that lay channels last.
+        tuned: those that are worth trying, with their values. caches: folders of what is built for one file.
     environment: variables set before it is loaded. preload: modules that bring libraries it needs.
     dtypes: what it computes in their own type.
     rounds: of a benchmark, at least; warm_up: runs before them, at least. kernels: file with its table of kernels.
@@ -42,6 +44,8 @@ class Provider:
     takes: tuple[str, ...] = ()
     graph_option: str = ""
     nhwc_option: str = ""
+    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    caches: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("fp32",)
@@ -101,6 +105,11 @@ CUDA = Provider(
     ),
     graph_option="enable_cuda_graph",
     nhwc_option="prefer_nhwc",
+    tuned={
+        "prefer_nhwc": ("0", "1"),
+        "enable_cuda_graph": ("0", "1"),
+        "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC"),
+    },
     environment={"NVIDIA_TF32_OVERRIDE": "0"},
     dtypes=("fp32", "fp16"),
     rounds=100,
@@ -125,6 +134,8 @@ TENSORRT = replace(
     ),
     graph_option="trt_cuda_graph_enable",
     nhwc_option="",
+    tuned={"trt_cuda_graph_enable": ("0", "1"), "trt_builder_optimization_level": ("3", "5")},
+    caches=("trt_engine_cache_path",),  # timings of kernels are no file's own
     preload=("tensorrt",),
     kernels="",
 )
@@ -135,6 +146,7 @@ OPENVINO = replace(
     install="pip uninstall onnxruntime; pip install onnxruntime-openvino openvino",
     options={"device_type": "CPU"},
     threads_option="num_of_threads",
+    tuned={"num_streams": ("1", "2"), "disable_dynamic_shapes": ("false", "true")},
     takes=(
         "cache_dir",
         "disable_dynamic_shapes",
@@ -260,7 +272,7 @@ def open_session(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the silent fallback's only trace; what opened is checked below
             session = ort.InferenceSession(
-                str(path), options, providers=[(name, provider_options(wanted, threads))], enable_fallback=0
+                str(path), options, providers=[(name, of_file(wanted, threads, Path(path)))], enable_fallback=0
             )
     except Exception as error:
         kind = BadInput if wanted.fallback else HardwareUnproved
@@ -280,6 +292,14 @@ def built_in(wanted: Provider) -> list[str]:
 def provider_options(wanted: Provider, threads: int) -> dict[str, str]:
     """What the provider is opened with."""
     return dict(wanted.options) | ({wanted.threads_option: str(threads)} if wanted.threads_option else {})
+
+
+def of_file(wanted: Provider, threads: int, path: Path) -> dict[str, str]:
+    """The same for one file: what is built for it, a TensorRT engine say, is kept in a folder of its own."""
+    given = provider_options(wanted, threads)
+    kept = [key for key in wanted.caches if key in given]
+    of = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if kept else ""
+    return given | {key: str(Path(given[key]) / of) for key in kept}
 
 
 def prepare(wanted: Provider) -> None:

@@ -82,7 +82,18 @@ def tables(result: Latency) -> list[Table]:
         macs, share, claim = ratio_cells(ratio)[4:]
         macs = short(ratio.macs_ratio) if ratio.macs_ratio else macs
         speed.add_row(ratio.name, str(ratio.batch), f"{short(ratio.median)}x", between, macs, share, CLAIMS[claim])
-    return [latency, speed]
+    return [latency, speed, *([tuned_table(result)] if result.tuned else [])]
+
+
+def tuned_table(result: Latency) -> Table:
+    """What `--tune` tried, the best of each model marked."""
+    table, models = narrow(("options", "dense ms", "pruned ms", "built in s")), ("dense", "pruned")
+    bests = {m: min((t["ms"][m] for t in result.tuned if m in t["ms"]), default=None) for m in models}
+    for tried in result.tuned:
+        cells = [f"{short(ms)}{' *' * (ms == bests[m])}" if (ms := tried["ms"].get(m)) else "-" for m in models]
+        built = short(sum(tried["build_seconds"].values())) if tried["ms"] else "failed"
+        table.add_row(tried["provider"].partition(":")[2].replace(",", "\n") or "none", *cells, built)
+    return table
 
 
 def narrow(head: Sequence[str]) -> Table:

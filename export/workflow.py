@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
-from diffprune_plugin.export.benchmark import Latency, check_gates, gate, measure
+from diffprune_plugin.export.benchmark import DENSE, PRUNED, Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.halves import allowed, judged_by_dense, with_kept_layers
@@ -22,6 +22,7 @@ from diffprune_plugin.export.promise import promise_line, promised
 from diffprune_plugin.export.proofs import best_provider, check_device, prove
 from diffprune_plugin.export.providers import check_distribution, known_provider, without_replay
 from diffprune_plugin.export.scheduler import ddim_of, pipeline_scheduler
+from diffprune_plugin.export.tuning import Tried, as_rows, best, check_tune, tune
 from diffprune_plugin.export.verify import summary, verify_onnx
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.pruning.directory import model_folder
@@ -153,6 +154,8 @@ def check_asked(model: Path, options: Options) -> None:
         raise BadInput("--min-speedup and --max-latency-ms need the latency that --no-bench leaves out")
     if "batch" not in options.dynamic and options.batches != (1,):
         raise BadInput(f"--batch {options.batches}: the batch is fixed to 1; give --dynamic batch")
+    if options.tune:
+        check_tune(options.asked_provider if options.latency else None)
     if options.latency or options.verify:
         check_distribution()
     if asked := options.asked_provider:
@@ -242,16 +245,23 @@ def time_files(
 ) -> Latency:
     """The latency of one ONNX file, or of two against each other, as the options have it; ``provider``: instead of
     theirs."""
-    return measure(
+    provider, of_dense, tried = provider or options.asked_provider, None, list[Tried]()
+    if options.tune:
+        tried = tune(pruned, dense, check_tune(provider), options.batches[0], options.threads)
+        provider, of_dense = best(tried, PRUNED), best(tried, DENSE)
+    result = measure(
         pruned,
         dense,
-        provider=provider or options.asked_provider,
+        provider=provider,
+        dense_provider=of_dense,
         batches=options.batches,
         threads=options.threads,
         rounds=options.rounds,
         budget=options.budget,
         eager=eager,
     )
+    result.tuned = as_rows(tried)
+    return result
 
 
 def provider_for(output: Path, options: Options) -> tuple[str | None, dict[str, str]]:
