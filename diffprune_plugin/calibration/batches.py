@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffprune_plugin.calibration.calibration import Curve
+from diffprune_plugin.calibration.parts import outside
 from diffprune_plugin.calibration.progress import Progress
 from diffprune_plugin.calibration.settings import Settings
 from diffprune_plugin.criteria.sweep import POWERS
@@ -60,10 +61,20 @@ class Batches:
             sums.begin()
             loss = known.pop() if known else self.settings.loss(part)
             weights = self.settings.timestep_weights[[draw.timestep for draw in part]].to(loss) if plain else 1.0
-            torch.autograd.backward((loss * weights).sum() * scale)
+            torch.autograd.backward((loss * weights).sum() * scale, inputs=self.inputs())
             return loss.detach()
 
         return self.passes.over(draws, run, sums.repeating)
+
+    def inputs(self) -> list[Tensor]:
+        """The parameters of the part of the model that is under way, and of all that is outside of blocks.
+
+        Of these the first layer's are one: a GroupNorm whose input has no gradient crashes torch 2.13 (CPU, channels
+        last).
+        """
+        parts, number = self.settings.parts, self.progress.part
+        wanted = parts[number] | outside(self.settings.model) if len(parts) > 1 else parts[number]
+        return [parameter for name, parameter in self.settings.model.named_parameters() if name in wanted]
 
     @contextlib.contextmanager
     def one_gradient(self, timestep: int, scale: float = 1.0) -> Iterator[None]:

@@ -18,10 +18,13 @@ class GradientSums:
 
     Each parameter's gradient is added and freed as soon as a pass has it: the memory is one set of gradients, whatever
     the dtype of the weights. A pass that ran out of memory half-way is repeated without counting anything twice.
+    ``finished``: the sums over all processes of parts of the model that are done, off the device.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.totals: dict[str, Tensor] = {}
+        self.finished: dict[str, Tensor] = {}
+        self.wanted: frozenset[str] | None = None  # of the part under way; None: all
         self.added: set[str] = set()  # by the pass under way
         self.counted: frozenset[str] = frozenset()  # by failed passes over the same samples
         self.model = model
@@ -38,7 +41,7 @@ class GradientSums:
     def adder(self, name: str) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None or name in self.counted:
+            if gradient is None or name in self.counted or (self.wanted is not None and name not in self.wanted):
                 return
             if name in self.totals:
                 self.totals[name] += gradient
@@ -57,7 +60,7 @@ class GradientSums:
         return next(self.model.parameters()).device
 
     def over(self, processes: Processes) -> dict[str, Tensor]:
-        """The sums so far over all processes, by parameter name; of those that have one on some process."""
+        """The sums of this part over all processes, by parameter name; of those that have one on some process."""
         totals, named = self.totals, dict(self.model.named_parameters())
         has = processes.reduce(torch.tensor([name in totals for name in named], device=self.device).int())
         return {
@@ -65,6 +68,14 @@ class GradientSums:
             for (name, parameter), some in zip(named.items(), has.tolist(), strict=True)
             if some
         }
+
+    def finish(self, processes: Processes) -> None:
+        """The part that was summed last is done."""
+        self.finished, self.totals = self.of_all(processes), {}
+
+    def of_all(self, processes: Processes) -> dict[str, Tensor]:
+        """The sums over all parts and processes, off the device."""
+        return self.finished | {name: total.cpu() for name, total in self.over(processes).items()}
 
     @contextlib.contextmanager
     def repeating(self) -> Iterator[None]:

@@ -20,9 +20,15 @@ Loop = Callable[[Settings, Progress, Batches, Bar], None]
 def run_loops(settings: Settings, progress: Progress, bar: Bar) -> None:
     """Go on from the batch where ``progress`` is, to the end."""
     batches = Batches(settings, progress)
-    loops = (measure_curve, SUMS[settings.sweep.accumulate]) if settings.stratified else (reference_loop,)
-    for loop in loops:
+    if settings.stratified:
+        measure_curve(settings, progress, batches, bar)
+    while progress.part < len(settings.parts):
+        progress.sums.wanted = settings.parts[progress.part]
+        loop = SUMS[settings.sweep.accumulate] if settings.stratified else reference_loop
         loop(settings, progress, batches, bar)
+        progress.sums.finish(progress.processes)
+        progress.part, progress.done = progress.part + 1, 0
+        progress.save()
 
 
 def measure_curve(settings: Settings, progress: Progress, batches: Batches, bar: Bar) -> None:
@@ -49,7 +55,7 @@ def sum_gradients(settings: Settings, progress: Progress, batches: Batches, bar:
     timesteps = counting(settings.points, progress.losses, settings.sweep, settings.scale)
     count = settings.sweep.samples
     order = np.random.default_rng([settings.seed, 2]).permutation(count)
-    task = bar.add_task("gradients", total=count)
+    task = bar.add_task(titled("gradients", settings, progress), total=count)
     while progress.done < count:
         bar.update(task, completed=progress.done)
         part = order[progress.done : progress.done + settings.batch_size]
@@ -68,7 +74,7 @@ def sum_powers(settings: Settings, progress: Progress, batches: Batches, bar: Ba
     """
     timesteps = counting(settings.points, progress.losses, settings.sweep, settings.scale)
     size, count = settings.sweep.micro_batch, settings.sweep.drawn
-    task = bar.add_task("gradients of micro-batches", total=count)
+    task = bar.add_task(titled("gradients of micro-batches", settings, progress), total=count)
     while progress.done < count:
         bar.update(task, completed=progress.done)
         part = share(timesteps, progress.done // size, count // size)
@@ -79,6 +85,12 @@ def sum_powers(settings: Settings, progress: Progress, batches: Batches, bar: Ba
         progress.done += size
         progress.save()
     bar.update(task, completed=count)
+
+
+def titled(what: str, settings: Settings, progress: Progress) -> str:
+    """With which part of the model it is, where there are several."""
+    parts = len(settings.parts)
+    return what if parts == 1 else f"{what}, part {progress.part + 1} of {parts}"
 
 
 def reference_loop(settings: Settings, progress: Progress, batches: Batches, bar: Bar) -> None:

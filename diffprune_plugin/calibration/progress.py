@@ -18,13 +18,14 @@ from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
+FINISHED = "finished."  # before the names of sums of finished parts
 STAGES = {"curve": CURVE, "gradients": GRADIENTS}
 
 
 @dataclass
 class Progress:
     """The ``losses`` so far (points, samples), nan where not measured; the ``sums`` of gradients; the stage of STAGES
-    and the samples or points ``done`` in it.
+    and the samples or points ``done`` in it, of the gradients those of one ``part`` of the model.
     """
 
     losses: Curve
@@ -32,6 +33,7 @@ class Progress:
     processes: Processes
     stage: str
     done: int = 0
+    part: int = 0
     file: Path | None = None
     every: float = 0.0
     saved_at: float = field(default_factory=time.monotonic)
@@ -55,12 +57,15 @@ class Progress:
         tensors = self.processes.on_all(lambda: load_tensors(file)[0] if file.exists() else None)
         if tensors is not None:
             self.losses = tensors.pop("losses").numpy()
-            stage, self.done = tensors.pop("position").tolist()
+            stage, self.done, self.part = tensors.pop("position").tolist()
+            finished = [name for name in tensors if name.startswith(FINISHED)]
+            self.sums.finished = {name.removeprefix(FINISHED): tensors.pop(name) for name in finished}
             self.stage = list(STAGES)[stage]
             if self.processes.is_first:  # what is stored is the sum over processes
                 device = self.sums.device
                 self.sums.totals = {name.removeprefix("grad."): tensor.to(device) for name, tensor in tensors.items()}
         self.processes.check_same(self.done, file)
+        self.processes.check_same(self.part, file)
 
     def save(self, now: bool = False) -> None:
         """Store it, if the last time is long enough ago, or ``now``; the first process writes."""
@@ -69,8 +74,9 @@ class Progress:
         if not self.processes.broadcast(time.monotonic() - self.saved_at >= self.every or now):
             return
         tensors = {f"grad.{name}": total.cpu() for name, total in self.sums.over(self.processes).items()}
+        tensors |= {f"{FINISHED}{name}": total for name, total in self.sums.finished.items()}
         tensors["losses"] = torch.from_numpy(self.losses)
-        tensors["position"] = torch.tensor([STAGES[self.stage], self.done])
+        tensors["position"] = torch.tensor([STAGES[self.stage], self.done, self.part])
         self.processes.on_first(lambda: self.write(tensors))
         self.saved_at = time.monotonic()
 

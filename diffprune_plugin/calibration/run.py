@@ -40,6 +40,7 @@ def calibrate(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     autocast: bool = False,
+    blocks_at_once: int | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 15.0,
     keep_progress: bool = False,
@@ -56,6 +57,8 @@ def calibrate(
     With stratified sampling each sample has its own seed, so that ``batch_size`` changes no result beyond float
     rounding; gradients add up in float32. Where memory runs out, half as many samples go through the UNet at once, with
     the same result. ``gradient_checkpointing`` trades time for memory; ``autocast`` computes in bfloat16.
+    ``blocks_at_once`` sums the gradients of so many blocks in a sweep of their own, one after another: the device holds
+    the weights and those gradients, for as many backward passes more; the result is the same.
     With ``checkpoint`` (a directory) an interrupted call goes on where it was and gives identical bits; its
     progress is cleared at the end unless ``keep_progress``. Where torch.distributed is initialized (by Accelerate, say)
     all processes have to make the same call: each takes its part of every batch, and all get the whole result. What
@@ -76,6 +79,7 @@ def calibrate(
             seed=seed,
             adapter=adapter or find_adapter(model),
             autocast=autocast,
+            blocks_at_once=blocks_at_once,
         )
     )
     state = Progress.start(settings)
@@ -138,9 +142,9 @@ def result(settings: Settings, progress: Progress) -> Calibration:
         loss=losses.mean(axis=1),
         stderr=losses.std(axis=1, ddof=1) / math.sqrt(columns) if columns > 1 else np.full(len(losses), np.nan),
         counts=counting[measured],
-        gradients={name: total.cpu().contiguous() for name, total in progress.sums.over(progress.processes).items()},
+        gradients={name: total.contiguous() for name, total in progress.sums.of_all(progress.processes).items()},
         forward=int(losses.size) + (sweep.drawn if stratified else 0),
-        backward=sweep.drawn if stratified else int(counting.sum()) * settings.batch_size,
+        backward=sweep.drawn * len(settings.parts) if stratified else int(counting.sum()) * settings.batch_size,
         seed=settings.seed,
         batch_size=settings.batch_size,
         autocast=settings.autocast,

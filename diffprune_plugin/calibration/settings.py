@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.calibration.parts import parts_of
 from diffprune_plugin.calibration.timesteps import strata
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.samples import Samples
@@ -31,7 +32,7 @@ class Settings:
     """All that a calibration's result depends on, as `settle` makes it.
 
     points: the timesteps of each point of the curve. timestep_weights: of each training timestep's loss, float32, shape
-        (timesteps,).
+        (timesteps,). parts: of the model, by their parameters' names, whose gradients are summed one after another.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Settings:
     seed: int
     adapter: ModelAdapter
     autocast: bool
+    parts: Sequence[frozenset[str]]
 
     @property
     def stratified(self) -> bool:
@@ -94,6 +96,7 @@ class Settings:
             scheduler,
             self.weights,
             self.samples.sha256,
+            [len(part) for part in self.parts],
         ]
         return json_hash(facts)
 
@@ -109,6 +112,7 @@ def settle(
     seed: int,
     adapter: ModelAdapter,
     autocast: bool = False,
+    blocks_at_once: int | None = None,
 ) -> Settings:
     """The settings with what was left open filled in; raises BadInput for what does not fit together."""
     samples, scheduler = fitting(samples, model, adapter, scheduler), training_scheduler(scheduler)
@@ -119,9 +123,12 @@ def settle(
         raise BadInput(f"timesteps: {points} is outside 1..{total}, the scheduler's num_train_timesteps")
     if batch_size < 1:
         raise BadInput(f"batch_size: {batch_size} is below 1")
+    if blocks_at_once is not None and sweep.sampling != "stratified":
+        raise BadInput(f"blocks_at_once: {blocks_at_once}: the authors' loop takes all gradients at once; leave it out")
     weights = torch.from_numpy(weights_of_timesteps(sweep.timestep_weights, scheduler)).float()
     parts = strata(total, points)
-    return Settings(model, scheduler, samples, sweep, parts, weights, batch_size, seed, adapter, autocast)
+    blocks = parts_of(model, blocks_at_once)
+    return Settings(model, scheduler, samples, sweep, parts, weights, batch_size, seed, adapter, autocast, blocks)
 
 
 def default_points(sweep: Sweep, total: int) -> int:

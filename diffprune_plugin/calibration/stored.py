@@ -56,6 +56,7 @@ def calibration_for(
         seed=config.seed,
         gradient_checkpointing=config.gradient_checkpointing,
         autocast=config.autocast,
+        blocks_at_once=config.blocks_at_once,
         checkpoint=progress_in if store else None,
         keep_progress=store,
         progress=progress,

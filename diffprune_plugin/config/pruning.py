@@ -84,6 +84,13 @@ class PruningConfig(PlanOptions, Subject):
     autocast: bool = Field(
         default=False, description="Compute in bfloat16, while weights and sums of gradients keep their dtype."
     )
+    blocks_at_once: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Sums the gradients of so many blocks at once, in a sweep for each such part: the memory is the "
+        "weights and those gradients; by default all in one sweep.",
+    )
     seed: Seed = Field(default=0, description="Of all that is drawn at random.")
     variant: str | None = Field(
         default=None,

@@ -76,8 +76,8 @@ class Passes:
     def halve(self, failed: int) -> None:
         if failed == 1:
             raise BadInput(
-                "out of memory at batch size 1; set gradient_checkpointing: true or autocast: true, free memory, or "
-                "use another device"
+                "out of memory at batch size 1; set gradient_checkpointing: true, autocast: true or, to calibrate, "
+                "blocks_at_once: 1, free memory, or use another device"
             )
         self.size = failed // 2
         Console(stderr=True).print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +30,9 @@ from tiny import FAST, SMALL, make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration.calibration import Calibration
+from diffprune_plugin.calibration.gradients import GradientSums
+from diffprune_plugin.calibration.parts import parts_of
+from diffprune_plugin.calibration.progress import Progress
 from diffprune_plugin.calibration.timesteps import above_threshold, share, strata
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.criteria.timestep_weights import alphas_of
@@ -56,6 +62,56 @@ def test_the_batch_size_changes_nothing_but_rounding(unet, scheduler, images) ->
         torch.testing.assert_close(gradient, five.gradients[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("accumulate", ["sum", "square"])
+def test_so_many_blocks_at_once_give_the_same_gradients(unet, scheduler, images, blocks, accumulate) -> None:
+    """The parts are all parameters, each once, and a pass leaves gradients in its own part alone."""
+    sweep = Sweep(samples=8, curve_samples=2, accumulate=accumulate)
+    whole = dp.calibrate(unet, scheduler, images, sweep, **FAST)
+    parts = parts_of(unet, blocks)
+    assert len(parts) == math.ceil(4 / blocks), "two blocks down, two up"
+    assert sorted(name for part in parts for name in part) == sorted(name for name, _ in unet.named_parameters())
+    seen: list[set[str]] = []
+    finish = GradientSums.finish
+
+    def watched(sums: GradientSums, processes: Any) -> None:
+        seen.append(set(sums.totals))
+        finish(sums, processes)
+
+    with mock.patch.object(GradientSums, "finish", watched):
+        found = dp.calibrate(unet, scheduler, images, sweep, **FAST, blocks_at_once=blocks)
+    assert all(names <= part for names, part in zip(seen, parts, strict=True))
+    assert found.gradients.keys() == whole.gradients.keys()
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-5, atol=1e-9)
+    assert found.backward == len(parts) * whole.backward
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_stopped_between_two_parts_it_goes_on_to_the_same_bits(unet, scheduler, images, tmp_path) -> None:
+    asked = {**FAST, "blocks_at_once": 1}
+    unbroken = dp.calibrate(unet, scheduler, images, SMALL, **asked)
+    write, count = Progress.write, iter(range(100))
+
+    def stop(progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
+        write(progress, tensors)
+        if progress.part == 2 and next(count) == 1:
+            raise KeyboardInterrupt
+
+    stored = {"checkpoint": tmp_path, "checkpoint_seconds": 0}
+    with mock.patch.object(Progress, "write", stop), pytest.raises(KeyboardInterrupt):
+        dp.calibrate(unet, scheduler, images, SMALL, **asked, **stored)
+    assert list(tmp_path.glob("progress-*"))
+    assert same_bits(unbroken, dp.calibrate(unet, scheduler, images, SMALL, **asked, **stored))
+
+
+def test_blocks_at_once_is_refused_where_there_is_nothing_to_take_apart(unet, scheduler, images) -> None:
+    with pytest.raises(BadInput, match="blocks_at_once: 2: the authors' loop"):
+        dp.calibrate(unet, scheduler, images, Sweep(sampling="reference"), **FAST, blocks_at_once=2)
+    with pytest.raises(BadInput, match="blocks_at_once: 1: Linear has no list of blocks"):
+        parts_of(torch.nn.Linear(2, 2), 1)
+
+
 def test_the_unet_is_left_as_it_was(unet, scheduler, images) -> None:
     unet.train()
     unet.conv_in.weight.requires_grad_(False)
@@ -75,6 +131,8 @@ PLACES = os.pathsep.join(map(str, Path(__file__).parents[:2]))
 VICTIM = """
 import os, sys, time, torch
 from pathlib import Path
+from typing import Any
+from unittest import mock
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_calibrate import calibrate_slowly
 calibrate_slowly(sys.argv[2], Path("progress"), 0.5)
