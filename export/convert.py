@@ -31,6 +31,8 @@ from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.utils.optional import need
 
 OPSETS = range(18, 25)  # what torch's exporter writes; past 20 GroupNormalization has no kernel and is slower
+# By ONNX Runtime's table of kernels: Conv's opset 22 is the first in bf16, and the norms have no kernel past opset 20.
+NO_BF16 = " (no provider has kernels for a whole UNet in it)"
 IMAGE = ("height", "width")  # axes that a model halves on its way down
 
 
@@ -113,7 +115,8 @@ def check_options(opset: int, dtype: str, keep_fp32: Sequence[str] = ()) -> None
     if opset not in OPSETS:
         raise BadInput(f"--opset {opset}: not one of {OPSETS[0]} to {OPSETS[-1]}; 20 runs fastest")
     if dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype!r}{nearest(dtype, DTYPES)}: not one of {', '.join(DTYPES)}")
+        why = NO_BF16 if dtype == "bf16" else nearest(dtype, DTYPES)
+        raise BadInput(f"--dtype {dtype!r}{why}: not one of {', '.join(DTYPES)}")
     if keep_fp32 and dtype == "fp32":
         raise BadInput(f"--keep-fp32 {','.join(keep_fp32)}: all of an fp32 file is fp32; give --dtype fp16")
 

@@ -44,6 +44,18 @@ def test_a_type_without_kernel_is_named():
     assert miss.why == "no kernel for bfloat16"
 
 
+def test_no_opset_has_kernels_for_a_unet_in_bf16():
+    """Convolutions from opset 22 on, norms over groups up to opset 20."""
+
+    def has(operator: str, opset: int, kind: onnx_ir.DataType) -> bool:
+        return missing_kernel(node(operator, kind), opset, TABLE) is None
+
+    brain, single = onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
+    assert [opset for opset in range(18, 25) if has("Conv", opset, brain)] == [22, 23, 24]
+    assert [opset for opset in range(18, 25) if has("InstanceNormalization", opset, single)] == [18, 19, 20, 21]
+    assert has("Conv", 20, single)
+
+
 def test_the_rows_of_the_table_read_as_ranges():
     types = {"t0": frozenset({"float"})}
     assert [kernel(row, types)[:2] for row in ("13+ t0", "7-12 t0", "14 t0")] == [(13, None), (7, 12), (14, 14)]
