@@ -68,6 +68,7 @@ WORDS = {
     "export/components.py": {"sample"},  # autoencoders' own
     "export/convert.py": {"sample", "timestep"},
     "export/feeds.py": {"sample", "timestep"},
+    "export/fusion.py": {"unet"},  # ONNX Runtime's type of model
     "export/ort_pipeline.py": {"sample"},
     "export/ort_unet.py": {"sample", "timestep"},
     "export/pipeline.py": {"timestep"},
