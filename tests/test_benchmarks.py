@@ -100,6 +100,16 @@ def test_a_table_is_github_markdown(common: Any) -> None:
     assert common.table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
 
 
+def test_a_part_that_no_time_was_left_for_stands_in_the_report(common: Any, monkeypatch, tmp_path) -> None:
+    from shared import gpu_report
+    from size import gpu
+
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    row = gpu.in_process("plan/embedded", gpu.Place("cpu", True), 1)
+    gpu_report.report("tried", "cpu", {"plan/embedded": row})
+    assert "| plan/embedded | NO | 0 | no time left |" in (tmp_path / "tried.md").read_text()
+
+
 @pytest.mark.slow
 def test_without_a_gpu_its_suites_end_with_a_line_that_says_what_is_missing() -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / "bench.py", "gpu"], capture_output=True, text=True, check=False)
