@@ -33,7 +33,7 @@ from quality import (
     thresholds,
 )
 from shared.subject import SUBJECTS
-from size import export_sd15, gpu, latency, pipeline_sd15, scale, widths
+from size import export_sd15, gpu, latency, pipeline_sd15, scale, variants, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Quick = Annotated[bool, typer.Option("--quick", help="fewer seeds, steps and images")]
@@ -58,6 +58,7 @@ for module in (
     pipeline_sd15,
     gpu,
     widths,
+    variants,
 ):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"), help=(module.__doc__ or "").split("\n\n")[0])(
         module.main
