@@ -83,4 +83,9 @@ def parts(schema: Any) -> Iterator[Mapping[str, Any]]:
 def interval(stated: Mapping[str, Any]) -> str:
     """The range of a number, as in [0, 1), by the words of JSON schema."""
     low, high = (next(key for key in ends if key in stated) for ends in (LOW, HIGH))
-    return f"{LOW[low]}{stated[low]}, {stated[high]}{HIGH[high]}"
+    return f"{LOW[low]}{plain(stated[low])}, {plain(stated[high])}{HIGH[high]}"
+
+
+def plain(bound: float) -> float:
+    """A whole number without its .0, which some versions of pydantic give it."""
+    return int(bound) if bound == int(bound) else bound
