@@ -57,6 +57,8 @@ def numbers(tensor: Tensor, where: str) -> Tensor:
         raise BadInput(f"data: {where} is {tensor.dtype}, not numbers; convert it, or leave it out")
     if tensor.dtype in WIDE:
         tensor = tensor.to(torch.int64)
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch 2.6 takes no rows of these
+        tensor = tensor.float()
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         raise BadInput(f"data: {where} holds NaN or infinity; mend it")
     return tensor

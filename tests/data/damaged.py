@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import _SIZE, save_file
 
 from diffprune_plugin.data.places import SUFFIXES
 
@@ -27,10 +27,14 @@ DTYPES = (
 PLACES = ("fifo", "device", "loop", "folder", "newline", "surrogate", "long", "up", "deep", "numbers", "none")
 SHAPES = ((), (0,), (2, 0, 8, 1), (2, 8, 8), (3,), (2, 8, 8, 7), (1, 1), (0, 8, 8, 1))
 LIES = (b"(-1", b"(0", b"(2.", b"([]", b"(" + b"9" * 13, b"(" + b"9" * 30, b"2", b"((2")  # for "(2" in a header
-KINDS_OF_TENSORS = (
-    torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.uint16,
-    torch.float8_e5m2,
-)  # fmt: skip
+KINDS_OF_TENSORS = [
+    kind
+    for kind in (
+        torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.complex64,
+        torch.uint16, torch.float8_e5m2,
+    )
+    if kind in _SIZE  # that this version of safetensors writes
+]  # fmt: skip
 ENTRIES: dict[str, list[Any]] = {
     "dtype": ["F4", "U32", "F8_E8M0", "X", 1],
     "shape": [[-1], [10**18], "x", []],

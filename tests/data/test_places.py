@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import _SIZE, save_file
 
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.errors import BadInput
@@ -88,7 +88,11 @@ def test_real_numbers_of_every_byte_order_and_width_are_inputs(dtype, tmp_path) 
     [
         ({"latents": torch.full((2, 4, 8, 8), float("nan"))}, "latents holds NaN or infinity"),
         ({"x": torch.tensor([1.0, float("inf")])}, "x holds NaN or infinity"),
-        ({"x": torch.zeros(2, dtype=torch.complex64)}, "x is torch.complex64, not numbers"),
+        pytest.param(
+            {"x": torch.zeros(2, dtype=torch.complex64)},
+            "x is torch.complex64, not numbers",
+            marks=pytest.mark.skipif(torch.complex64 not in _SIZE, reason="safetensors below 0.7 writes none"),
+        ),
         ({"a\nb": torch.zeros(3)}, r"'a\nb' is (3,), not a row for each"),
         ({"latents": torch.zeros(2, 4, 0, 8)}, "not float (count, channels, h, w)"),
     ],
