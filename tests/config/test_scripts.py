@@ -29,6 +29,8 @@ EXP = '--config "x.yml" --ni --pruning_ratio "0.4" --pruner "ours" --taylor_batc
         "#!/bin/bash\n\n# Prune it\nset -e\npython ddpm_prune.py \\\n" + LINES,
         f"CUDA_VISIBLE_DEVICES=0 python3 -u ./ddpm_prune.py {' '.join(FLAGS)} > log.txt 2>&1 &\nwait",
         f"cd repo && python ddpm_prune.py {' '.join(FLAGS)} | tee log; python ddpm_train.py --pruner x\n",
+        f"nohup python -m tools.ddpm_prune {' '.join(FLAGS)} > log.txt &",
+        f"mkdir -p run\npython -m torch.distributed.run ddpm_prune.py {' '.join(FLAGS)}",
         f"accelerate launch --num_processes 2 ddpm_prune.py {' '.join(FLAGS)}  # as in the paper",
         f"export A=1\npython ddpm_prune.py\n{LINES}\npython main.py -t --gpus 0,1 --load_pruned_model a.pt",
     ],
@@ -77,6 +79,7 @@ def test_what_stands_around_the_command_is_listed(run) -> None:
     ("text", "words"),
     [
         ("python ddpm_prune.py --pruning_ratio $1", "--pruning_ratio: '$1': is for the shell to fill in"),
+        ("for r in 0.1 0.3; do python ddpm_prune.py --pruning_ratio $r; done", "'$r': is for the shell to fill in"),
         ('python ddpm_prune.py --model_path "${HOME}/m"', "--model_path: '${HOME}/m': is for the shell"),
         ("python prune.py --thr 0.1\npython ddpm_prune.py --thr 0.1", "may each be what prunes; keep one"),
         ("set -e\necho --thr 0.1", "holds no command with flags"),

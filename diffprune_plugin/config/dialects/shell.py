@@ -19,7 +19,10 @@ QUOTED = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.)""", re.DOTALL)
 FLAG = re.compile(r"--?[A-Za-z]")
 SETTING = re.compile(r"[A-Za-z_]\w*=")
 # What the first line of a script starts with, if it has neither "#!" nor flags.
-PROGRAM = re.compile(r"(?:\w+=\S*\s+)*(?:python[\d.]*|accelerate|torchrun|deepspeed|bash|sh|set|export|cd|source)\s")
+PROGRAM = re.compile(
+    r"(?:\w+=\S*\s+)*(?:python[\d.]*|accelerate|torchrun|deepspeed|srun|nohup|time|nice|env|exec|sudo|bash|sh|set|export|"
+    r"unset|cd|mkdir|echo|source|module|conda|pip|ulimit|for|while|if)\s"
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def command_of(words: list[str]) -> Command:
     """A command from its words; without a program they are flags alone, or a command of the shell."""
     if FLAG.match(words[0]):
         return Command("", "", tuple(words))
-    for i, word in enumerate(words):
-        if word.endswith(".py"):
-            return Command(" ".join(words[: i + 1]), word.replace("\\", "/").rpartition("/")[2], tuple(words[i + 1 :]))
+    files = [i for i, word in enumerate(words) if word.endswith(".py")]
+    modules = [i + 1 for i, word in enumerate(words[:-1]) if word == "-m"]
+    for i in (files or modules)[:1]:
+        name = words[i].replace("\\", "/").rpartition("/")[2] if files else words[i].rpartition(".")[2] + ".py"
+        return Command(" ".join(words[: i + 1]), name, tuple(words[i + 1 :]))
     return Command(" ".join(words), "", ())
