@@ -7,14 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from diffprune_plugin.config.documents import parse_yaml, read_mapping, reason_of
+from diffprune_plugin.config.documents import check_tree, parse_yaml, read_mapping, reason_of
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.checked import Checked
 
 ConfigType = TypeVar("ConfigType", bound=Checked)
-PathText = Annotated[str, Field(min_length=1)]  # an empty path would be the working directory
+
+
+def as_written(path: str) -> str:
+    """A path that no shell has still to fill in, in one line; raises ValueError for another."""
+    check_tree(path)
+    if path == "~" or path.startswith("~/"):
+        raise ValueError("only a shell knows what ~ is; write the whole path")
+    return path
+
+
+# An empty path would be the working directory.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(as_written)]
 
 
 def read_as(kind: type[ConfigType], path: Path, settings: Sequence[str] = (), **overrides: str | None) -> ConfigType:

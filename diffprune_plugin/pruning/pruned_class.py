@@ -187,9 +187,11 @@ def base_of(cls: Any) -> Any:
 def check_loadable(model: Any) -> None:
     """Raises BadInput for a model that nothing could load again: its class is in no adapter, or its plan is missing."""
     base = base_of(type(model))
-    if base not in (model_class_named(base.__name__), getattr(diffusers, base.__name__, None)):
+    known = base in (model_class_named(base.__name__), getattr(diffusers, base.__name__, None))
+    if not known or type(model) not in (base, pruned_class(base)):
+        own = type(model) if known else base
         raise BadInput(
-            f"{base.__name__} is a class of your own, which could not be loaded again; register a ModelAdapter that "
+            f"{own.__name__} is a class of your own, which could not be loaded again; register a ModelAdapter that "
             "names it (model_class, module)"
         )
     if isinstance(model, PrunedModelMixin) and not hasattr(model, "pruning_plan"):

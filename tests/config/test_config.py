@@ -62,6 +62,8 @@ def test_a_setting_may_be_a_number_in_any_notation_or_a_pattern_with_dots(tmp_pa
         ({"dtype": "fp16"}, "dtype: 'fp16'"),
         ({"seed": -1}, "seed: -1"),
         ({"strict": "yes"}, "strict: 'yes'"),
+        ({"output": "~/small"}, "output: '~/small': only a shell knows what ~ is; write the whole path"),
+        ({"data": "a\nb"}, "'a\\nb' holds a line break or another control character"),
     ],
 )
 def test_a_wrong_value_is_named(values, words) -> None:

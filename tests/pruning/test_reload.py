@@ -106,6 +106,14 @@ def test_a_class_of_ones_own_is_pruned_but_refused_before_it_is_written(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_subclass_of_the_pruned_class_is_refused_before_it_is_written(pruned, tmp_path) -> None:
+    pruned.__class__ = type("Mine", (type(pruned),), {})
+    for save in (dp.save, type(pruned).save_pretrained):
+        with pytest.raises(BadInput, match="Mine is a class of your own"):
+            save(pruned, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_no_adapter_knows_is_refused_before_it_is_written(tmp_path) -> None:
     with pytest.raises(BadInput, match="no adapter for AutoencoderKL"):
         dp.save(AutoencoderKL(block_out_channels=(32,), norm_num_groups=8), tmp_path / "saved")
