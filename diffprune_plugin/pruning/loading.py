@@ -72,11 +72,11 @@ def load_dense(
 def check_computes(model: nn.Module, where: Path) -> None:
     """Raises BadInput unless a model's smallest forward works: some damage to a config shows only there."""
     adapter = find_adapter(model)
-    try:
-        adapter.check(model)
-    except BadInput:  # nothing that it knows; it says so, by name, when the model is to be pruned
-        return
     with foreign_errors(f"{where}: the model does not compute"):
+        try:
+            adapter.check(model)
+        except BadInput:  # nothing that it knows; it says so, by name, when the model is to be pruned
+            return
         size = adapter.size(config_of(model))
         output = model(**adapter.trace_inputs(model), return_dict=False)[0]
     if not all(type(length) is int and 1 <= length <= LONGEST_SIDE for length in size):

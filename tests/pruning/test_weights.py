@@ -87,7 +87,15 @@ def test_a_pickle_is_not_opened_and_the_line_says_how_to_convert_it(unet, tmp_pa
         dp.load(tmp_path)
 
 
-@pytest.mark.parametrize("sizes", [{"layers_per_block": 10**9}, {"block_out_channels": [10**30] * 2}, {"act_fn": []}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers_per_block": 10**9},
+        {"block_out_channels": [10**30] * 2},
+        {"act_fn": []},
+        *({"sample_size": value} for value in ("x", ["a", "b"], {"a": 1}, [1], [[]], 1e308)),
+    ],
+)
 def test_damaged_sizes_end_in_a_line(sizes, dense) -> None:
     path = dense / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
