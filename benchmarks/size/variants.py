@@ -1,6 +1,6 @@
 """Every block type, embedding and option of UNet2DModel and UNet2DConditionModel: what is pruned, and what refused.
 
-    python benchmarks/bench.py variants            # 150 tiny models to half, half an hour on one core
+    python benchmarks/bench.py variants            # 178 tiny models to half, half an hour on one core
     python benchmarks/bench.py variants --quick    # without ONNX, two minutes
 
 The table that `tests/adapters/test_sweep.py` goes through (`tests/unet_variants.py`); each variant is planned, removed,
@@ -101,7 +101,8 @@ def main(
     head = ["class", "variants", "pruned", "refused", "neither", "reload difference", "ONNX verified", "largest error"]
     lines = [
         f"Magnitude at ratio {RATIO}, diffusers {facts['diffusers']}, torch {facts['torch']}; errors are relative to",
-        "the largest value of PyTorch's output. A refusal is a line that begins with the key.",
+        "the largest value of PyTorch's output. A refusal is a line that begins with the key; what has no cases",
+        "was not exported in this run.",
         "",
         *table(head, list(counts(rows))),
         "",
