@@ -72,7 +72,7 @@ class Place:
             return model
         config = dict(model.config)
         config["block_out_channels"] = [max(width // NARROW // 32, 1) * 32 for width in config["block_out_channels"]]
-        config["sample_size"] = 16
+        config |= {"sample_size": 16, "norm_num_groups": 8}  # of 32 channels in 32 groups none can go
         return type(model).from_config(config).eval()
 
 
