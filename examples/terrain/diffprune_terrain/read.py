@@ -16,10 +16,10 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from diffprune_terrain.adapter import SCHEDULE
+from diffprune_terrain.adapter import SCHEDULE, SIGMA_MAX
 from diffprune_terrain.unet import Block, SelfAttention, TerrainUNet
 
-COUNT, SEED, SIGMA_MAX = 128, 0, 80.0
+COUNT, SEED = 128, 0
 
 
 def published():
@@ -116,7 +116,10 @@ def terrains(path, count=COUNT, seed=SEED, size=128):
     noise = generator.standard_normal((count, 1, size, size), dtype=np.float32)
     sigma = np.full(1, SIGMA_MAX, np.float32)
     drawn = [
-        session.run(None, {"noisy": SIGMA_MAX * noise[i : i + 1], "sigma": sigma, "difficulty": difficulty[i : i + 1]})
+        session.run(
+            None,
+            {"noisy": np.float32(SIGMA_MAX) * noise[i : i + 1], "sigma": sigma, "difficulty": difficulty[i : i + 1]},
+        )
         for i in range(count)
     ]
     return {"latents": torch.tensor(np.concatenate([one[0] for one in drawn])), "difficulty": torch.tensor(difficulty)}

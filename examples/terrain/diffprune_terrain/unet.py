@@ -136,7 +136,8 @@ class TerrainUNet(ModelMixin, ConfigMixin):
         sigma = sigma.clamp(min=SIGMA_MIN)
         above, total = sigma - SIGMA_MIN, (sigma**2 + SIGMA_DATA**2).sqrt()
         skip, out = SIGMA_DATA**2 / (above**2 + SIGMA_DATA**2), above * SIGMA_DATA / total
-        time = self.sigma_out(F.silu(self.sigma_in(self.sigmas(250 * sigma.log()).to(noisy.dtype))))
+        steps = (250 * sigma.double().log()).to(sigma.dtype)  # in double: 250 times a float's last digit would be seen
+        time = self.sigma_out(F.silu(self.sigma_in(self.sigmas(steps).to(noisy.dtype))))
         embedding = F.silu(time + self.difficulty_out(F.silu(self.difficulty_in(difficulty[:, None]))))
         x = self.conv_in(noisy / total[:, None, None, None])
         skips = [x]
