@@ -88,12 +88,14 @@ def test_documents_show_the_results_that_are_stored(document: str, monkeypatch: 
 
 def test_a_table_that_is_printed_is_renewed_where_it_is_shown(common: Any, monkeypatch, tmp_path, capsys) -> None:
     document = tmp_path / "README.md"
-    document.write_text("before\n<!-- benchmarks/results/one.md -->\nold\n<!-- end -->\nafter\n")
+    other = "<!-- benchmarks/results/two.md -->\nstays\n<!-- end -->\n"
+    empty = "<!-- benchmarks/results/one.md -->\n<!-- end -->\n"
+    document.write_text(f"before\n<!-- benchmarks/results/one.md -->\nold\n<!-- end -->\nafter\n{empty}{other}")
     monkeypatch.setattr(common, "DOCUMENTS", (document,))
     common.publish("one", ["new", "lines"])
     assert capsys.readouterr().out == "new\nlines\n\n"
-    expected = "before\n<!-- benchmarks/results/one.md -->\nnew\nlines\n<!-- end -->\nafter\n"
-    assert document.read_text() == expected
+    new = "<!-- benchmarks/results/one.md -->\nnew\nlines\n<!-- end -->\n"
+    assert document.read_text() == f"before\n{new}after\n{new}{other}"
 
 
 def test_a_table_is_github_markdown(common: Any) -> None:

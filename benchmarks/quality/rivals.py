@@ -110,5 +110,5 @@ def main(
     first = {f"{NOTHING} {chosen[0]} {s}": partial(measured, NOTHING, chosen[0], s, budget) for s in range(seeds)}
     store.fill({"dense": partial(measure_dense, budget.look, budget.of)} | first, workers)  # each makes a calibration
     store.fill({f"{n} {r} {s}": partial(measured, n, r, s, budget) for n, r, s in places}, workers)
-    picture(chosen[0], budget, RESULTS / f"{title}.png")
     publish(title, lines(store, chosen, seeds, budget))
+    picture(chosen[0], budget, RESULTS / f"{title}.png")

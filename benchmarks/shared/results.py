@@ -133,7 +133,7 @@ def with_results(text: str) -> str:
         file = RESULTS / block[2]
         return f"{block[1]}\n{file.read_text().strip()}\n{block[3]}" if file.exists() else block[0]
 
-    return re.sub(r"(<!-- benchmarks/results/(\w+\.md) -->)\n.*?\n(<!-- end -->)", renewed, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- benchmarks/results/(\w+\.md) -->)\n(?:.*?\n)??(<!-- end -->)", renewed, text, flags=re.DOTALL)
 
 
 def publish(name: str, lines: Sequence[str]) -> None:
