@@ -46,6 +46,7 @@ models: $(READY)
 # The further tables of docs/figures.md; interrupted, it goes on where it was.
 bench-more: $(READY) models
 	$(BIN)/pip install -q -c constraints.txt mlxtend
+	$(BIN)/pip install -q --no-deps onnxsim==0.8.1 adaptive-terrain-diffusion==0.4.2
 	$(BIN)/python benchmarks/bench.py more
 
 # Real sizes, random weights: Stable Diffusion and others.
