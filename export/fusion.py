@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.widths import FUSES, GROUP_NORM, SPLIT_GELU
 from diffprune_plugin.utils.optional import need
@@ -79,7 +77,7 @@ def even_norms(module: Any) -> Iterator[None]:
 
         def add_initializer(self, name: str, data_type: int, dims: Any, vals: Any, raw: bool = True) -> Any:
             kind = need("onnx").helper.tensor_dtype_to_np_dtype(data_type)
-            return super().add_initializer(name, data_type, dims, np.asarray(vals, kind), raw)
+            return super().add_initializer(name, data_type, dims, need("numpy").asarray(vals, kind), raw)
 
     module.FusionGroupNorm = Even
     try:

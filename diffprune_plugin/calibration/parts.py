@@ -26,8 +26,8 @@ def parts_of(model: nn.Module, blocks_at_once: int | None) -> list[frozenset[str
 
 def blocks_of(model: nn.Module) -> list[str]:
     """What the names of each block's parameters start with."""
-    lists = [name for name, child in model.named_children() if isinstance(child, nn.ModuleList)]
-    return [f"{name}.{number}." for name in lists for number in range(len(model.get_submodule(name)))]
+    lists = {name: child for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
+    return [f"{name}.{number}." for name, blocks in lists.items() for number in range(len(blocks))]
 
 
 def outside(model: nn.Module) -> frozenset[str]:

@@ -116,7 +116,7 @@ NATIVE: dict[str, list[Any]] = {  # two values of each native key
     **{key: [0.25, 0.75] for key in ("latency_target", "max_latency_ms")},
     "latency": [{"provider": "cuda", "dtype": "fp32", "batch": 2, "threads": 4, "fuse": True, "table": "t.json"}],
     **{key: [0.25, 0.75] for key in ("head_pruning_ratio", "condition_dropout")},
-    **{key: [3, 8] for key in ("round_to", "resolution", "batch_size", "timesteps", "seed")},
+    **{key: [3, 8] for key in ("round_to", "resolution", "batch_size", "timesteps", "blocks_at_once", "seed")},
     **{key: [["conv_in"], ["a", "{re}b"]] for key in ("ignored_layers", "target_layers", "depth")},
     "rounding": ["published", "nearest"],
     "preset": ["obs-diff"],

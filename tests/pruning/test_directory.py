@@ -15,9 +15,9 @@ from diffprune_plugin.export.cli import main as export
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
 
-# GatedUNet: of the example plugin.
+# GatedUNet, TerrainUNet: of the example plugins.
 HAVE = "have DiTTransformer2DModel, FluxTransformer2DModel, GatedUNet, PixArtTransformer2DModel, "
-HAVE += "SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel; see"
+HAVE += "SD3Transformer2DModel, TerrainUNet, UNet2DConditionModel, UNet2DModel; see"
 LUMINA = {
     "_class_name": "Lumina2Pipeline",
     "_diffusers_version": "0.35.0",
