@@ -72,9 +72,9 @@ class Batches:
         Of these the first layer's are one: a GroupNorm whose input has no gradient crashes torch 2.13 (CPU, channels
         last).
         """
-        parts, number = self.settings.parts, self.progress.part
-        wanted = parts[number] | outside(self.settings.model) if len(parts) > 1 else parts[number]
-        return [parameter for name, parameter in self.settings.model.named_parameters() if name in wanted]
+        model = self.settings.model
+        wanted = self.settings.parts[self.progress.part] | outside(model)
+        return [parameter for name, parameter in model.named_parameters() if name in wanted]
 
     @contextlib.contextmanager
     def one_gradient(self, timestep: int, scale: float = 1.0) -> Iterator[None]:

@@ -84,8 +84,8 @@ def run(
     """
     check_device(device)
     check_absent(output, overwrite, EVALUATION)
-    sources = {"model": directory, "against": against, "reference": reference, "features": features, "prompts": prompts}
-    sources["clip"] = clip
+    sources = {"model": directory, "against": against, "reference": reference, "features": features}
+    sources |= {"clip": clip, "prompts": prompts}
     check_apart(output, {key: None if path is None else str(path) for key, path in sources.items()})
     drawing = drawing or Drawing()
     if prompts is not None:

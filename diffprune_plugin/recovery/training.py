@@ -268,7 +268,8 @@ class Training:
     def restore(self, of: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = {name: of["curve"][name].tolist() for name in self.curve}
-        self.model.load_state_dict({**self.model.state_dict(), **of["model"]})
+        unchanged = self.model.state_dict() if self.low_rank else {}
+        self.model.load_state_dict({**unchanged, **of["model"]})
         self.ema.optimization_step = state["ema"]
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(of["ema"][str(i)])
