@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the processes of a pool to
 
 from quality import (
     allocation,
+    at_latency,
     calibration,
     compensate,
     criteria,
@@ -34,7 +35,7 @@ from quality import (
     thresholds,
 )
 from shared.subject import SUBJECTS
-from size import export_sd15, gpu, latency, pipeline_sd15, scale, variants, widths
+from size import export_sd15, gpu, latency, pipeline_sd15, scale, targets, variants, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Quick = Annotated[bool, typer.Option("--quick", help="fewer seeds, steps and images")]
@@ -46,6 +47,7 @@ for module in (
     criteria,
     reference,
     allocation,
+    at_latency,
     finetuned,
     calibration,
     compensate,
@@ -55,6 +57,7 @@ for module in (
     terrain,
     onnx_pruned,
     latency,
+    targets,
     scale,
     export_sd15,
     pipeline_sd15,

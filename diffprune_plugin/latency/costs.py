@@ -50,9 +50,9 @@ def latency_costs(
     return LatencyCosts(column_of(found[0], fits, between, costs, multiple))
 
 
-def random_plans(widths: Sequence[Mapping[int, GroupPlan]], count: int) -> list[list[GroupPlan]]:
+def random_plans(widths: Sequence[Mapping[int, GroupPlan]], count: int, seed: int = 0) -> list[list[GroupPlan]]:
     """Plans of all depths, from everything that may go down to little, each group somewhere around its plan's."""
-    generator, plans = np.random.default_rng(0), []
+    generator, plans = np.random.default_rng(seed), []
     for depth in np.linspace(1, 0, count):
         at = np.clip(generator.normal(depth, SPREAD, len(widths)), 0, 1)
         plans.append([of[sorted(of)[round(share * (len(of) - 1))]] for of, share in zip(widths, at, strict=True)])
