@@ -124,12 +124,14 @@ def measure(
     eager: Mapping[str, Any] | None = None,
     memory: bool = True,
     clock: Clock = time.perf_counter,
+    opened: int = 1,
 ) -> Latency:
     """Time a pruned model, against the dense one if given, on a provider that is proved for every session timed.
 
     ``rounds``: how many (None: at least 30, more while the interval is wide); ``budget``: seconds of rounds for each
     batch size, after which they end early. ``eager``: PyTorch models under "dense" and "pruned", in the same rounds.
     ``clock``: what tells the seconds. ``dense_provider``: the same provider with the options that suit the dense model.
+    ``opened``: how often each session is made anew, with its part of the rounds: two of one file can differ by 3 %.
 
     Raises BadInput for damaged files or impossible sizes, HardwareUnproved for a provider without proof.
     """
@@ -155,15 +157,19 @@ def measure(
     result.lost = lost_kernels(waste[PRUNED], waste.get(DENSE, waste[PRUNED])) if "fused" in facts[PRUNED] else []
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
     for batch in batches:
-        runs = sessions(result, files, batch, dims[batch])
-        for name, model in (eager or {}).items():
-            runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
-        most = rounds or result.rounds * PATIENCE
-        times, warm_ups = interleaved(runs, result.rounds, most, budget, wanted.warm_up, clock)
+        seen: list[dict[str, list[list[float]]]] = []
+        for _ in range(opened):
+            runs = sessions(result, files, batch, dims[batch])
+            for name, model in (eager or {}).items():
+                runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
+            least, most = (math.ceil(count / opened) for count in (result.rounds, rounds or result.rounds * PATIENCE))
+            times, warm_ups = interleaved(runs, least, most, budget, wanted.warm_up, clock)
+            seen.append(times)
         peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
         ran = {name: provider if name == PRUNED else result.dense_provider for name in times}
-        result.rows += [row(n, batch, times[n], warm_ups[n], peaks.get(n), ran[n]) for n in times]
-        result.ratios += ratios({name: medians(taken) for name, taken in times.items()}, batch, macs)
+        every = {name: [taken for times in seen for taken in times[name]] for name in times}
+        result.rows += [row(n, batch, every[n], warm_ups[n], peaks.get(n), ran[n]) for n in times]
+        result.ratios += ratios([{n: medians(taken) for n, taken in times.items()} for times in seen], batch, macs)
     return result
 
 
@@ -243,7 +249,7 @@ def interleaved(
 def settled(times: Mapping[str, Sequence[Sequence[float]]]) -> bool:
     """Whether the interval of the speed-up is narrow enough."""
     first = medians(times[DENSE if DENSE in times else PRUNED])
-    median, low, high = interval(first, medians(times[PRUNED if DENSE in times else AGAIN]), 500)
+    median, low, high = interval([(first, medians(times[PRUNED if DENSE in times else AGAIN]))], 500)
     return high - low < 2 * WIDTH * median
 
 
@@ -278,8 +284,9 @@ def row(
     return Row(runtime, model, batch, len(seconds), p50, p90, p99, min(seconds) * 1e3, warm_up, memory)
 
 
-def ratios(times: Mapping[str, Sequence[float]], batch: int, macs: float | None) -> list[Ratio]:
-    """Every ratio that the rounds allow, the noise floor last."""
+def ratios(seen: Sequence[Mapping[str, Sequence[float]]], batch: int, macs: float | None) -> list[Ratio]:
+    """Every ratio that the rounds allow, the noise floor last; ``seen``: the rounds of each opening of the sessions."""
+    times = seen[0]
     wanted = (
         ("dense / pruned", DENSE, PRUNED, macs),
         ("eager dense / eager pruned", "eager dense", "eager pruned", macs),
@@ -288,7 +295,7 @@ def ratios(times: Mapping[str, Sequence[float]], batch: int, macs: float | None)
         (NOISE, DENSE if DENSE in times else PRUNED, AGAIN, None),
     )
     found = [
-        Ratio(name, batch, *interval(times[slow], times[fast]), macs_ratio)
+        Ratio(name, batch, *interval([(times[slow], times[fast]) for times in seen]), macs_ratio)
         for name, slow, fast, macs_ratio in wanted
         if slow in times and fast in times
     ]
@@ -296,12 +303,20 @@ def ratios(times: Mapping[str, Sequence[float]], batch: int, macs: float | None)
     return [*(replace(ratio, floor=max(noise, 1 / noise)) for ratio in found[:-1]), found[-1]]
 
 
-def interval(slow: Sequence[float], fast: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
-    """Median of the per-round ratios and its 95 % bootstrap interval."""
-    values = np.asarray(slow) / np.asarray(fast)
-    drawn = np.random.default_rng(0).choice(values, (resamples, len(values)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
-    return float(np.median(values)), float(low), float(high)
+def interval(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]], resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Median of the per-round ratios, slow by fast, and its 95 % bootstrap interval.
+
+    pairs: the rounds of each opening of the sessions, which are drawn first, then as many rounds of each that is drawn.
+    """
+    openings = [np.asarray(slow) / np.asarray(fast) for slow, fast in pairs]
+    drawing, count, found = np.random.default_rng(0), len(openings), []
+    for _ in range(resamples):
+        chosen = [openings[place] for place in drawing.integers(count, size=count)]
+        found.append(np.median(np.concatenate([drawing.choice(values, len(values)) for values in chosen])))
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(np.median(np.concatenate(openings))), float(low), float(high)
 
 
 def check_gates(max_latency_ms: float | None, min_speedup: float | None) -> None:

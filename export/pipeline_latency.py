@@ -67,7 +67,7 @@ def measure_pipeline(
         times, warm_ups = interleaved(runs, result.rounds, result.rounds, options.budget, warm)
         result.rows += [row(name, batch, times[name], warm_ups[name], None, provider) for name in times]
         macs = cost[DENSE] / cost[PRUNED] if dense else None
-        result.ratios += ratios({name: medians(taken) for name, taken in times.items()}, batch, macs)
+        result.ratios += ratios([{name: medians(taken) for name, taken in times.items()}], batch, macs)
     return result, shares
 
 

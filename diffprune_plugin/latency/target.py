@@ -51,7 +51,7 @@ class Meeting:
             found.append((plan, predicted, measured))
             if abs(measured.share[0] - share) <= TIMED_WITHIN * share:
                 break
-            bound = min(share * predicted / measured.share[0], 1.0)
+            bound = aimed([(predicted, measured.share[0]) for _, predicted, measured in found], share)
         plan, predicted, measured = min(found, key=lambda one: abs(one[2].share[0] - share))
         return self.described(plan, share, predicted, measured, len(found))
 
@@ -129,6 +129,20 @@ class Meeting:
         if self.options.strict and found.shortfalls():
             raise CheckFailed("strict: " + "; ".join(found.shortfalls()))
         return found
+
+
+def aimed(seen: Sequence[tuple[float, float]], share: float) -> float:
+    """The predicted share that is to be measured as ``share``, by the plans (predicted, measured) seen so far.
+
+    Between the nearest one above and the nearest below on the straight line; else the nearest one's ratio.
+    """
+    above = min((pair for pair in seen if pair[1] >= share), key=lambda pair: pair[1], default=None)
+    below = max((pair for pair in seen if pair[1] < share), key=lambda pair: pair[1], default=None)
+    if above and below:
+        part = (share - below[1]) / (above[1] - below[1])
+        return below[0] + part * (above[0] - below[0])
+    nearest = above or below or seen[-1]
+    return min(share * nearest[0] / nearest[1], 1.0)
 
 
 def counts(planned: Planned) -> tuple[int, ...]:

@@ -79,7 +79,8 @@ class SizeOf:
         share = {"in": np.zeros(shape), "out": np.zeros(shape)}  # channels of a layer for one unit
         for place, group in enumerate(groups):
             for member in group.members:
-                share[member.side][place, rows[member.layer]] += len(member.channels) / group.units
+                if member.layer in rows:  # a norm without weights costs nothing
+                    share[member.side][place, rows[member.layer]] += len(member.channels) / group.units
         self.into, self.out = share["in"], share["out"]
         self.dense_in = np.array([cost.channels_in for cost in costs.values()], np.float64)
         self.dense_out = np.array([cost.channels_out for cost in costs.values()], np.float64)

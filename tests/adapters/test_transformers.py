@@ -173,6 +173,25 @@ def test_a_pruned_one_loads_by_the_file_beside_it_without_this_package(name: str
     assert torch.equal(adapter.denoise(kind.from_pretrained(file.parent), inputs), output_of(model))
 
 
+class Evenly:
+    """What a sensitivity says, where each further unit of a group costs more than the last."""
+
+    most, sha256 = 0.75, "even"
+
+    def knows(self, root: str, count: int) -> bool:
+        return True
+
+    def error(self, root: str, units: Sequence[int]) -> float:
+        return float(len(units)) ** 2
+
+
+@pytest.mark.parametrize("name", ["DiT", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "DiT")])
+def test_a_target_is_spent_where_it_costs_least(name: str) -> None:  # norms without weights are in groups too
+    plan = dp.make_plan(make(name), "magnitude", allocation="linear", sensitivity=Evenly(), params_target=0.9)
+    assert 0.87 < plan.params[1] / plan.params[0] <= 0.9
+    assert plan.shortfalls() == []
+
+
 @pytest.mark.parametrize("name", ["DiT", "SD 3.5"])
 def test_a_target_is_met_by_heads_and_widths_together(name: str) -> None:
     model = make(name, num_layers=4)

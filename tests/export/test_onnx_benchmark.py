@@ -115,14 +115,21 @@ def test_a_win_is_claimed_only_where_the_interval_lies_above_1_and_above_the_noi
 def test_the_interval_holds_the_median_of_the_per_round_ratios():
     slow = [2.0, 4.0, 2.2, 40.0, 2.0]
     fast = [1.0, 2.0, 1.0, 20.0, 1.0]
-    median, low, high = interval(slow, fast)
+    median, low, high = interval([(slow, fast)])
     assert median == 2.0
     assert (low, high) == (2.0, 2.2)
 
 
+def test_the_interval_knows_how_far_two_openings_of_the_same_sessions_differ():
+    rounds = [1.0] * 20
+    pairs = [([2.0] * 20, rounds), ([2.1] * 20, rounds), ([2.2] * 20, rounds)]
+    assert interval(pairs) == pytest.approx((2.1, 2.0, 2.2))
+    assert interval(pairs[1:2]) == pytest.approx((2.1, 2.1, 2.1)), "the rounds of one alone do not"
+
+
 def test_noise_of_the_same_model_twice_is_the_floor_of_every_claim():
     times = {"dense": [2.0] * 5, "pruned": [1.0] * 5, "again": [1.6] * 5}
-    found = ratios(times, 1, 4.0)
+    found = ratios([times], 1, 4.0)
     assert [r.floor for r in found] == [1.25, 1.0]
     assert found[0].realised == 0.5
 

@@ -24,7 +24,7 @@ from diffprune_plugin.latency.costs import MOST, latency_costs, non_negative, ra
 from diffprune_plugin.latency.pieces import Piece, filled, key_of, outermost
 from diffprune_plugin.latency.structures import Structures
 from diffprune_plugin.latency.table import Table
-from diffprune_plugin.latency.target import Meeting
+from diffprune_plugin.latency.target import Meeting, aimed
 from diffprune_plugin.latency.whole import Measured
 from diffprune_plugin.planning.allocated import LatencyCosts, choices
 from diffprune_plugin.planning.options import PlanOptions
@@ -217,6 +217,13 @@ def test_a_whole_that_is_not_the_sum_of_its_pieces_is_met_within_three_plans(qui
     assert plan.latency.attempts == run.whole.asked <= 3
     assert plan.target == {"latency_target": share}
     assert plan.shortfalls() == []
+
+
+def test_the_next_plan_aims_between_what_was_measured_above_and_below() -> None:
+    assert aimed([(0.45, 0.39)], 0.45) == pytest.approx(0.45 * 0.45 / 0.39)
+    assert aimed([(0.45, 0.39), (0.52, 0.48)], 0.45) == pytest.approx(0.45 + 0.07 * 0.06 / 0.09)
+    assert aimed([(0.7, 0.8), (0.6, 0.7)], 0.6) == pytest.approx(0.6 * 0.6 / 0.7), "the nearest, not the first"
+    assert aimed([(0.9, 0.5)], 0.6) == 1.0
 
 
 def test_with_a_sensitivity_the_groups_get_widths_of_their_own(few: Quick) -> None:
