@@ -79,6 +79,7 @@ class Ratio:
 class Latency:
     """Everything that one benchmark found, and under which conditions; ``lost``: see `lost_kernels`.
 
+    ``per``: what a time is that of, a forward or a whole image.
     ``tuned``: what `--tune` tried; the dense model then ran on ``dense_provider``, with options of its own.
     """
 
@@ -92,6 +93,7 @@ class Latency:
     waste: list[Waste] = field(default_factory=list)
     lost: list[Waste] = field(default_factory=list)
     dense_provider: str = ""
+    per: str = "forward"
     tuned: list[dict[str, Any]] = field(default_factory=list)
 
     @property

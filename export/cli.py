@@ -39,8 +39,11 @@ def export(
     """Write a model as ONNX, prove its numerics against PyTorch, and time it against the dense model."""
     from diffprune_plugin.export.pipeline_workflow import run_pipeline
     from diffprune_plugin.export.workflow import default_model, run
+    from diffprune_plugin.utils.html_report import check_report
 
     check_results(options)
+    if options.report:
+        check_report(options.report, options.overwrite)
     if model is None:
         model = default_model()
         say(f"model: {model} (no --model given)")
@@ -64,7 +67,8 @@ def bench(
 ) -> None:
     """Time two ONNX files against each other, interleaved, on a provider that is proved."""
     from diffprune_plugin.export.benchmark import check_gates, gate
-    from diffprune_plugin.export.workflow import memory_errors, time_files, write_json
+    from diffprune_plugin.export.verdict import memory_errors, write_json
+    from diffprune_plugin.export.workflow import time_files
 
     check_results(options)
     check_gates(options.max_latency_ms, options.min_speedup)

@@ -15,6 +15,10 @@ from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write it as one HTML file too, with its pictures inside."),
+]
 *OTHERS, LAST = reversed(PROVIDERS)
 
 
@@ -106,6 +110,7 @@ class Options(FileOptions, BenchOptions):
     latency: Annotated[bool, typer.Option("--no-bench", help="Leave the latency out.")] = True
     steps: Annotated[int, typer.Option(help="DDIM steps compared, if the model has a scheduler.", min=1)] = 10
     torch: Annotated[bool, typer.Option("--torch", help="Time PyTorch eager beside it.")] = False
+    report: Report = None
     drawn: tuple[int, ...] = (1, 2)  # batch sizes of a pipeline's images; not an option of the commands
     check_placement: Annotated[
         str | None, typer.Option(metavar="cuda", help="List nodes without a CUDA kernel; needs no GPU.")

@@ -16,13 +16,13 @@ import torch
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export.components import DECODER, LEFT_OUT, MODEL_FILE, PARTS, Piece, part_to_onnx, parts_of
-from diffprune_plugin.export.convert import IMAGE, model_in, to_onnx
+from diffprune_plugin.export.convert import IMAGE, ExportReport, model_in, to_onnx
 from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import read_provenance
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.scheduler import pipeline_scheduler
-from diffprune_plugin.export.verify import summary, verify_onnx
+from diffprune_plugin.export.verify import Verification, summary, verify_onnx
 from diffprune_plugin.export.verify_parts import verify_part
 from diffprune_plugin.plugins import adapters, components, find_adapter, plugin_manager
 from diffprune_plugin.pruning.building import foreign_errors
@@ -53,23 +53,21 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def export_parts(model: Path, place: Path, options: Options, provider: str, say: Say) -> Facts:
+def export_parts(model: Path, place: Path, options: Options, provider: str, say: Say, found: Facts) -> None:
     """Write every component of a pipeline directory below ``place``, each compared with PyTorch unless not asked to.
 
-    Returns what each export and comparison found. Raises CheckFailed where one missed.
+    ``found`` gets what each export and comparison found, by folder. Raises CheckFailed where one missed.
     """
     parts, denoiser = check_pipeline(model, options), component_in(model)
     timestep = timestep_kind(model, options, say)
-    found: Facts = {
-        denoiser: export_denoiser(model, place / denoiser, replace(options, timestep=timestep), provider, say)
-    }
+    keep(found, denoiser, *export_denoiser(model, place / denoiser, replace(options, timestep=timestep), provider), say)
     side = read_side(place / denoiser / MODEL_FILE)
     for name, (library, kind) in parts.items():
         if name in (denoiser, *LEFT_OUT):
             continue
         if kind in PARTS:
-            for folder, facts in export_component(model, place, name, library, kind, side, options, provider, say):
-                found[folder] = facts
+            for each in export_component(model, place, name, library, kind, side, options, provider, say):
+                keep(found, *each, say)
         elif (model / name).is_dir():
             shutil.copytree(model / name, place / name)
             add_vocabulary(place / name)
@@ -77,7 +75,6 @@ def export_parts(model: Path, place: Path, options: Options, provider: str, say:
     if left_out:
         say(f"left out, as they have no ONNX form: {', '.join(left_out)}")
     write_index(model, place, denoiser, left_out)
-    return found
 
 
 def add_vocabulary(folder: Path) -> None:
@@ -122,27 +119,26 @@ def scheduler_between(model: Path, counts: tuple[int, ...]) -> bool:
     return False
 
 
-def export_denoiser(model: Path, folder: Path, options: Options, provider: str, say: Say) -> Facts:
+def export_denoiser(
+    model: Path, folder: Path, options: Options, provider: str
+) -> tuple[ExportReport, Verification | None]:
     """The denoiser's file, verified as a file of its own is."""
     path = folder / MODEL_FILE
     folder.mkdir()
     report = to_onnx(model, path, **options.of_file())
-    facts: Facts = {"export": told(asdict(report), folder)}
     config = json.loads(report.provenance["config"]) | {"_class_name": report.provenance["model_class"]}
     (folder / "config.json").write_text(to_json(config))
-    if options.verify:
-        result = verify_onnx(
-            path,
-            model,
-            scheduler=pipeline_scheduler(model),
-            steps=options.steps,
-            provider=provider,
-            threads=options.threads,
-            size=small(options, read_side(path)),
-        )
-        facts["verify"] = result.as_dict()
-        judge(folder.name, result, say)
-    return facts
+    if not options.verify:
+        return report, None
+    return report, verify_onnx(
+        path,
+        model,
+        scheduler=pipeline_scheduler(model),
+        steps=options.steps,
+        provider=provider,
+        threads=options.threads,
+        size=small(options, read_side(path)),
+    )
 
 
 def export_component(
@@ -155,8 +151,8 @@ def export_component(
     options: Options,
     provider: str,
     say: Say,
-) -> Iterator[tuple[str, Facts]]:
-    """The files of one component other than the denoiser, and what was found of each, by folder."""
+) -> Iterator[tuple[str, ExportReport, Verification | None]]:
+    """The files of one component other than the denoiser: folder, export and comparison of each."""
     live = load_component(model / name, library, kind)
     for part in parts_of(name, kind):
         folder = place / (name + part.ending)
@@ -169,18 +165,23 @@ def export_component(
         report = part_to_onnx(
             Piece(part, cast, side), folder / MODEL_FILE, opset=options.opset, dynamic=options.dynamic, dtype=dtype
         )
-        facts: Facts = {"export": told(asdict(report), folder)}
         shutil.copy(model / name / "config.json", folder / "config.json")
+        result = None
         if options.verify:
             piece = Piece(part, live, small(options, side) or side)
             result = verify_part(folder / MODEL_FILE, piece, provider=provider, threads=options.threads)
-            facts["verify"] = result.as_dict()
-            judge(folder.name, result, say)
-        yield folder.name, facts
+        yield folder.name, report, result
 
 
-def judge(name: str, result: Any, say: Say) -> None:
-    """Raises CheckFailed where the numerics miss; nothing of the directory stays then."""
+def keep(found: Facts, name: str, report: ExportReport, result: Verification | None, say: Say) -> None:
+    """Write down what was found of one file, by its folder; the place on this machine is left out.
+
+    Raises CheckFailed where the numerics miss; nothing of the directory stays then.
+    """
+    found[name] = {"export": asdict(report) | {"path": f"{name}/{MODEL_FILE}"}}
+    if result is None:
+        return
+    found[name]["verify"] = result.as_dict()
     if not result.passed:
         raise CheckFailed(f"{name}/{MODEL_FILE} does not compute what PyTorch does: {summary(result)}")
     say(f"{name}: verified against PyTorch on {result.provider}: {summary(result)}")
@@ -217,11 +218,6 @@ def read_side(path: Path) -> tuple[int, int]:
     """(height, width) of a sample of a denoiser's file."""
     axes = json.loads(read_provenance(path)["axes"])
     return axes["height"], axes["width"]
-
-
-def told(report: Facts, folder: Path) -> Facts:
-    """A report for an artifact that others read: the place on this machine is left out."""
-    return report | {"path": f"{folder.name}/{MODEL_FILE}"}
 
 
 def write_index(model: Path, place: Path, denoiser: str, left_out: list[str]) -> None:

@@ -57,7 +57,7 @@ def measure_pipeline(
     The sessions timed are those that were proved to run on the provider, whole. Raises HardwareUnproved if one is not.
     """
     dtype = read_provenance(denoiser_file(place))["dtype"]
-    result, shares = Latency(provider, dtype, options.threads, options.rounds or ROUNDS), Shares()
+    result, shares = Latency(provider, dtype, options.threads, options.rounds or ROUNDS, per="image"), Shares()
     for batch in options.batches:
         opened: dict[str, OrtSession] = {}
         pipelines, cost = proved_pipelines(place, dense, batch, steps, result, opened)

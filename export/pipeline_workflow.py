@@ -19,18 +19,9 @@ from diffprune_plugin.export.ort_pipeline import ORTPipeline
 from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, timestep_of
 from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
 from diffprune_plugin.export.providers import without_replay
-from diffprune_plugin.export.workflow import (
-    Verdict,
-    check_asked,
-    command,
-    dense_file,
-    gated,
-    outcome,
-    provider_for,
-    time_files,
-    told,
-    write_json,
-)
+from diffprune_plugin.export.report import write_page
+from diffprune_plugin.export.verdict import Verdict, command, outcome, told, write_json
+from diffprune_plugin.export.workflow import check_asked, dense_file, gated, provider_for, time_files
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import verdict_lines, write_card
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -70,6 +61,7 @@ def run_pipeline(
                 gate(verdict.latency, options.max_latency_ms, options.min_speedup)
     finally:
         write_json(path, verdict.content)
+        write_page(options.report, verdict)
     return verdict
 
 
@@ -82,11 +74,12 @@ def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say
     """All files, and the images that they draw beside PyTorch's: drawn first, so that memory holds one of the two."""
     content = verdict.content
     expected, why = pytorch_images(model, options) if options.verify else ({}, "left out (--no-verify)")
-    content["parts"] = export_parts(model, place, options, options.checking_provider, say)
+    content["parts"] = {}
+    export_parts(model, place, options, options.checking_provider, say, content["parts"])
     write_list(place, KIND)
     content["images"] = why
     if expected:
-        check_images(content, place, expected, options, say)
+        check_images(verdict, place, expected, options, say)
     else:
         say("NOT verified (--no-verify)" if not options.verify else f"images not compared: {why}")
 
@@ -105,12 +98,13 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
     return images, ""
 
 
-def check_images(content: dict[str, Any], place: Path, expected: dict[int, Images], options: Options, say: Say) -> None:
+def check_images(verdict: Verdict, place: Path, expected: dict[int, Images], options: Options, say: Say) -> None:
     """Raises CheckFailed where ONNX Runtime's images are not PyTorch's."""
     pipeline = ORTPipeline(place, provider=options.checking_provider, threads=options.threads)
     found = {batch: draw(pipeline, batch, options.steps) for batch in expected}
     check = compared(found, expected, options.steps, options.dtype)
-    content["images"] = check.as_dict()
+    verdict.content["images"] = check.as_dict()
+    verdict.images = {"PyTorch": expected[max(expected)], "ONNX Runtime": found[max(found)]}
     if not check.passed:
         raise CheckFailed(f"the pipeline does not draw what PyTorch does: {summary(check)}")
     say(f"the whole pipeline draws what PyTorch does: {summary(check)}")
@@ -140,7 +134,7 @@ def time_both(
         return
     options = replace(options, timestep=timestep_of(unet))
     with dense_file(model, unet, options) as dense:
-        alone = time_files(unet, dense, options, provider=provider)
+        alone = verdict.alone = time_files(unet, dense, options, provider=provider)
         verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, without_replay(provider))
     content["latency"] = {
         "denoiser": alone.as_dict(),

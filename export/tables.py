@@ -181,7 +181,7 @@ def plot(result: Latency, path: str | Path) -> None:
             color="white" if colors[index] == PRUNED_COLOR else "black",
         )
     axes.invert_yaxis()
-    axes.set_xlabel("ms per forward: median, whisker to p90")
+    axes.set_xlabel(f"ms per {result.per}: median, whisker to p90")
     figure.suptitle(conditions(result), fontsize=7)
     with new_file(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
+from diffprune_plugin.errors import BadInput, CheckFailed, HardwareUnproved
 from diffprune_plugin.export.benchmark import DENSE, PRUNED, Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.halves import allowed, judged_by_dense, with_kept_layers
-from diffprune_plugin.export.integrity import VERDICT, check_output, still
+from diffprune_plugin.export.integrity import VERDICT, check_output
 from diffprune_plugin.export.kernels import TABLES, without_kernel
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.promise import promise_line, promised
 from diffprune_plugin.export.proofs import best_provider, check_device, prove
 from diffprune_plugin.export.providers import check_distribution, known_provider, without_replay
+from diffprune_plugin.export.report import write_page
 from diffprune_plugin.export.scheduler import ddim_of, pipeline_scheduler
 from diffprune_plugin.export.tuning import Tried, as_rows, best, check_tune, tune
+from diffprune_plugin.export.verdict import Verdict, command, outcome, told, write_verdict
 from diffprune_plugin.export.verify import summary, verify_onnx
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.pruning.directory import model_folder
-from diffprune_plugin.utils.command_options import asked_by
-from diffprune_plugin.utils.files import scratch, write_text
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.files import scratch
 
-PLACES = ("overwrite", "verdict", "markdown", "plot")
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
-
-
-@dataclass
-class Verdict:
-    """The outcome of an export: what each part found, and the failure that ended it."""
-
-    content: dict[str, Any]
-    latency: Latency | None = None
 
 
 def default_model() -> Path:
@@ -72,8 +61,8 @@ def run(
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with outcome(verdict.content, [model, output, options.baseline]):
-            if options.verdict:  # of an older file, which this one replaces at some moment
-                path.unlink(missing_ok=True)
+            for old in filter(None, (options.verdict, options.report)):  # of a file that this one replaces
+                old.unlink(missing_ok=True)
             options = with_kept_layers(model, options, say)
             to_file(verdict, model, output, options, say)
             verdict.content["failure"] = "interrupted before all of it was proved"
@@ -85,52 +74,8 @@ def run(
     finally:
         if "export" in verdict.content:
             write_verdict(path, output, verdict.content)
+            write_page(options.report, verdict)
     return verdict
-
-
-def command(model: Path, output: Path, options: Options) -> str:
-    """The command of an export, with what differs from its defaults but for where results go."""
-    words = ["diffprune-export", told(output), "--model", told(model)]
-    for option in asked_by(Options):
-        value = getattr(options, option.field.name)
-        if value != option.default and option.field.name not in PLACES:
-            words.append(option.flag)
-            if isinstance(value, tuple):
-                words.append(",".join(map(str, value)))
-            elif not isinstance(value, bool):
-                words.append(told(value) if isinstance(value, Path) else str(value))
-    return shlex.join(words)
-
-
-@contextlib.contextmanager
-def outcome(content: dict[str, Any], paths: list[Path | None]) -> Iterator[None]:
-    """Write into a verdict that all of it passed, or the failure, without where these paths lie on this machine."""
-    try:
-        with memory_errors():
-            yield
-        content["passed"] = True
-        del content["failure"]
-    except DiffPruneError as error:
-        text = str(error)
-        for path in filter(None, paths):
-            text = text.replace(str(path), told(path))
-        content["failure"] = text
-        raise
-
-
-def told(path: Path) -> str:
-    """A path for an artifact that others read: where it lies on this machine is left out."""
-    return path.name if path.is_absolute() else str(path)
-
-
-def write_verdict(path: Path, output: Path, content: dict[str, Any]) -> None:
-    """Raises CheckFailed, and writes nothing, where the file is another export's by now."""
-    with still(output, content["export"]["files"]):
-        write_json(path, content)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def check_before(model: Path, output: Path, options: Options) -> None:
@@ -335,16 +280,3 @@ def eager_models(model: Path, options: Options, provider: str) -> dict[str, Any]
     dense = model_in(options.baseline, options.dtype) if options.baseline else dense_twin(pruned)
     models = {"pruned": pruned} | ({"dense": model_in(dense, options.dtype)} if dense is not None else {})
     return {name: each.to(device) for name, each in models.items()}
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn memory that ran out, in whichever library, into one line."""
-    try:
-        yield
-    except DiffPruneError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise BadInput("out of memory; use a smaller --batch, a machine with more, or --no-bench") from error
-        raise

@@ -37,11 +37,11 @@ from shared.subject import Look
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
-from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.utils.images import image_grid, save_image
 from diffprune_plugin.workflow import prune
 
 FINE: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}

@@ -26,8 +26,8 @@ from shared.rivals import WAYS
 from shared.subject import Look
 
 import diffprune_plugin as dp
-from diffprune_plugin.evaluation.images import image_grid, pil_images, save_image
 from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.utils.images import image_grid, pil_images, save_image
 from quality.criteria import FULL, PAPER, Budget, start_of
 from quality.thresholds import budget_of
 

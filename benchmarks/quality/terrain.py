@@ -26,9 +26,9 @@ from shared.results import RESULTS, RUNS, mean, publish, table
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffprune_plugin import load
-from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.export import to_onnx
 from diffprune_plugin.pruning.directory import read_plan
+from diffprune_plugin.utils.images import image_grid, save_image
 
 WORK = RUNS / "terrain"
 # Calibrated with few samples: one of 128 x 128 takes seconds on a core.

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from diffprune_plugin.cli.console import console, say
-from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile, Report
+from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
-from diffprune_plugin.export.options import Overwrite
+from diffprune_plugin.export.options import Overwrite, Report
 from diffprune_plugin.utils.command_options import with_options
 
 COLUMNS = 8  # of the picture
@@ -29,11 +29,11 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images; the same seed gives every model the same noise."""
-    from diffprune_plugin.evaluation.images import image_grid, save_image
     from diffprune_plugin.evaluation.prompts import read_prompts
     from diffprune_plugin.evaluation.sampling import sample_images
     from diffprune_plugin.pruning.loading import load_pipeline
     from diffprune_plugin.utils.device import check_device
+    from diffprune_plugin.utils.images import image_grid, save_image
 
     check_device(device)
     if output.exists() and not overwrite:

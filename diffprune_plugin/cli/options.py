@@ -28,8 +28,4 @@ PromptsFile = Annotated[
     typer.Option("--prompts", metavar="FILE", help="Prompts, one a line, for pipelines that draw from them."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Report = Annotated[
-    Path | None,
-    typer.Option("--report", metavar="FILE", help="Write it as one HTML file too, with its pictures inside."),
-]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=LARGEST_SEED)]

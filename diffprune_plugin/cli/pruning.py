@@ -10,10 +10,10 @@ from rich.console import Console
 
 from diffprune_plugin.cli.console import console, say
 from diffprune_plugin.cli.inspection import show_plan
-from diffprune_plugin.cli.options import ConfigFile, Data, FromFlags, Json, Model, Report, Seed, SetKeys
+from diffprune_plugin.cli.options import ConfigFile, Data, FromFlags, Json, Model, Seed, SetKeys
 from diffprune_plugin.cli.reports import write_frontier, write_pruning
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export.options import Overwrite
+from diffprune_plugin.export.options import Overwrite, Report
 
 if TYPE_CHECKING:
     from diffprune_plugin.config.dialects.table import Listing

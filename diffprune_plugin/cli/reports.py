@@ -6,11 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffprune_plugin.utils.html_report import write_report
+from diffprune_plugin.utils.html_report import markdown_of, write_report
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from diffprune_plugin.config.pruning import PruningConfig
     from diffprune_plugin.recovery.compensate import CompensationReport
     from diffprune_plugin.sensitivity.frontier import Frontier
@@ -43,12 +41,6 @@ def write_pruning(path: Path, config: PruningConfig, result: Pruned) -> None:
 def repairs(report: CompensationReport) -> str:
     """A row a regression: the layers that it refits, its error on held-out images before and after."""
     return "\n".join(f"| {', '.join(one.layers)} | {one.before:.4f} | {one.after:.4f} |" for one in report.repairs)
-
-
-def markdown_of(table: Table) -> str:
-    """A terminal's table as a Markdown table."""
-    columns = [[str(column.header), "---", *map(str, column.cells)] for column in table.columns]
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
 
 
 def write_frontier(path: Path, found: Frontier) -> None:

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from diffprune_plugin.calibration.plot import plot_curve
 from diffprune_plugin.config.pruning import PruningConfig
-from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.export.providers import check_distribution
@@ -24,6 +23,7 @@ from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.pruning.saving import PRUNED
 from diffprune_plugin.utils.files import new_directory, write_list, write_text
 from diffprune_plugin.utils.html_report import write_report
+from diffprune_plugin.utils.images import image_grid, save_image
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.workflow import Pruned, prune
 

@@ -25,7 +25,6 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.clip import Clip, load_clip
 from diffprune_plugin.evaluation.drawing import check_comparably_drawn, completed, drawing_facts
 from diffprune_plugin.evaluation.features import Features, frechet_distance, kernel_distance, load_features
-from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import read_prompts, takes_prompts
 from diffprune_plugin.evaluation.report import EVALUATION, Evaluation, not_measured
 from diffprune_plugin.evaluation.sampling import sample_images
@@ -35,6 +34,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.files import check_absent, check_apart, relative
+from diffprune_plugin.utils.images import pil_images
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.utils.tensors import weights_hash
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from diffprune_plugin.evaluation.images import image_grid, save_image
 from diffprune_plugin.planning.report import quantity
 from diffprune_plugin.utils.files import new_directory
+from diffprune_plugin.utils.images import image_grid, save_image
 
 SCORE = "CLIP score"
 # Measures, and the options that each of them takes.

@@ -17,10 +17,10 @@ from PIL import Image
 from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.diffusion.schedulers import check_objective, config_of, flow_sign, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
-from diffprune_plugin.evaluation.images import pil_images
 from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
 from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.utils.images import pil_images
 from diffprune_plugin.utils.progress import progress_bar
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolverMultistepScheduler"}

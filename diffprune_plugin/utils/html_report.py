@@ -6,10 +6,14 @@ import base64
 import html
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}  # of pictures, by the ending of their files
 FOLD = re.compile("&lt;/?(details|summary)&gt;")
@@ -21,7 +25,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
 td { font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
 th, pre, code { background: var(--soft); }
-pre { padding: .8rem; overflow-x: auto; }
+pre { padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; background: #fff; border: 1px solid var(--line); }
 """.strip()
 PAGE = """<!doctype html>
@@ -58,6 +62,12 @@ def inlined(picture: Path) -> str:
     if picture.suffix not in TYPES or not picture.is_file():
         raise BadInput(f"report: {picture}: no such picture ({', '.join(TYPES)})")
     return f"data:{TYPES[picture.suffix]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def markdown_of(table: Table) -> str:
+    """A terminal's table as a Markdown table."""
+    columns = [[str(cell).replace("\n", " ") for cell in (c.header, "---", *c.cells)] for c in table.columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
 
 
 def check_report(path: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,23 @@ def resigned() -> Callable[[Path], None]:
         integrity.write_manifest(path, {path.name: integrity.fingerprint(path)})
 
     return resign
+
+
+@pytest.fixture
+def opened() -> Callable[[Path], str]:
+    """Read a report that fetches nothing and is light or dark as its reader has it."""
+
+    def read(path: Path) -> str:
+        page = path.read_text()
+        assert {source.partition(",")[0] for source in re.findall(r'(?:src|href)="([^"]*)', page)} <= {
+            "data:image/png;base64"
+        }
+        assert "url(" not in page
+        assert "@import" not in page
+        assert "prefers-color-scheme: dark" in page
+        return page
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import typer
 
 from diffprune_plugin.cli import run_app
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
-from diffprune_plugin.export import check_files, cli, integrity, workflow
+from diffprune_plugin.export import check_files, cli, integrity, verdict, workflow
 
 
 def exit_code(*words: object) -> int:
@@ -21,11 +21,13 @@ def exit_code(*words: object) -> int:
     return int(stop.value.code or 0)
 
 
-def test_without_arguments_the_last_pruned_model_is_exported_verified_and_timed(models, tmp_path, monkeypatch, capsys):
+def test_without_arguments_the_last_pruned_model_is_exported_verified_and_timed(
+    models, opened, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models.pruned, "diffprune-demo/pruned")
     words = ("model.onnx", "--rounds", 5, "--torch", "--check-placement", "cuda", "--markdown", "latency.md")
-    assert exit_code(*words) == 0
+    assert exit_code(*words, "--report", "report.html") == 0
     printed = capsys.readouterr().out
     assert "model: diffprune-demo/pruned (no --model given)" in printed
     assert "verified against PyTorch on cpu" in printed
@@ -35,6 +37,13 @@ def test_without_arguments_the_last_pruned_model_is_exported_verified_and_timed(
     assert verdict["passed"]
     assert verdict["verify"]["passed"]
     assert verdict["latency"]["ratios"][0]["macs_ratio"] > 1.2
+    page = opened(Path("report.html"))
+    assert "<h1>model.onnx: passed</h1>" in page
+    assert f"<td>{verdict['verify']['worst']['relative']:.1e}</td>" in page
+    assert page.count("<td>batch 1, timestep 0</td>") == 1
+    assert verdict["latency"]["placements"]["pruned, batch 1"]["proofs"][0]["seen"] in page
+    for ratio in verdict["latency"]["ratios"]:
+        assert f"<td>{ratio['median']:.3f}x</td>" in page
     # The same input gives the same bytes, in whichever directory.
     assert Path("model.onnx").read_bytes() == models.pruned_onnx.read_bytes()
     check_files("model.onnx")
@@ -63,7 +72,7 @@ def exported(models, monkeypatch):
         with integrity.new_model(path, options["overwrite"], written=files) as temporary:
             shutil.copy(models.pruned_onnx, temporary)
             copy_instead.meanwhile()
-        return ExportReport(path, files, 1, 0.0, {})
+        return ExportReport(path, files, 1, 0.0, integrity.read_provenance(path))
 
     copy_instead.meanwhile = lambda: None  # what happens between the writing and the renaming
     monkeypatch.setattr(workflow, "to_onnx", copy_instead)
@@ -167,15 +176,15 @@ def test_an_export_that_another_overwrites_before_it_is_proved_fails_and_leaves_
 ):
     output, quick = tmp_path / "m.onnx", workflow.Options(latency=False, verify=False)
 
-    def replaced(verdict: workflow.Verdict, *_: object) -> None:
+    def replaced(of_it: verdict.Verdict, *_: object) -> None:
         with integrity.new_model(output, overwrite=True) as temporary:
             shutil.copy(models.dense_onnx, temporary)
         files = integrity.read_manifest(output)["files"]
-        workflow.write_verdict(
+        verdict.write_verdict(
             output.with_name("m.onnx.verdict.json"), output, {"export": {"files": files}, "passed": True}
         )
         if misses:
-            integrity.reject(output, verdict.content["export"]["files"])
+            integrity.reject(output, of_it.content["export"]["files"])
 
     monkeypatch.setattr(workflow, "prove_all", replaced)
     with pytest.raises(CheckFailed, match=r"m\.onnx: another export has written there before this one was proved"):
@@ -256,7 +265,7 @@ def test_what_is_not_given_is_as_options_has_it_and_what_is_given_arrives(words,
 
 
 def test_memory_that_runs_out_is_one_line():
-    with pytest.raises(BadInput, match="out of memory; use a smaller --batch"), workflow.memory_errors():
+    with pytest.raises(BadInput, match="out of memory; use a smaller --batch"), verdict.memory_errors():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
 

@@ -49,9 +49,11 @@ def exported(models: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     return models.pruned
 
 
-def test_a_directory_holds_the_pipeline_and_draws_pytorchs_images(exported: Path, tmp_path: Path, capsys: Any) -> None:
-    output = tmp_path / "onnx"
-    assert exit_code(output, "--model", exported, "--steps", 3, "--no-bench") == 0
+def test_a_directory_holds_the_pipeline_and_draws_pytorchs_images(
+    exported: Path, opened: Any, tmp_path: Path, capsys: Any
+) -> None:
+    output, report = tmp_path / "onnx", tmp_path / "report.html"
+    assert exit_code(output, "--model", exported, "--steps", 3, "--no-bench", "--report", report) == 0
     printed = capsys.readouterr().out
     assert "the whole pipeline draws what PyTorch does: 3 images of 3 steps" in printed
     assert "load it with: from diffprune_plugin.export import ORTPipeline" in printed
@@ -63,18 +65,29 @@ def test_a_directory_holds_the_pipeline_and_draws_pytorchs_images(exported: Path
     assert verdict["images"]["tolerance"] == drawing.TOLERANCES["fp32"]
     assert str(tmp_path) not in json.dumps(verdict)
     assert "images: largest difference of a pixel" in (output / "README.md").read_text()
+    page = opened(report)
+    assert "<h1>onnx: passed</h1>" in page
+    assert f"<td>{verdict['parts']['unet']['verify']['worst']['relative']:.1e}</td>" in page
+    assert page.count("<img") == 1  # PyTorch's images above ONNX Runtime's
+    assert str(tmp_path) not in page
     assert np.array_equal(
         images(ORTPipeline(output), batch_size=2), images(DDPMPipeline.from_pretrained(exported), batch_size=2)
     )
 
 
 def test_a_pipeline_with_another_models_file_fails_and_leaves_no_directory(
-    models: Any, exported: Path, tmp_path: Path, capsys: Any
+    models: Any, exported: Path, opened: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    assert exit_code(tmp_path / "onnx", "--model", models.dense, "--steps", 2, "--no-bench") == 1
+    words = ("--model", models.dense, "--steps", 2, "--no-bench", "--report", tmp_path / "report.html")
+    assert exit_code(tmp_path / "onnx", *words) == 1
     assert "unet/model.onnx does not compute what PyTorch does" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["onnx.verdict.json"]
-    assert not json.loads((tmp_path / "onnx.verdict.json").read_text())["passed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx.verdict.json", "report.html"]
+    verdict = json.loads((tmp_path / "onnx.verdict.json").read_text())
+    assert not verdict["passed"]
+    assert not verdict["parts"]["unet"]["verify"]["passed"]
+    page = opened(tmp_path / "report.html")
+    assert "<h1>onnx: FAILED</h1>" in page
+    assert "<td><strong>missed</strong></td>" in page
 
 
 def test_images_that_are_not_pytorchs_fail_though_every_part_held(
@@ -174,12 +187,13 @@ def test_a_tokenizer_as_transformers_5_writes_it_gets_the_files_that_transformer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["stable diffusion", "stable diffusion xl", "latent diffusion"])
-def test_every_family_draws_the_same_uint8_images_through_ortpipeline(family: str, tmp_path: Path) -> None:
+def test_every_family_draws_the_same_uint8_images_through_ortpipeline(family: str, opened: Any, tmp_path: Path) -> None:
     pipe = PIPELINES[family][0](tmp_path / "tokenizer")
     dp.remove_(pipe.unet, dp.make_plan(pipe.unet, "magnitude", pruning_ratio=0.3))
     dp.save(pipe, tmp_path / "pruned")
     latency = family == "stable diffusion"
-    verdict = run_pipeline(tmp_path / "pruned", tmp_path / "onnx", Options(steps=3, latency=latency, rounds=5))
+    options = Options(steps=3, latency=latency, rounds=5, report=tmp_path / "report.html")
+    verdict = run_pipeline(tmp_path / "pruned", tmp_path / "onnx", options)
     assert verdict.content["images"]["differing"] == 0
     prompts = {"prompt": ["a bar", "nothing"], "guidance_scale": 7.5}
     expected = images(DiffusionPipeline.from_pretrained(tmp_path / "pruned"), **prompts)
@@ -189,6 +203,9 @@ def test_every_family_draws_the_same_uint8_images_through_ortpipeline(family: st
         assert set(shares) == {"dense", "pruned"}
         assert {"unet", "text_encoder", "vae_decoder"} <= set(shares["pruned"])
         assert sum(shares["pruned"].values()) == pytest.approx(1)
+        page = opened(tmp_path / "report.html")
+        assert f"<td>vae_decoder</td>\n<td>{shares['dense']['vae_decoder']:.1%}</td>" in page
+        assert "<h2>An image of 3 steps</h2>" in page
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from diffprune_plugin.export.providers import (
     spec_of,
     without_replay,
 )
-from diffprune_plugin.export.workflow import command
+from diffprune_plugin.export.verdict import command
 from diffprune_plugin.utils.command_options import with_options
 
 
