@@ -117,5 +117,6 @@ UNET_2D_CONDITION = ModelAdapter(
         Refused("cross_attention_dim", differs, "differs between blocks, which all take one encoder_hidden_states"),
     ),
     words=(("sequence", 77),),
+    patches=("concat",),
     real_timesteps=lambda _: True,  # of sinusoids
 )

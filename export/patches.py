@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -34,9 +35,20 @@ def attention_mask(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def concat(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Of tensors of several types, which torch promotes: written as a Concat of them, with which no session loads."""
+
+    def call(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        kind = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        return original([tensor.to(kind) for tensor in tensors], dim=dim)
+
+    return call
+
+
 # By the names that adapters give: what is replaced, and by what.
 PATCHES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "squeeze": (torch.Tensor, "squeeze", squeeze),
+    "concat": (torch, "concat", concat),
     "attention_mask": (Attention, "prepare_attention_mask", attention_mask),
 }
 

@@ -32,8 +32,13 @@ def exit_code(*words: object) -> int:
 def images(pipe: Any, **given: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
-    found = pipe(generator=generator, num_inference_steps=3, output_type="np", **given).images
-    return np.round(np.asarray(found) * 255).astype(np.uint8)
+    return np.asarray(pipe(generator=generator, num_inference_steps=3, output_type="np", **given).images)
+
+
+def differing(found: np.ndarray, expected: np.ndarray) -> float:
+    """The share of 8-bit values that differ, but for those that lie between two grey levels, where 1e-5 decides."""
+    between = np.abs(expected * 255 % 1 - 0.5) < 255e-5
+    return float(np.mean(~between & (np.round(found * 255) != np.round(expected * 255))))
 
 
 @pytest.fixture
@@ -70,9 +75,9 @@ def test_a_directory_holds_the_pipeline_and_draws_pytorchs_images(
     assert f"<td>{verdict['parts']['unet']['verify']['worst']['relative']:.1e}</td>" in page
     assert page.count("<img") == 1  # PyTorch's images above ONNX Runtime's
     assert str(tmp_path) not in page
-    assert np.array_equal(
-        images(ORTPipeline(output), batch_size=2), images(DDPMPipeline.from_pretrained(exported), batch_size=2)
-    )
+    drawn = [images(pipe, batch_size=2) for pipe in (ORTPipeline(output), DDPMPipeline.from_pretrained(exported))]
+    assert differing(*drawn) == 0
+    assert differing(drawn[0] + 1 / 255, drawn[1]) > 0.9
 
 
 def test_a_pipeline_with_another_models_file_fails_and_leaves_no_directory(
@@ -194,10 +199,11 @@ def test_every_family_draws_the_same_uint8_images_through_ortpipeline(family: st
     latency = family == "stable diffusion"
     options = Options(steps=3, latency=latency, rounds=5, report=tmp_path / "report.html")
     verdict = run_pipeline(tmp_path / "pruned", tmp_path / "onnx", options)
-    assert verdict.content["images"]["differing"] == 0
+    assert verdict.content["images"]["difference"] < 1e-5
+    print(family, verdict.content["images"])
     prompts = {"prompt": ["a bar", "nothing"], "guidance_scale": 7.5}
     expected = images(DiffusionPipeline.from_pretrained(tmp_path / "pruned"), **prompts)
-    assert np.array_equal(images(ORTPipeline(tmp_path / "onnx"), **prompts), expected)
+    assert differing(images(ORTPipeline(tmp_path / "onnx"), **prompts), expected) == 0
     if latency:
         shares = verdict.content["latency"]["shares"]
         assert set(shares) == {"dense", "pruned"}
