@@ -137,10 +137,11 @@ class PlanOptions(Checked):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         given = {key: getattr(self, key) for key in ("pruning_ratio", *BUDGETS) if getattr(self, key) is not None}
-        together = self.spends and "pruning_ratio" not in given and not set(given) >= LATENCIES
-        if len(given) > 1 and not together:
+        possible = "pruning_ratio" not in given and not set(given) >= LATENCIES
+        if len(given) > 1 and not (possible and self.spends):
             listed = " and ".join(f"{key} {value}" for key, value in given.items())
-            raise ValueError(f"{listed} ask for different things; give one of them (null takes back the other)")
+            both = ", or say allocation: linear, which holds all of them" if possible else ""
+            raise ValueError(f"{listed} ask for different things; give one of them (null takes back the other){both}")
         if self.spends and not given.keys() & set(BUDGETS):
             budgets = f"{', '.join(BUDGETS[:-1])} or {BUDGETS[-1]}"
             raise ValueError(f"allocation: {self.allocation} spends a budget; add {budgets}")

@@ -119,7 +119,7 @@ def test_what_is_asked_of_single_groups_holds(sensitivity: Sensitivity) -> None:
             "linear spends a budget; add macs_target, params_target, latency_target or max_latency_ms",
         ),
         ({"macs_target": 0.5, "allocation": "linear", "global_pruning": True}, "drop one"),
-        ({"macs_target": 0.5, "params_target": 0.5}, "ask for different things"),
+        ({"macs_target": 0.5, "params_target": 0.5}, "say allocation: linear, which holds all of them"),
     ],
 )
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:
