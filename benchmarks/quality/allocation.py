@@ -38,6 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "isomorphic": {"allocation": "uniform", "global_pruning": True, "isomorphic": True},
     "linear": {"allocation": "linear"},
     "measured": {"allocation": "measured"},
+    "linear output_error": {"allocation": "linear", "importance": "output_error"},
+    "measured output_error": {"allocation": "measured", "importance": "output_error"},
 }
 QUICK = "uniform,linear"
 LOOK = Look(held_out=500, repeats=2, count=66, steps=20)
@@ -48,7 +50,7 @@ HEAD = ["budget", "way", "seeds", "MACs", "params", "held-out loss", "p", "SSIM"
 
 def made(way: str, budget: float, seed: int) -> Path:
     """Directory of the embedded model at a share of its MACs; the calibration and the sensitivity are one of a seed."""
-    output = WORK / "models" / f"allocation-{way}-{budget}-{seed}"
+    output = WORK / "models" / f"allocation-{way.replace(' ', '-')}-{budget}-{seed}"
     if not output.exists():
         values: dict[str, Any] = {"model": str(demo.MODEL), "output": str(output), "data": str(demo.CALIBRATION_IMAGES)}
         values |= {"macs_target": budget, "seed": seed, **WAYS[way]}
@@ -115,7 +117,7 @@ def main(
     of_dense = store.values["dense"]
     known = [(b, way) for b in BUDGETS for way in WAYS if f"{way} {b} 0" in store.values]
     intro = (
-        "Mean and standard error over seeds. diff_taylor, compensated, not trained; "
+        "Mean and standard error over seeds. diff_taylor unless another criterion is named, compensated, not trained; "
         f"{LOOK.count} images of {LOOK.steps} DDIM steps. p: paired t-test against uniform. "
         f"Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
     )
