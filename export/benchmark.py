@@ -160,8 +160,8 @@ def measure(
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
     for batch in batches:
         seen: list[dict[str, list[list[float]]]] = []
-        for _ in range(opened):
-            runs = sessions(result, files, batch, dims[batch])
+        for number in range(opened):
+            runs = sessions(result, files, batch, dims[batch], back=number % 2 == 1)
             for name, model in (eager or {}).items():
                 runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
             least, most = (math.ceil(count / opened) for count in (result.rounds, rounds or result.rounds * PATIENCE))
@@ -169,8 +169,8 @@ def measure(
             seen.append(times)
         peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
         ran = {name: provider if name == PRUNED else result.dense_provider for name in times}
-        every = {name: [taken for times in seen for taken in times[name]] for name in times}
-        result.rows += [row(n, batch, every[n], warm_ups[n], peaks.get(n), ran[n]) for n in times]
+        every = {name: [taken for times in seen for taken in times[name]] for name in seen[0]}
+        result.rows += [row(n, batch, every[n], warm_ups[n], peaks.get(n), ran[n]) for n in every]
         result.ratios += ratios([{n: medians(taken) for n, taken in times.items()} for times in seen], batch, macs)
     return result
 
@@ -186,12 +186,15 @@ def check_comparable(files: Mapping[str, Path], facts: Mapping[str, Mapping[str,
 
 
 def sessions(
-    result: Latency, files: Mapping[str, Path], batch: int, dims: Mapping[str, Mapping[str, int]]
+    result: Latency, files: Mapping[str, Path], batch: int, dims: Mapping[str, Mapping[str, int]], back: bool = False
 ) -> dict[str, Run]:
-    """A proved session for each model, and a second one of the first: the noise floor."""
+    """A proved session for each model, and a second one of the first: the noise floor.
+
+    ``back``: opened from the last to the first: the last was seen to be up to 2 % faster.
+    """
     runs: dict[str, Run] = {}
     first = next(iter(files))
-    for name, source in [*((n, n) for n in files), (AGAIN, first)]:
+    for name, source in [*((n, n) for n in files), (AGAIN, first)][:: -1 if back else 1]:
         feeds = example_feeds(files[source], dims[source])
         spec = result.provider if source == PRUNED else result.dense_provider
         placement, bound = prove(files[source], spec, feeds, dims[source], result.threads)
