@@ -27,7 +27,7 @@ from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.running import execution_order
 from diffprune_plugin.hookspecs import Criterion
-from diffprune_plugin.latency.run import check_runtime, meet_latency, timed_on
+from diffprune_plugin.latency.run import check_runtime, check_size, meet_latency, timed_on
 from diffprune_plugin.planning.allocated import LatencyCosts, predicted
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
@@ -136,6 +136,8 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
     if latency:
         check_runtime(config.latency)
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
+    if latency:
+        check_size(config.latency, job.model)
     calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
     material = material_for(replace(job, config=config), calibration)
     with contextlib.ExitStack() as stack:
@@ -201,6 +203,7 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     check_patterns(model, config)
     if config.timed:
         check_runtime(config.latency)
+        check_size(config.latency, model)
     compensating = wants_compensation(config, loaded)
 
     def samples() -> Samples:

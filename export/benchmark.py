@@ -120,6 +120,7 @@ def measure(
     provider: str | None = None,
     dense_provider: str | None = None,
     batches: Sequence[int] = (1,),
+    axes: Mapping[str, int] | None = None,
     threads: int = 1,
     rounds: int | None = None,
     budget: float | None = None,
@@ -131,9 +132,10 @@ def measure(
     """Time a pruned model, against the dense one if given, on a provider that is proved for every session timed.
 
     ``rounds``: how many (None: at least 30, more while the interval is wide); ``budget``: seconds of rounds for each
-    batch size, after which they end early. ``eager``: PyTorch models under "dense" and "pruned", in the same rounds.
-    ``clock``: what tells the seconds. ``dense_provider``: the same provider with the options that suit the dense model.
-    ``opened``: how often each session is made anew, with its part of the rounds: two of one file can differ by 3 %.
+    batch size, after which they end early. ``axes``: sizes of other dynamic axes. ``eager``: PyTorch models under
+    "dense" and "pruned", in the same rounds. ``clock``: what tells the seconds. ``dense_provider``: the same provider
+    with the options that suit the dense model. ``opened``: how often each session is made anew, with its part of the
+    rounds, forwards and back: two of one file can differ by 3 %, the last was seen to be up to 2 % faster.
 
     Raises BadInput for damaged files or impossible sizes, HardwareUnproved for a provider without proof.
     """
@@ -142,7 +144,8 @@ def measure(
     dtype = check_comparable(files, facts)
     if threads < 1 or not batches or (rounds is not None and rounds < 5):
         raise BadInput(f"threads {threads}, rounds {rounds}: at least 1 thread, one batch size and 5 rounds are needed")
-    dims = {batch: {name: fixed_dims(path, batch=batch) for name, path in files.items()} for batch in batches}
+    asked = {batch: {**(axes or {}), "batch": batch} for batch in batches}
+    dims = {batch: {name: fixed_dims(path, **asked[batch]) for name, path in files.items()} for batch in batches}
     if provider is None:
         first = dims[batches[0]][PRUNED]
         provider = best_provider(files[PRUNED], example_feeds(files[PRUNED], first), first, dtype).provider
@@ -188,10 +191,7 @@ def check_comparable(files: Mapping[str, Path], facts: Mapping[str, Mapping[str,
 def sessions(
     result: Latency, files: Mapping[str, Path], batch: int, dims: Mapping[str, Mapping[str, int]], back: bool = False
 ) -> dict[str, Run]:
-    """A proved session for each model, and a second one of the first: the noise floor.
-
-    ``back``: opened from the last to the first: the last was seen to be up to 2 % faster.
-    """
+    """A proved session for each model, and a second of the first, the noise floor; ``back``: opened from the last."""
     runs: dict[str, Run] = {}
     first = next(iter(files))
     for name, source in [*((n, n) for n in files), (AGAIN, first)][:: -1 if back else 1]:

@@ -18,7 +18,13 @@ class LatencyConfig(Checked):
     provider: str = Field(default="cpu", description="cpu, cuda, tensorrt or openvino, as `diffprune bench` has them.")
     dtype: Literal["fp32", "fp16"] = Field(default="fp32", description="Of the ONNX file.")
     batch: int = Field(default=1, ge=1, le=4096, description="Samples a call.")
+    size: int | None = Field(
+        default=None, ge=1, le=65536, description="Side of a sample (latents of a latent model); default: the model's."
+    )
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads; spinning is off.")
+    options: dict[str, str | int] = Field(
+        default={}, description="Options of the provider, as ONNX Runtime spells them: {prefer_nhwc: 1}."
+    )
     fuse: bool = Field(
         default=False,
         description="With fused operators (`diffprune-export --fuse`): round_to: auto then keeps their kernels too.",
@@ -34,6 +40,12 @@ class LatencyConfig(Checked):
         if self.fuse and self.provider.partition(":")[0] not in FUSES:
             raise ValueError(f"fuse: true: fused operators are for provider: {' or '.join(FUSES)}, not {self.provider}")
         return self
+
+    @property
+    def spec(self) -> str:
+        """The provider with its options, as an export reads them."""
+        given = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.provider}{',' if ':' in self.provider else ':'}{given}" if given else self.provider
 
     @property
     def runtime(self) -> str:

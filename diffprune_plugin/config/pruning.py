@@ -68,8 +68,8 @@ class PruningConfig(PlanOptions, Subject):
     latency: Annotated[LatencyConfig, BeforeValidator(nested(LatencyConfig, "latency"))] = Field(
         default=LatencyConfig(),
         description="The runtime that a latency_target or max_latency_ms counts on: a mapping of provider (cpu), dtype "
-        "(fp32), batch (1), threads (1), fuse (false) and table, a JSON file of the measured pieces that is read if it "
-        "exists, else written.",
+        "(fp32), batch (1), size (the model's), threads (1), options (of the provider), fuse (false) and table, a JSON "
+        "file of the measured pieces that is read if it exists, else written.",
     )
     sensitivity_samples: int = Field(default=64, ge=1, le=65536, description="Noisy samples it is measured with.")
     sensitivity_probes: int = Field(default=8, ge=1, le=1024, description="Backward passes for each of them.")

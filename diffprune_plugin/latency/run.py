@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from diffprune_plugin.config.latency import LatencyConfig
+from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.export.convert import check_options
 from diffprune_plugin.export.proofs import check_device
+from diffprune_plugin.graph.costs import meta_copy
 from diffprune_plugin.latency.costs import latency_costs
 from diffprune_plugin.latency.structures import Structures
 from diffprune_plugin.latency.table import Table
@@ -23,6 +26,7 @@ from diffprune_plugin.planning.options import BUDGETS, PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material
 from diffprune_plugin.planning.widths import layer_multiple
+from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.utils.optional import need
 
 
@@ -31,9 +35,20 @@ def check_runtime(config: LatencyConfig) -> None:
     check_options(OPSET, config.dtype)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)
-    check_device(config.provider, config.dtype)
+    check_device(config.spec, config.dtype)
     if config.table is not None:
         Table(no_timer, {}, Path(config.table))
+
+
+def check_size(config: LatencyConfig, model: nn.Module) -> None:
+    """Raises BadInput for a size of samples that the model cannot take, before anything is measured."""
+    adapter, bare = find_adapter(model), meta_copy(model)
+    if config.size is not None:
+        try:
+            with torch.no_grad():
+                adapter.denoise(bare, adapter.flat_inputs(bare, size=(config.size, config.size)))
+        except (RuntimeError, ValueError) as error:
+            raise BadInput(f"latency: size: {config.size}: the model cannot take it: {first_line(error)}") from None
 
 
 def no_timer(piece: object) -> float:
@@ -43,7 +58,7 @@ def no_timer(piece: object) -> float:
 def table_of(config: LatencyConfig, file: Path | None, progress: bool) -> Table:
     """The table of measured pieces: the config's file, else ``file``, which an interrupted run leaves."""
     place = Path(config.table) if config.table else file
-    timer = PieceTimer(config.provider, config.dtype, config.threads)
+    timer = PieceTimer(config.spec, config.dtype, config.threads)
     return Table(timer, {**context(config), "opset": OPSET}, place, progress)
 
 
@@ -83,7 +98,7 @@ def timed_on(
     if not asked.timed:  # for as many widths as it would have then
         free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS), "latency_target": 0.5}
         asked = asked.model_copy(update=free)
-    structures, table = Structures(model, material, config.batch), table_of(config, file, progress)
+    structures, table = Structures(model, material, config.batch, config.size), table_of(config, file, progress)
     costs = latency_costs(structures, asked, table, layer_multiple(config.runtime))
     with whole_files(structures.bare, material.adapter, config) as whole:
         yield Timed(asked, structures, table, costs, whole)

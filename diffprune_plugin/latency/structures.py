@@ -20,8 +20,9 @@ from diffprune_plugin.pruning.removal import shrink_
 class Structures:
     """The structures of one model, at a batch size, by what each of its groups loses."""
 
-    def __init__(self, model: nn.Module, material: Material, batch: int) -> None:
-        self.bare, self.material, self.batch = meta_copy(model), material, batch
+    def __init__(self, model: nn.Module, material: Material, batch: int, size: int | None = None) -> None:
+        """``size``: side of a sample, by default the config's."""
+        self.bare, self.material, self.batch, self.size = meta_copy(model), material, batch, size
         self.groups = [item.group for item in material.items]
 
     def shrunk(self, planned: Sequence[GroupPlan]) -> nn.Module:
@@ -43,5 +44,6 @@ class Structures:
         return Piece("", flat, given, {}, key_of(flat, given))
 
     def inputs(self, bare: nn.Module) -> dict[str, Tensor]:
-        found = self.material.adapter.flat_inputs(bare, batch=self.batch)
+        size = None if self.size is None else (self.size, self.size)
+        found = self.material.adapter.flat_inputs(bare, batch=self.batch, size=size)
         return {name: value.to("meta") for name, value in found.items()}

@@ -47,7 +47,7 @@ class WholeFiles:
 
     def __init__(self, dense: nn.Module, adapter: ModelAdapter, config: LatencyConfig, folder: Path) -> None:
         self.adapter, self.config, self.folder = adapter, config, folder
-        self.provider = known_provider(config.provider)
+        self.provider = known_provider(config.spec)
         self.dense = self.written(dense, "dense")
 
     @property
@@ -60,8 +60,9 @@ class WholeFiles:
         found = measure(
             self.written(bare, "pruned"),
             self.dense,
-            provider=config.provider,
+            provider=config.spec,
             batches=(config.batch,),
+            axes={} if config.size is None else {"height": config.size, "width": config.size},
             threads=config.threads,
             memory=False,
             clock=clock_of(self.provider, config.threads)[1],
@@ -81,10 +82,10 @@ class WholeFiles:
 
 def context(config: LatencyConfig) -> dict[str, Any]:
     """What a time depends on: settings, device and versions."""
-    wanted = known_provider(config.provider)
+    wanted = known_provider(config.spec)
     device = ", ".join(gpu().split(", ")[:2]) if wanted.is_gpu else processor()
-    settings = {key: getattr(config, key) for key in ("provider", "dtype", "batch", "threads")}
-    return {**settings, "device": device, "versions": versions(check_distribution())}
+    settings = {key: getattr(config, key) for key in ("dtype", "batch", "size", "threads")}
+    return {"provider": config.spec, **settings, "device": device, "versions": versions(check_distribution())}
 
 
 @contextlib.contextmanager

@@ -77,12 +77,14 @@ class Latency(Frozen):
     ``predicted``: by the sum of pieces; ``measured``: of the whole file on its provider, the median of ``rounds`` with
     its 95 % interval; ``noise``: the interval of the dense model against itself; ``dense_ms``: what that took there,
     by ``clock`` (the wall's, or the computing thread's own); ``max_ms``: the latency that was asked for, if one was;
-    ``attempts``: plans that were measured; ``device``, ``versions``: what it ran on.
+    ``attempts``: plans that were measured; ``size``: the side of a sample, None for the config's; ``device``,
+    ``versions``: what it ran on.
     """
 
     provider: str
     dtype: str
     batch: int
+    size: int | None = None
     threads: int
     clock: Literal["wall", "thread"]
     device: str

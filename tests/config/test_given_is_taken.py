@@ -114,7 +114,9 @@ NATIVE: dict[str, list[Any]] = {  # two values of each native key
     **{key: ["a b", "0.3"] for key in ("model", "output", "data", "calibration")},
     **{key: [0.25, 0.75] for key in ("pruning_ratio", "macs_target", "params_target", "max_pruning_ratio")},
     **{key: [0.25, 0.75] for key in ("latency_target", "max_latency_ms")},
-    "latency": [{"provider": "cuda", "dtype": "fp32", "batch": 2, "threads": 4, "fuse": True, "table": "t.json"}],
+    "latency": [
+        {"provider": "cuda", "dtype": "fp32", "batch": 2, "threads": 4, "fuse": True, "table": "t.json", "size": 8}
+    ],
     **{key: [0.25, 0.75] for key in ("head_pruning_ratio", "condition_dropout")},
     **{key: [3, 8] for key in ("round_to", "resolution", "batch_size", "timesteps", "blocks_at_once", "seed")},
     **{key: [["conv_in"], ["a", "{re}b"]] for key in ("ignored_layers", "target_layers", "depth")},

@@ -174,6 +174,16 @@ def test_a_piece_with_random_weights_computes_what_its_place_in_the_model_does(s
         assert torch.isfinite(call(*inputs)).all()
 
 
+def test_pieces_of_another_size_or_batch_are_other_pieces(unet: nn.Module, structures: Structures) -> None:
+    plan = [of[0] for of in choices(structures.material.items, options(), MOST)]
+    kinds = [structures, Structures(unet, structures.material, 1, size=24), Structures(unet, structures.material, 2)]
+    keys = [{piece.key for piece in each.pieces(plan)} for each in kinds]
+    samples = [each.inputs(each.bare)["sample"].shape for each in kinds]
+    assert samples[1][-2:] == (24, 24)
+    assert samples[2][0] == 2
+    assert len(set.union(*keys)) > 2 * len(keys[0]) - 3, "only what has no image in it is the same"
+
+
 def test_pieces_of_the_same_sizes_share_a_key_and_heads_count(structures: Structures) -> None:
     widths = choices(structures.material.items, options(), MOST)
     dense = structures.pieces([of[min(of)] for of in widths])
@@ -357,6 +367,8 @@ def test_an_export_says_whether_the_latency_holds_here(quick: Quick) -> None:
     )
     here.provider = "cuda"
     assert "provider cuda, not cpu" in promised(plan, here)["why"]
+    sized = plan.model_copy(update={"latency": plan.latency.model_copy(update={"size": 24})})
+    assert "the config's size, not 24" in promised(sized, here)["why"]
     assert promised(plan, None)["why"] == "no latency was measured"
     assert promised(plan.model_copy(update={"latency": None}), here) == {}
 
@@ -373,12 +385,18 @@ def test_a_command_without_the_provider_writes_nothing(run: Any, config_file: Pa
     code, _, err = run("prune", config_file, *words, "latency={batch: 0}")
     assert code == 2
     assert "latency: batch: 0 is outside" in err
+    code, _, err = run("prune", config_file, *words, "latency={options: {prefer_nhwc: 1}}")
+    assert code == 2
+    assert "prefer_nhwc=1: CPUExecutionProvider: it takes none" in err
+    code, _, err = run("prune", config_file, *words, "latency={size: 7}")
+    assert code == 2
+    assert "latency: size: 7: the model cannot take it" in err
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
 def test_a_real_runtime_is_measured(run: Any, config_file: Path, tmp_path: Path) -> None:
-    words = ["--set", "latency_target=0.8", "--set", f"latency.table={tmp_path / 't.json'}"]
+    words = ["--set", "latency_target=0.8", "--set", f"latency.table={tmp_path / 't.json'}", "--set", "latency.size=24"]
     code, out, err = run("prune", config_file, *words, "--set", "importance=magnitude", "--set", "compensate=false")
     if code == 1:  # a busy machine
         assert "too noisy" in err
@@ -386,6 +404,7 @@ def test_a_real_runtime_is_measured(run: Any, config_file: Path, tmp_path: Path)
     assert code == 0, err
     plan = PruningPlan.read(next((tmp_path / "pruned").rglob("pruning_plan.json")))
     assert plan.latency is not None
+    assert plan.latency.size == 24
     assert 0.3 < plan.latency.measured[0] < 1
     assert bool(plan.shortfalls()) == (abs(plan.latency.measured[0] - 0.8) > 0.03 * 0.8)
     assert "latency" in out
