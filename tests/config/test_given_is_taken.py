@@ -115,7 +115,16 @@ NATIVE: dict[str, list[Any]] = {  # two values of each native key
     **{key: [0.25, 0.75] for key in ("pruning_ratio", "macs_target", "params_target", "max_pruning_ratio")},
     **{key: [0.25, 0.75] for key in ("latency_target", "max_latency_ms")},
     "latency": [
-        {"provider": "cuda", "dtype": "fp32", "batch": 2, "threads": 4, "fuse": True, "table": "t.json", "size": 8}
+        {
+            "provider": "cuda",
+            "dtype": "fp32",
+            "batch": 2,
+            "threads": 4,
+            "fuse": True,
+            "table": "t.json",
+            "size": 8,
+            "options": {"prefer_nhwc": 1},
+        }
     ],
     **{key: [0.25, 0.75] for key in ("head_pruning_ratio", "condition_dropout")},
     **{key: [3, 8] for key in ("round_to", "resolution", "batch_size", "timesteps", "blocks_at_once", "seed")},
