@@ -50,6 +50,7 @@ class ModelAdapter(AttentionFacts):
         those of the scheduler.
     encoded: the inputs that the pipeline's encode_prompt returns, by place, or nothing; after "null" those for no
         prompt. patches: those of `export.patches` that its export needs. module: where the class is imported from.
+    narrower: of a pruned model what a config of the class itself would have to say for its layers to have these sizes.
     """
 
     model_class: str
@@ -79,6 +80,7 @@ class ModelAdapter(AttentionFacts):
     model_time: float = 1.0
     encoded: tuple[str, ...] = STATES_AND_POOLED
     patches: tuple[str, ...] = ()
+    narrower: Callable[[Any], dict[str, Any]] | None = None
 
     def ports(self, model: nn.Module) -> tuple[Port, ...]:
         """The inputs that this model's config asks for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffprune_plugin.adapters.ports import Config, Port, any_timestep, configured_size, is_one_of, is_set
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
@@ -34,6 +36,21 @@ def sizes_that_halve(config: Config) -> str:
     return f"does not divide by {step}, as this UNet halves it; {near}: set it in config.json"
 
 
+def level_widths(model: Any) -> dict[str, Any]:
+    """What a config of the same class would say of the widths of each level, if all of one level were those of its last
+    layer on the way down, and of the time embedding."""
+    levels = [block.resnets[-1].conv2.out_channels for block in model.down_blocks]
+    return {"block_out_channels": levels, "time_embedding_dim": model.time_embedding.linear_1.out_features}
+
+
+def narrower(model: Any) -> dict[str, Any]:
+    """With the dimensions of a head, of which a config has one number for all levels."""
+    one = next((module for module in model.modules() if type(module).__name__ == "Attention"), None)
+    if one is None or model.config.get("attention_head_dim") is None:
+        return level_widths(model)
+    return {**level_widths(model), "attention_head_dim": one.to_q.out_features // one.heads}
+
+
 has_sigmas = is_one_of("time_embedding_type", "fourier")  # real timesteps above 0: it takes their logarithm
 takes_embeddings = is_one_of("class_embed_type", "identity")
 
@@ -56,6 +73,7 @@ UNET_2D = ModelAdapter(
     ),
     timesteps=timesteps,
     real_timesteps=lambda config: config.get("time_embedding_type") != "learned",
+    narrower=narrower,
     known=(
         Known("class_embed_type", (None, "timestep", "identity")),
         Known("mid_block_type", (None, "UNetMidBlock2D")),

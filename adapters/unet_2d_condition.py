@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffprune_plugin.adapters.depth import BK_SDM
 from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.adapters.unet_2d import level_widths
 
 # SDXL adds the pooled text embedding and a row of numbers: original size, crop and target size, two each. Its refiner
 # has an aesthetic score for the target size, five numbers, and one text encoder, whose width the pooled embedding has.
@@ -46,6 +49,16 @@ def time_width(config: Config) -> int:
 def differs(config: Config) -> bool:
     widths = config.get("cross_attention_dim")
     return isinstance(widths, (list, tuple)) and len(set(widths)) > 1
+
+
+def narrower(model: Any) -> dict[str, Any]:
+    """With the number of heads of each level, which this class calls attention_head_dim."""
+    stated, count = model.config["attention_head_dim"], len(model.down_blocks)
+    heads = list(stated) if isinstance(stated, (list, tuple)) else [stated] * count
+    for level, block in enumerate(model.down_blocks):
+        attentions = (module for module in block.modules() if type(module).__name__ == "Attention")
+        heads[level] = next((attention.heads for attention in attentions), heads[level])
+    return {**level_widths(model), "attention_head_dim": heads}
 
 
 takes_embeddings = is_one_of("class_embed_type", "identity")
@@ -118,5 +131,6 @@ UNET_2D_CONDITION = ModelAdapter(
     ),
     words=(("sequence", 77),),
     patches=("concat",),
+    narrower=narrower,
     real_timesteps=lambda _: True,  # of sinusoids
 )

@@ -17,6 +17,7 @@ from diffprune_plugin.planning.report import quantity
 from diffprune_plugin.pruning.directory import (
     COMPENSATION_FILE,
     CONFIG_FILE,
+    DENSE_CONFIG,
     LOADER_FILE,
     SOURCE_KEY,
     read_json,
@@ -198,7 +199,7 @@ def load_lines(directory: Path, pruned: bool) -> Iterator[str]:
     yield from ("```python", "from diffusers import DiffusionPipeline", "")
     if pruned and any(directory.glob(f"*/{LOADER_FILE}")):
         yield "import diffprune_plugin  # where it is installed; without it pass trust_remote_code=True"
-    elif pruned:
+    elif pruned and not any(directory.glob(f"*/{DENSE_CONFIG}")):
         yield "import diffprune_plugin"
     yield from ('pipeline = DiffusionPipeline.from_pretrained("DIRECTORY")', "```")
 

@@ -15,6 +15,7 @@ from diffprune_plugin.utils import reading
 PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LOADER_FILE = "diffprune_plugin.py"  # for diffusers without this package: named as model_index.json names the library
+DENSE_CONFIG = "dense_config.json"  # where config.json says the widths that are left (see `stock`)
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
 SOURCE_KEY = "_name_or_path"  # where diffusers and transformers write down what a config was loaded from
@@ -34,6 +35,12 @@ def model_folder(directory: Path) -> Path:
     if not (folder / "config.json").exists():
         raise BadInput(f"{directory}: neither a pipeline (model_index.json, unet/) nor a UNet (config.json) directory")
     return folder
+
+
+def described_in(folder: Path) -> Path:
+    """The config that says what a model's class is, a pruned one's by that name, and its dense sizes."""
+    dense = folder / DENSE_CONFIG
+    return dense if dense.exists() else folder / "config.json"
 
 
 def loader_bytes() -> bytes:

@@ -26,6 +26,7 @@ from diffprune_plugin.pruning.directory import (
     LOADER_FILE,
     PREFIX,
     WEIGHTS,
+    described_in,
     loader_bytes,
     read_json,
     to_json,
@@ -82,7 +83,7 @@ class PrunedModelMixin:
             folder = Path(config) / (kwargs.pop("subfolder", None) or "")
             where = str(folder)
             plan = plan_in(folder)
-            config = read_json(folder / "config.json")
+            config = read_json(described_in(folder))
         elif PLAN_KEY in (config or {}):
             plan, where = PruningPlan.model_validate(config[PLAN_KEY]), cls.__name__
         else:
@@ -213,7 +214,7 @@ def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
         raise BadInput(f"{directory / PLAN_FILE}: a plan for {plan.model_class}, beside a {cls.__name__}")
     state = read_weights(directory / WEIGHTS, plan)
     dtype = next(iter(state.values())).dtype if dtype == "auto" else as_dtype(dtype)
-    place = str(directory / "config.json")
+    place = str(described_in(directory))
     with foreign_errors(f"{place}: no {plan.model_class}"), at_most(len(state), place), init_empty_weights():
         model = cls.from_config(directory)
     try:

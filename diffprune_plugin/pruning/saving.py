@@ -16,6 +16,7 @@ from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import source_of, write_card
 from diffprune_plugin.pruning.directory import SOURCE_KEY, read_json, to_json, without_paths
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_loadable
+from diffprune_plugin.pruning.stock import as_stock
 from diffprune_plugin.utils.files import new_directory, sync
 
 # What a directory is; one is replaced only by its like.
@@ -35,7 +36,7 @@ def save(
     UNet, which `save_masked` writes, and for a model that could not be loaded again.
     """
     path = Path(directory)
-    denoiser = denoiser_of(model)[1] if isinstance(model, DiffusionPipeline) else model
+    name, denoiser = denoiser_of(model) if isinstance(model, DiffusionPipeline) else ("", model)
     find_adapter(denoiser)
     check_stock(denoiser)
     check_loadable(denoiser)
@@ -44,8 +45,10 @@ def save(
             model.save_pretrained(str(temporary), safe_serialization=True)
         except SafetensorError as error:
             raise BadInput(f"cannot write {path}: {error}; free space or choose another output") from error
-        for name, content in (extra or {}).items():
-            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(denoiser, PrunedModelMixin):
+            as_stock(temporary, name, denoiser)
+        for file_name, content in (extra or {}).items():
+            (temporary / file_name).write_bytes(content.encode() if isinstance(content, str) else content)
         if isinstance(model, DiffusionPipeline):
             write_card(temporary, source_of(model))
         for file in files_below(temporary):

@@ -36,7 +36,7 @@ def pruned(tmp_path: Path) -> Path:
     dense = dp.save(DDPMPipeline(make_unet(), DDPMScheduler(num_train_timesteps=100)), tmp_path / "dense")
     (dense / "README.md").write_text(SOURCE)
     pipeline = DDPMPipeline.from_pretrained(dense)
-    dp.remove_(pipeline.unet, dp.make_plan(pipeline.unet, "magnitude", pruning_ratio=0.3))
+    dp.remove_(pipeline.unet, dp.make_plan(pipeline.unet, "magnitude", pruning_ratio=0.5))
     return dp.save(pipeline, tmp_path / "pruned")
 
 

@@ -60,7 +60,7 @@ def loader(folder: Path) -> ModuleType:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     unet = make_unet()
-    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.3))
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
     return dp.save(unet, tmp_path / "unet")
 
 
@@ -99,7 +99,7 @@ def test_changed_weights_or_a_changed_loader_are_refused_and_named_by_their_hash
 
 def test_code_in_a_directory_is_ours_to_the_byte_or_the_directory_is_refused(scheduler: Any, tmp_path: Path) -> None:
     unet = make_unet()
-    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.3))
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
     place = dp.save(DDPMPipeline(unet, scheduler), tmp_path / "pruned")
     assert DiffusionPipeline.from_pretrained(place).unet.pruning_plan == load_pipeline(place).unet.pruning_plan
     shutil.copy(place / "unet" / LOADER_FILE, place / LOADER_FILE)  # beside model_index.json it has no business
