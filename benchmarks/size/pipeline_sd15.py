@@ -1,6 +1,6 @@
 """A whole Stable Diffusion 1.5-size pipeline with random weights to ONNX, and one image of 2 steps; seconds and memory.
 
-    python benchmarks/bench.py pipeline-sd15
+    python benchmarks/bench.py pipeline-sd15     # results/pipeline_sd15.md
 
 Needs up to 10 GiB of memory, 8 GB of disk and ten minutes on two cores; exit code 1 beyond that. Every part is compared
 with PyTorch at 128 x 128 pixels, the image at 512 x 512.
@@ -9,6 +9,7 @@ with PyTorch at 128 x 128 pixels, the image at 512 x 512.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,17 @@ import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from shared.architectures import build
+from shared.results import publish, table
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffprune_plugin.export.drawing import ImageCheck, summary
 from diffprune_plugin.export.memory import high_water
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.pipeline_workflow import run_pipeline
 
 BENCH = Path(__file__).parents[1] / "bench.py"
 SECONDS, GIB, THREADS = 600, 10, 2
+ERRORS = ("absolute", "relative")
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
 
 
@@ -81,9 +85,29 @@ def one_phase(name: str, folder: Path) -> None:
     torch.set_num_threads(THREADS)
     start = time.perf_counter()
     PHASES[name](folder)
-    print(f"{name}: {time.perf_counter() - start:.0f} s, peak {high_water() / 2**30:.2f} GiB", flush=True)
+    seconds = f"{time.perf_counter() - start:.0f} s", f"{time.process_time():.0f} s"
+    (folder / f"{name}.json").write_text(json.dumps([name, *seconds, f"{high_water() / 2**30:.2f} GiB"]))
     if high_water() > GIB * 2**30:
         sys.exit(f"{name} takes more than {GIB} GiB")
+
+
+def found(folder: Path, load: float) -> list[str]:
+    """The tables: what each phase took, and how far ONNX Runtime is from PyTorch."""
+    phases = [json.loads((folder / f"{name}.json").read_text()) for name in PHASES]
+    verdict = json.loads((folder / "onnx.verdict.json").read_text())
+    parts = [
+        [name, str(len(part["verify"]["cases"])), *(f"{part['verify']['worst'][key]:.1e}" for key in ERRORS)]
+        for name, part in verdict["parts"].items()
+    ]
+    return [
+        f"{THREADS} threads on {os.cpu_count()} cores, where {load:.1f} other processes ran at the start.",
+        "",
+        *table(["phase", "took", "of processors", "peak memory"], phases),
+        "",
+        *table(["part", "cases", "largest error", "relative"], parts),
+        "",
+        f"Drawn at 512 x 512 with guidance: {summary(ImageCheck(**verdict['images']))}.",
+    ]
 
 
 def main(
@@ -94,10 +118,12 @@ def main(
     if folder is not None and phase is not None:
         one_phase(phase, folder)
         return
-    start = time.perf_counter()
+    start, load = time.perf_counter(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         words: list[Any] = [sys.executable, BENCH, "pipeline-sd15", "--phase"]
         codes = [subprocess.run([*map(str, words), name, place], check=False).returncode for name in PHASES]
+        if not any(codes):
+            publish("pipeline_sd15", found(Path(place), load))
     seconds = time.perf_counter() - start
     print(f"all of it: {seconds:.0f} s; promised {SECONDS} s and {GIB} GiB")
     if any(codes) or seconds > SECONDS:
