@@ -25,7 +25,7 @@ DIT = ModelAdapter(
         Port("timestep", "batch", "int64"),
         Port("class_labels", "batch", "int64", integers_below=("num_embeds_ada_norm",), none=True),
     ),
-    blocks=(Blocks("transformer_blocks", "num_layers"),),
+    blocks=(Blocks("transformer_blocks", "num_layers", first_is_read=True),),  # its embedding, for the output
     outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
     keep=(Keep("pos_embed.proj", always, RESIDUAL), "proj_out_2"),
     heads=(

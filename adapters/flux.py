@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffprune_plugin.adapters.depth import Blocks
+from diffprune_plugin.adapters.depth import STREAMS, Blocks
 from diffprune_plugin.adapters.dit import RESIDUAL
 from diffprune_plugin.adapters.ports import Config, Packing, Port, is_set
 from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep
@@ -87,7 +87,10 @@ FLUX = ModelAdapter(
         Port("txt_ids", "sequence 3", made=text_places),
         Port("guidance", "batch", when=is_set("guidance_embeds"), made=guidance),
     ),
-    blocks=(Blocks("transformer_blocks", "num_layers"), Blocks("single_transformer_blocks", "num_single_layers")),
+    blocks=(
+        Blocks("transformer_blocks", "num_layers", STREAMS),
+        Blocks("single_transformer_blocks", "num_single_layers", STREAMS),
+    ),
     outputs=(
         Port("out_sample", ("batch", "tokens", lambda config: config.get("out_channels") or config["in_channels"])),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffprune_plugin.adapters.depth import Blocks, State
+from diffprune_plugin.adapters.depth import STREAMS, Blocks, State
 from diffprune_plugin.adapters.dit import RESIDUAL
 from diffprune_plugin.adapters.ports import Port, two_patches
 from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep
@@ -32,7 +32,7 @@ SD3 = ModelAdapter(
         Port("pooled_projections", "batch {pooled_projection_dim}"),
         Port("timestep", "batch"),
     ),
-    blocks=(Blocks("transformer_blocks", "num_layers", ("dual_attention_layers",), context_ends),),
+    blocks=(Blocks("transformer_blocks", "num_layers", STREAMS, ("dual_attention_layers",), context_ends),),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=(
         Keep("pos_embed.proj", always, RESIDUAL),

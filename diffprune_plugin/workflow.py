@@ -30,21 +30,22 @@ from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.latency.run import check_runtime, check_size, meet_latency, timed_on
 from diffprune_plugin.planning.allocated import LatencyCosts, predicted
 from diffprune_plugin.planning.options import PlanOptions
-from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.plan import BlockChoice, PruningPlan
 from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
 from diffprune_plugin.planning.plot import plot_widths
 from diffprune_plugin.planning.presets import filled_in
 from diffprune_plugin.plugins import denoiser_of, find_adapter
-from diffprune_plugin.pruning.depth import without_blocks
+from diffprune_plugin.pruning.depth import Cut, cut_out
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load_model, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import PRUNED, save
-from diffprune_plugin.recovery.compensate import SAMPLES, CompensationReport
+from diffprune_plugin.recovery.compensate import SAMPLES, CompensationReport, joined
 from diffprune_plugin.recovery.draws import check_enough
-from diffprune_plugin.recovery.repairing import compensate, wants_compensation
+from diffprune_plugin.recovery.repairing import compensate, compensate_depth, wants_compensation
 from diffprune_plugin.sensitivity.answers import spend_measured
+from diffprune_plugin.sensitivity.depth import check_choosable, chosen_blocks, left_for_widths
 from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
 from diffprune_plugin.sensitivity.measured import Search, search
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
@@ -77,15 +78,27 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Job:
-    """What a config names, read and checked; ``samples`` reads and encodes the data when it is first called."""
+    """What a config names, read and checked; ``samples`` reads and encodes the data when it is first called.
 
+    ``stated``: the config as it was given, ``config`` what it asks of ``model``, which may have lost blocks already:
+    ``cut`` says which, ``blocks`` why, where they were chosen, and ``refit`` what was done about it.
+    """
+
+    stated: PruningConfig
     config: PruningConfig
     criterion: Criterion
     loaded: Any
     model: nn.Module
-    gone: tuple[str, ...]
+    cut: Cut | None
     compensating: bool
     samples: Callable[[], Samples]
+    blocks: BlockChoice | None = None
+    refit: CompensationReport | None = None
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's; None for a bare model."""
+        return getattr(self.loaded, "scheduler", None)
 
 
 def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = False, progress: bool = True) -> Pruned:
@@ -115,12 +128,13 @@ def prune_shared(
     """
     processes = Processes(accelerator.device if accelerator else torch.device(config.device))
     job = processes.on_all(lambda: prepare(config_on(accelerator, config), overwrite, dry_run))
+    job = processes.on_all(lambda: refitted(with_chosen_depth(job, not dry_run, progress), progress))
     calibration, sensitivity = measured(job, processes, not dry_run, progress)
     made = processes.on_first(lambda: material_for(job, calibration))
     plan = plan_of(job, made, sensitivity, processes, not dry_run, progress)
     if plan is None or made is None:
         return None
-    plan = plan.model_copy(update={"depth": job.gone})
+    plan = plan.model_copy(update={"depth": job.cut.shallower.gone if job.cut else (), "blocks": job.blocks})
     wished = job.config.with_wishes_of(made.criterion)
     errors = {} if sensitivity is None else predicted(made.items, wished, sensitivity)
     result = Pruned(job.loaded, plan, calibration, None, errors)
@@ -135,6 +149,8 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
     """
     if latency:
         check_runtime(config.latency)
+    if config.chooses_depth:
+        raise BadInput("depth: auto has one budget, a frontier many; name the blocks or drop it")
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
     if latency:
         check_size(config.latency, job.model)
@@ -163,7 +179,7 @@ def measured(
 
     store: whether they are written where the config says, and what an interrupted call has, beside the output.
     """
-    scheduler, sweep = getattr(job.loaded, "scheduler", None), getattr(job.criterion, "sweep", None)
+    scheduler, sweep = job.scheduler, getattr(job.criterion, "sweep", None)
     place = progress_directory(job.config.output)
     if store and processes.is_first:  # a run that was killed after it had stored one; who reads it sweeps nothing
         for path in filter(None, (job.config.calibration, job.config.sensitivity)):
@@ -197,8 +213,12 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     )
     if isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is pruned already; start from the dense model")
-    find_adapter(model)
-    loaded, model, gone = shallow(config, loaded, model)
+    stated, adapter, cut = config, find_adapter(model), None
+    if config.chooses_depth:
+        check_choosable(config, model, adapter, getattr(loaded, "scheduler", None))
+    elif config.depth:
+        cut = cut_out(model, config.depth, adapter=adapter)
+        loaded, model = with_model(loaded, model, cut.model)
     config = filled_in(config, model, find_adapter(model))
     check_patterns(model, config)
     if config.timed:
@@ -212,18 +232,39 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
             check_enough(len(found), SAMPLES)
         return found
 
-    return Job(config, criterion, loaded, model, gone, compensating, functools.cache(samples))
+    return Job(stated, config, criterion, loaded, model, cut, compensating, functools.cache(samples))
 
 
-def shallow(config: PruningConfig, loaded: Any, model: nn.Module) -> tuple[Any, nn.Module, tuple[str, ...]]:
-    """What was loaded, its model, and the blocks that this lost, as the config's ``depth`` says."""
-    if not config.depth:
-        return loaded, model, ()
-    smaller, gone = without_blocks(model, config.depth)
+def with_model(loaded: Any, model: nn.Module, other: nn.Module) -> tuple[Any, nn.Module]:
+    """What was loaded, and its model, with another one in its place."""
     if loaded is model:
-        return smaller, smaller, gone
-    loaded.register_modules(**{denoiser_of(loaded)[0]: smaller})
-    return loaded, smaller, gone
+        return other, other
+    loaded.register_modules(**{denoiser_of(loaded)[0]: other})
+    return loaded, other
+
+
+def with_chosen_depth(job: Job, store: bool, progress: bool) -> Job:
+    """The job without the blocks that are chosen, if they are to be: its widths have to meet the rest of the target."""
+    if not job.config.chooses_depth:
+        return job
+    kept: dict[str, Any] = {"store": store, "progress_in": progress_directory(job.config.output), "progress": progress}
+    choice = chosen_blocks(job.config, job.criterion, job.model, job.scheduler, job.samples, **kept)
+    if not choice.gone:
+        return replace(job, blocks=choice)
+    cut = cut_out(job.model, choice.gone)
+    config = left_for_widths(job.config, choice, cut.model)
+    loaded, model = with_model(job.loaded, job.model, cut.model)
+    criterion = job.criterion if config.target else criterion_of(config)
+    return replace(job, config=config, criterion=criterion, loaded=loaded, model=model, cut=cut, blocks=choice)
+
+
+def refitted(job: Job, progress: bool) -> Job:
+    """The job with the layers behind blocks that went refitted, where compensation is on."""
+    if job.cut is None or not job.compensating:
+        return job
+    loaded, model = with_model(job.loaded, job.model, copy.deepcopy(job.model))  # its weights are the dense model's
+    report = compensate_depth(job.cut, model, job.scheduler, job.samples(), job.config, progress)
+    return replace(job, loaded=loaded, model=model, refit=report)
 
 
 def material_for(job: Job, calibration: Calibration | None) -> Material:
@@ -292,7 +333,8 @@ def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> Comp
     compensation = (
         None if dense is None else compensate(model, dense, plan, loaded.scheduler, job.samples(), config, progress)
     )
-    stored = {key: relative(value) for key, value in config.model_dump(mode="json").items()}
+    compensation = joined(job.refit, compensation)
+    stored = {key: relative(value) for key, value in job.stated.model_dump(mode="json").items()}
     extra = {CONFIG_FILE: yaml.safe_dump(stored, sort_keys=False)}
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"

@@ -19,7 +19,6 @@ import torch
 import typer
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -100,29 +99,17 @@ def main(
 ) -> None:
     """Train, checkpoint every 250 steps, write the moving average of the weights."""
     torch.set_num_threads(threads)
-    work.mkdir(parents=True, exist_ok=True)
     train_images, held_images = digits()
     images, held = to_sample(train_images), to_sample(held_images)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     cosine = partial(get_cosine_schedule_with_warmup, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
-    run, checkpoint = Training(make_unet, cosine, lr, seed), work / "checkpoint.safetensors"
+    run = Training(make_unet, cosine, lr, seed)
 
     def loss_of(seed: int) -> torch.Tensor:
         rows = torch.randint(0, len(images), (batch_size,), generator=torch.Generator().manual_seed(seed))
         return noise_loss(run.unet, scheduler, images[rows], seed)
 
-    if checkpoint.exists():
-        run.load(checkpoint)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("train", total=steps, completed=run.step)
-        recent: list[float] = []
-        while run.step < steps:
-            recent = [*recent[-249:], run.run_step(loss_of)]
-            progress.update(task, completed=run.step, description=f"loss {np.mean(recent):.4f}")
-            if run.step % 250 == 0:
-                run.save(checkpoint)
-                print(f"step {run.step} loss {np.mean(recent):.4f}", flush=True)
+    trained = run.go_on(steps, loss_of, work / "checkpoint.safetensors")
     run.ema.copy_to(run.unet.parameters())
     run.unet.eval()
     loss = held_out_loss(run.unet, scheduler, held)
@@ -132,7 +119,7 @@ def main(
         "steps": steps,
         "batch_size": batch_size,
         "lr": lr,
-        "train_loss": float(np.mean(recent)),
+        "train_loss": trained,
         "held_out_loss": loss,
         "sha256": sha256,
         "torch": torch.__version__,

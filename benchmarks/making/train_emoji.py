@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -29,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
-from diffprune_plugin.utils.progress import progress_bar
 from making.emoji import CLASSES, NULL, PACKAGE, PLACE, make
 from making.training import Training
 
@@ -55,16 +51,25 @@ def make_unet() -> UNet2DModel:
 
 
 @torch.no_grad()
-def draw(unet: nn.Module, labels: Tensor, seed: int = 0, steps: int = 25, guidance: float = GUIDANCE) -> Tensor:
-    """Images in [0, 1], (count, 3, 32, 32), of these classes by DDIM with classifier-free guidance."""
+def draw(
+    model: nn.Module,
+    labels: Tensor,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = GUIDANCE,
+    null: int = NULL,
+    channels: int = 3,
+) -> Tensor:
+    """Images in [0, 1], (count, channels, 32, 32), of these classes by DDIM with classifier-free guidance."""
     scheduler = DDIMScheduler(**SCHEDULE)
     scheduler.set_timesteps(steps)
-    noise = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(labels), channels, 32, 32, generator=torch.Generator().manual_seed(seed))
     parts = []
     for sample, label in zip(noise.split(32), labels.split(32), strict=True):
-        both = torch.cat([label, torch.full_like(label, NULL)])
+        both = torch.cat([label, torch.full_like(label, null)])
         for timestep in scheduler.timesteps:
-            with_class, without = unet(torch.cat([sample, sample]), timestep, class_labels=both).sample.chunk(2)
+            predicted = model(torch.cat([sample, sample]), timestep.expand(len(both)), class_labels=both).sample
+            with_class, without = predicted.chunk(2)
             guided = without + guidance * (with_class - without)
             sample = scheduler.step(guided, timestep, sample).prev_sample
         parts.append(sample)
@@ -72,10 +77,12 @@ def draw(unet: nn.Module, labels: Tensor, seed: int = 0, steps: int = 25, guidan
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Rows of ``columns`` images (count, 3, height, width) in [0, 1], each pixel twice as large."""
+    """Rows of ``columns`` images (count, 1 or 3, height, width) in [0, 1], each pixel twice as large."""
     rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
     pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
-    return Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST)
+    size = 2 * pixels.shape[1], 2 * pixels.shape[0]
+    grey = pixels.shape[2] == 1
+    return Image.fromarray(pixels[..., 0] if grey else pixels).resize(size, Image.Resampling.NEAREST)
 
 
 class Loss:
@@ -132,34 +139,21 @@ def main(
     if written.exists() and asked.items() <= json.loads(written.read_text()).items():
         print(f"{written} says that this model is there")
         return
-    work.mkdir(parents=True, exist_ok=True)
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after the step that is under way
     run = Training(make_unet, partial(LambdaLR, lr_lambda=rate), lr, seed, decay=0.999)
     run.unet.to(memory_format=torch.channels_last)
-    loss, checkpoint = Loss(run.unet, load_samples(make()[0]), batch_size), work / "checkpoint.safetensors"
-    if checkpoint.exists():
-        run.load(checkpoint)
-    recent: list[float] = []
-    with progress_bar(True) as bar:
-        task = bar.add_task("train", total=steps, completed=run.step)
-        while run.step < steps and not stopped.is_set():
-            recent = [*recent[-499:], run.run_step(loss)]
-            bar.advance(task)
-            if run.step % 250 == 0:
-                run.save(checkpoint)
-                bar.console.print(f"step {run.step} loss {np.mean(recent):.4f}")
-            if run.step % 1000 == 0:
-                labels = torch.arange(len(CLASSES)).repeat_interleave(8)
-                grid(draw(average(run), labels), 8).save(work / f"{run.step}.png")
-    run.save(checkpoint)
-    if run.step < steps:
-        sys.exit(143)
+    loss = Loss(run.unet, load_samples(make()[0]), batch_size)
+
+    def drawn(step: int) -> None:
+        if step % 1000 == 0:
+            labels = torch.arange(len(CLASSES)).repeat_interleave(8)
+            grid(draw(average(run), labels), 8).save(work / f"{step}.png")
+
+    trained = run.go_on(steps, loss, work / "checkpoint.safetensors", drawn)
     DDPMPipeline(average(run), DDPMScheduler(**SCHEDULE)).save_pretrained(output / "model")
     weights = output / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     facts = {
         **asked,
-        "train_loss": float(np.mean(recent)) if recent else None,
+        "train_loss": trained,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "torch": torch.__version__,
         "images": PACKAGE,

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffprune_plugin.utils.progress import progress_bar
+
 Schedule = Callable[[Optimizer], LambdaLR]
+EVERY, RECENT = 250, 500  # steps between checkpoints; losses that one is told of
 
 
 class Training:
@@ -24,7 +31,7 @@ class Training:
     """
 
     def __init__(
-        self, make: Callable[[], UNet2DModel], schedule: Schedule, lr: float, seed: int, decay: float = 0.9995
+        self, make: Callable[[], ModelMixin], schedule: Schedule, lr: float, seed: int, decay: float = 0.9995
     ) -> None:
         torch.manual_seed(seed)
         self.seed, self.step = seed, 0
@@ -73,3 +80,31 @@ class Training:
         ]
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
+
+    def go_on(
+        self, steps: int, loss_of: Callable[[int], Tensor], checkpoint: Path, told: Callable[[int], None] | None = None
+    ) -> float | None:
+        """Train until so many steps are done, from the checkpoint if there is one: the mean of the last losses.
+
+        ``told``: called with the step after each checkpoint. SIGTERM ends it, after a checkpoint, with exit code 143.
+        """
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # after the step that is under way
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            self.load(checkpoint)
+        recent: list[float] = []
+        with progress_bar(True) as bar:
+            task = bar.add_task("train", total=steps, completed=self.step)
+            while self.step < steps and not stopped.is_set():
+                recent = [*recent[1 - RECENT :], self.run_step(loss_of)]
+                bar.advance(task)
+                if self.step % EVERY == 0:
+                    self.save(checkpoint)
+                    bar.console.print(f"step {self.step} loss {np.mean(recent):.4f}")
+                    if told is not None:
+                        told(self.step)
+        self.save(checkpoint)
+        if self.step < steps:
+            sys.exit(143)
+        return float(np.mean(recent)) if recent else None

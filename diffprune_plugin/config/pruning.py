@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from diffprune_plugin.config.base import PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
@@ -14,6 +15,16 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import Patterns, PlanOptions
 from diffprune_plugin.planning.widths import AUTO, rules_of
 from diffprune_plugin.utils.checked import Checked, Seed, nested
+
+# What depth: auto cannot be combined with, and why.
+NAMED = "it names layers, whose names change where blocks go; name the blocks instead"
+WEIGHED = "blocks are weighed against widths, by the linear sensitivity; drop one"
+UNCHOSEN = {
+    **dict.fromkeys(("ignored_layers", "target_layers", "pruning_ratio_dict", "preset"), NAMED),
+    **dict.fromkeys(("allocation", "global_pruning", "head_pruning_ratio"), WEIGHED),
+    **dict.fromkeys(("latency_target", "max_latency_ms"), "blocks are chosen by a size; say macs_target"),
+}
+UNSET = (None, False, (), {})
 
 Depth = Annotated[Patterns, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -48,7 +59,8 @@ class PruningConfig(PlanOptions, Subject):
     depth: Depth = Field(
         default=(),
         description="Whole blocks that go first: patterns of their names, or a published plan (bk-sdm-base, "
-        "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets.",
+        "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets. Or auto: blocks of a "
+        "transformer are weighed against widths, so that a macs_target or params_target of the whole costs least.",
     )
     compensate: bool | str | None = Field(
         default=None,
@@ -120,6 +132,23 @@ class PruningConfig(PlanOptions, Subject):
         except BadInput as error:
             raise ValueError(f"round_to: auto: {error}") from None
         return {**values, "round_to": runtime}
+
+    @model_validator(mode="after")
+    def _depth(self) -> Self:
+        if AUTO in self.depth and len(self.depth) > 1:
+            raise ValueError("depth: auto stands alone; drop the other names, or auto")
+        if self.chooses_depth:
+            if not self.target:
+                raise ValueError("depth: auto spends a target; add macs_target or params_target")
+            for key in UNCHOSEN:
+                if getattr(self, key) not in (*UNSET, "linear", "measured"):
+                    raise ValueError(f"{key}: does not go with depth: auto; {UNCHOSEN[key]}")
+        return self
+
+    @property
+    def chooses_depth(self) -> bool:
+        """Whether the blocks that go are to be chosen."""
+        return self.depth == (AUTO,)
 
     @field_validator("importance", mode="before")
     @classmethod

@@ -102,7 +102,8 @@ class SizeOf:
         return self._of(layers, into, out)
 
     def _of(self, layers: slice | npt.NDArray[np.int64], lost_in: Numbers, lost_out: Numbers) -> Numbers:
-        into, out = self.dense_in[layers] - lost_in, self.dense_out[layers] - lost_out
+        # A whole block that is a choice takes what groups inside it have lost already.
+        into, out = np.maximum(self.dense_in[layers] - lost_in, 0), np.maximum(self.dense_out[layers] - lost_out, 0)
         found = []
         for column in self.columns.values():
             product = in_multiples(into, column.multiple) * in_multiples(out, column.multiple)

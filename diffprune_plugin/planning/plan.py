@@ -97,6 +97,23 @@ class Latency(Frozen):
     attempts: int
 
 
+class BlockChoice(Frozen):
+    """Which blocks went by the sensitivity, chosen together with widths, before these were settled for what was left.
+
+    ``gone``: by their names; ``errors``: what the removal of each that might have gone was predicted to cost, a mean
+    squared change of a value of the output; ``error``: in all, widths included; ``sensitivity`` the SHA-256 of what
+    says so. ``target``: what was asked of the model with all its blocks, whose ``params`` and ``macs`` these are.
+    """
+
+    gone: tuple[str, ...]
+    errors: dict[str, float]
+    error: float
+    target: dict[str, float]
+    params: int
+    macs: int
+    sensitivity: str
+
+
 class PruningPlan(Frozen):
     """Which output channels of which layers go, and what is left. JSON, readable, made without touching the model.
 
@@ -104,7 +121,7 @@ class PruningPlan(Frozen):
     and ``macs`` are those of the whole UNet before and after, for one sample. ``target`` is the ``macs_target``,
     ``params_target`` or ``latency_target`` that was to be met; ``heads`` the number of heads before and after of each
     attention that loses whole ones; ``depth`` the blocks that went before, without which the model is the dense one of
-    this plan.
+    this plan, and ``blocks`` why, where they were chosen.
     """
 
     format: Literal[1] = 1
@@ -116,6 +133,7 @@ class PruningPlan(Frozen):
     allocation: Allocation | None = None
     latency: Latency | None = None
     depth: tuple[str, ...] = ()
+    blocks: BlockChoice | None = None
     groups: tuple[GroupPlan, ...]
     heads: dict[str, tuple[int, int]] = {}
     layers: dict[str, LayerSize]
@@ -126,7 +144,8 @@ class PruningPlan(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
-        absent = {key for key in ("allocation", "latency", "depth") if not getattr(self, key)}  # not in older plans
+        later = ("allocation", "latency", "depth", "blocks")
+        absent = {key for key in later if not getattr(self, key)}  # not in older plans
         content = self.model_dump(mode="json", exclude={"versions", *absent})
         if self.allocation and not self.allocation.measured:
             del content["allocation"]["measured"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -18,10 +19,28 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A dense model, and one of the same class without some blocks, whose weights are the dense model's own tensors."""
+
+    dense: nn.Module
+    model: Any
+    shallower: Shallower
+
+
 def without_blocks(
     model: nn.Module, blocks: str | Sequence[str], *, adapter: ModelAdapter | None = None
 ) -> tuple[Any, tuple[str, ...]]:
     """A model of the same class without some blocks, and their names; the weights are the dense model's own tensors.
+
+    Takes and raises what `cut_out` does.
+    """
+    cut = cut_out(model, blocks, adapter=adapter)
+    return cut.model, cut.shallower.gone
+
+
+def cut_out(model: nn.Module, blocks: str | Sequence[str], *, adapter: ModelAdapter | None = None) -> Cut:
+    """The model without some blocks, beside the dense one.
 
     ``blocks``: the name of a published plan (bk-sdm-base, -small, -tiny), or patterns of the blocks that go. Blocks
     keep the shape of what goes through them, so that those on both sides of a gap fit each other; Stable Diffusion 3's
@@ -50,7 +69,7 @@ def without_blocks(
     smaller.train(model.training)
     device = next(model.parameters()).device
     smaller = smaller if device.type == "meta" else smaller.to(device)  # buffers that are not among the weights
-    return smaller, shallower.gone
+    return Cut(model, smaller, shallower)
 
 
 def named_plan(plan: DepthPlan, model: nn.Module) -> Shallower:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from diffprune_plugin.adapters.depth import Shallower
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.data.loading import load_samples
@@ -23,10 +24,11 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
+from diffprune_plugin.recovery.depth import depth_systems
 from diffprune_plugin.recovery.draws import draw
 from diffprune_plugin.recovery.refit import Passes, Refit
 from diffprune_plugin.recovery.repair_files import RepairFiles
-from diffprune_plugin.recovery.ridge import Repair
+from diffprune_plugin.recovery.ridge import Repair, System
 from diffprune_plugin.recovery.systems import find_systems
 from diffprune_plugin.utils.memory import free_memory
 from diffprune_plugin.utils.modes import evaluating
@@ -83,9 +85,61 @@ def compensate_(
     Raises BadInput for another dense UNet, a UNet not pruned by this plan, or images that do not fit; CheckFailed for
     activations that are not finite.
     """
-    started = time.monotonic()
-    adapter, data = adapter or find_adapter(dense), load_samples(images)
     check_models(model, dense, plan)
+    adapter = adapter or find_adapter(dense)
+
+    def find() -> tuple[list[System], dict[str, str]]:
+        return find_systems(model, dense, plan, adapter)
+
+    options: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "calibration": calibration, "seed": seed}
+    options |= {"strengths": strengths, "passes": passes, "checkpoint": checkpoint, "progress": progress}
+    return refit_(model, dense, find, plan.sha256, scheduler, images, adapter, **options)
+
+
+@torch.no_grad()
+def compensate_depth_(
+    model: nn.Module,
+    dense: nn.Module,
+    shallower: Shallower,
+    scheduler: Any,
+    images: Any,
+    *,
+    adapter: ModelAdapter | None = None,
+    **options: Any,
+) -> CompensationReport:
+    """Refit in place the layers of ``model`` behind the blocks that ``dense`` has more, as `cut_out` says.
+
+    The two share no tensor; the ``options`` are those of `compensate_`. A repair is kept where the error on held-out
+    images falls. Raises what `compensate_` raises.
+    """
+    adapter = adapter or find_adapter(dense)
+
+    def find() -> tuple[list[System], dict[str, str]]:
+        return depth_systems(model, dense, shallower, adapter)
+
+    return refit_(model, dense, find, list(shallower.gone), scheduler, images, adapter, **options)
+
+
+def refit_(
+    model: nn.Module,
+    dense: nn.Module,
+    find: Callable[[], tuple[list[System], dict[str, str]]],
+    what: Any,
+    scheduler: Any,
+    images: Any,
+    adapter: ModelAdapter,
+    *,
+    samples: int = SAMPLES,
+    batch_size: int = 32,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    strengths: Sequence[float] = STRENGTHS,
+    passes: Passes = "one",
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> CompensationReport:
+    """The regressions that ``find`` returns, solved; ``what`` went, in plain values, tells one run from another."""
+    started, data = time.monotonic(), load_samples(images)
     data, scheduler = fitting(data, dense, adapter, scheduler), training_scheduler(scheduler)
     if passes not in get_args(Passes) or batch_size < 1:
         raise BadInput(f"compensate: passes {passes!r} is not one or layer, or batch_size {batch_size} is below 1")
@@ -93,13 +147,13 @@ def compensate_(
     timesteps = np.arange(total) if calibration is None else calibration.timesteps[calibration.counts]
     files = None
     if checkpoint is not None:
-        contents = [plan.sha256, weights_hash(dense), weights_hash(model), data.sha256, dict(scheduler.config)]
+        contents = [what, weights_hash(dense), weights_hash(model), data.sha256, dict(scheduler.config)]
         # Without passes: the memory that is free then may choose others for the call that goes on.
         settings = [samples, batch_size, timesteps.tolist(), seed, list(strengths)]
         files = RepairFiles(Path(checkpoint), [contents, settings])
     with evaluating(model, dense):
         draws = draw(data, scheduler, timesteps, samples, seed, next(model.parameters()), adapter)
-        systems, left = find_systems(model, dense, plan, adapter)
+        systems, left = find()
         run = Refit(model, dense, systems, draws, batch_size, seed, strengths, passes, files)
         with progress_bar(progress) as bar:
             run.keep_targets(bar)
@@ -107,6 +161,14 @@ def compensate_(
     if files is not None:
         files.forget()
     return CompensationReport(tuple(run.repairs), left, samples, time.monotonic() - started)
+
+
+def joined(first: CompensationReport | None, second: CompensationReport | None) -> CompensationReport | None:
+    """Two reports as one, in their order."""
+    if first is None or second is None:
+        return first or second
+    left, seconds = first.left | second.left, first.seconds + second.seconds
+    return CompensationReport(first.repairs + second.repairs, left, second.samples, seconds)
 
 
 @torch.no_grad()

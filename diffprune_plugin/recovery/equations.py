@@ -150,23 +150,23 @@ def with_bias(update: Tensor | None, means: tuple[Tensor, Tensor]) -> Tensor | N
 
 @dataclass
 class HeldOut:
-    """The rows that no solution sees, as they are."""
+    """The rows that no solution sees, as they are; ``gains``: what the product is multiplied with on its way."""
 
     dtype: torch.dtype
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rows: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
-    def add(self, features: Tensor, residuals: Tensor) -> None:
-        self.rows.append((features.to(self.dtype), residuals.to(self.dtype)))
+    def add(self, features: Tensor, residuals: Tensor, gains: Tensor | None = None) -> None:
+        self.rows.append((features.to(self.dtype), residuals.to(self.dtype), gains))
 
     def error(self, update: Tensor | None = None) -> float:
-        """|R - X D|^2 summed over the rows; for D = 0 without an update."""
+        """|R - G * (X D)|^2 summed over the rows; for D = 0 without an update."""
         total = 0.0
         moved = None if update is None else update.to(self.dtype)
-        for features, residuals in self.rows:
+        for features, residuals, gains in self.rows:
             if moved is not None:
                 unknowns = features.shape[1]
-                residuals = torch.addmm(residuals, features, moved[:unknowns], alpha=-1)
-                residuals -= moved[unknowns:].sum(0)
+                product = torch.addmm(moved[unknowns:].sum(0), features, moved[:unknowns])
+                residuals = residuals - (product if gains is None else product * gains.to(product))
             total += float(residuals.square().sum())
         return total
 

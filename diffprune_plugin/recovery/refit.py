@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from diffprune_plugin.recovery.draws import Draws
 from diffprune_plugin.recovery.repair_files import RepairFiles
-from diffprune_plugin.recovery.residual import unpacked
+from diffprune_plugin.recovery.residual import Call, gate_in, unpacked
 from diffprune_plugin.recovery.ridge import Part, Repair, System
 
 Passes = Literal["one", "layer"]
@@ -48,7 +48,7 @@ class Refit:
         for batch in bar.track(batches, description="dense activations"):
             with contextlib.ExitStack() as hooks:
                 for number, system in self.open():
-                    module = self.dense.get_submodule(system.block)
+                    module = self.dense.get_submodule(system.source or system.block)
                     hooks.enter_context(module.register_forward_hook(self.keeper(number, system, batch)))
                 self.draws.forward(self.dense, batch)
 
@@ -88,7 +88,8 @@ class Refit:
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.rerunning:
                 return output
-            system.collect(unpacked(output), batch, self.draws.held_out, self.strengths)
+            gate = self.gate(system, module, args, kwargs, output) if system.gated else None
+            system.collect(unpacked(output), batch, self.draws.held_out, self.strengths, gate)
             if self.passes == "layer":
                 raise Stop
             self.finish(system, bar, task)
@@ -98,6 +99,14 @@ class Refit:
             hooks.enter_context(part.layer.register_forward_pre_hook(remember(part)))
         block = self.model.get_submodule(system.block)
         hooks.enter_context(block.register_forward_hook(end, with_kwargs=True))
+
+    def gate(self, system: System, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """What multiplies a system's one layer on its way to the end of the block, in this batch."""
+        self.rerunning = True
+        try:
+            return gate_in(module, Call(args, kwargs, unpacked(output)), system.parts[0].name[len(system.block) + 1 :])
+        finally:
+            self.rerunning = False
 
     def rerun(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's output with its new weights, which the pass goes on with."""

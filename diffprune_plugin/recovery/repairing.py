@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -12,8 +14,14 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, DiffPruneError
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import compensation, faults
+from diffprune_plugin.pruning.depth import Cut
 from diffprune_plugin.pruning.directory import progress_directory
-from diffprune_plugin.recovery.compensate import CompensationReport, compensate_, passes_that_fit
+from diffprune_plugin.recovery.compensate import (
+    CompensationReport,
+    compensate_,
+    compensate_depth_,
+    passes_that_fit,
+)
 from diffprune_plugin.utils.memory import out_of_memory
 
 
@@ -43,13 +51,36 @@ def compensate(
     progress: bool,
 ) -> CompensationReport:
     """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
-    given: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
-    try:
+    with within_memory():
         if isinstance(config.compensate, str):
+            given = options(config, progress)
             return in_the_way_of(config.compensate, model, dense, plan, scheduler, samples, **given)
-        files = progress_directory(config.output)
-        passes = passes_that_fit(dense)
-        return compensate_(model, dense, plan, scheduler, samples, passes=passes, checkpoint=files, **given)
+        return compensate_(model, dense, plan, scheduler, samples, **options(config, progress), **means(config, dense))
+
+
+def compensate_depth(
+    cut: Cut, model: nn.Module, scheduler: Any, samples: Samples, config: PruningConfig, progress: bool
+) -> CompensationReport:
+    """Refit the layers behind blocks that went, in the way of this package; raises as `compensate` does."""
+    given = {**options(config, progress), **means(config, cut.dense)}
+    with within_memory():
+        return compensate_depth_(model, cut.dense, cut.shallower, scheduler, samples, **given)
+
+
+def options(config: PruningConfig, progress: bool) -> dict[str, Any]:
+    return {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
+
+
+def means(config: PruningConfig, dense: nn.Module) -> dict[str, Any]:
+    """How regressions go through the models, and where what an interrupted call has is kept."""
+    return {"passes": passes_that_fit(dense), "checkpoint": progress_directory(config.output)}
+
+
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """Raises BadInput, with what helps, where memory does not suffice."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.recovery.ridge import by_position
+
+GATED = 0.0  # a coefficient: no one number
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def unpacked(output: Any) -> Any:
 
 
 def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str) -> tuple[str, float]:
-    """The outermost module whose output is a sum that the layer's output is added to, and its coefficient there.
+    """The outermost module whose output is a sum that the layer's output is added to, and its coefficient there:
+    `GATED` where each channel has its own, of each sample.
 
     The layer itself and 1 where there is none, or where nothing but the layer's output is in the sum.
     """
@@ -76,21 +79,44 @@ def coefficient_in(block: nn.Module, call: Call, layer: str) -> float | None:
     if not isinstance(call.output, Tensor):
         return None
     block, call = in_single(block, call)
+    found = shifted(
+        block, call, layer, lambda like: torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
+    )
+    if found is None:
+        return None
+    change, given = found
+    coefficient = round(float((change * given).sum() / given.square().sum()), 6)  # float noise must not tell sums apart
+    if bool((change - coefficient * given).norm() <= 1e-3 * abs(coefficient) * given.norm()):
+        return coefficient or None
+    gate = (change * given).sum(1, keepdim=True) / given.square().sum(1, keepdim=True)
+    if bool((change - gate * given).norm() > 1e-3 * change.norm()):
+        return None
+    again = gate_in(block, call, layer)  # at one position everything looks like a gate
+    return GATED if again is not None and bool((again - gate).norm() <= 1e-3 * gate.norm()) else None
+
+
+def gate_in(block: nn.Module, call: Call, layer: str) -> Tensor | None:
+    """What each channel of a layer's output is multiplied with in the block's: (batch, 1, channels), in float64; the
+    mean over positions, of which a gate is the same at all."""
+    found = shifted(block, call, layer, torch.ones_like)
+    return None if found is None else found[0].mean(1, keepdim=True)
+
+
+def shifted(
+    block: nn.Module, call: Call, layer: str, shift: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """How a block's output changes when something is added to a layer's in it, and what was, both (batch, positions,
+    channels) in float64; None where they are of other shapes."""
     shifts: list[Tensor] = []
 
-    def shift(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        shifts.append(torch.randn(output.shape, generator=generator).to(output))
+    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        shifts.append(shift(output).to(output))
         return output + shifts[0]
 
-    with block.get_submodule(layer).register_forward_hook(shift):
+    with block.get_submodule(layer).register_forward_hook(add):
         moved = unpacked(block(*call.args, **call.kwargs))
     change, given = by_position(moved - call.output).double(), by_position(shifts[0]).double()
-    if change.shape != given.shape:
-        return None
-    coefficient = round(float((change * given).sum() / given.square().sum()), 6)  # float noise must not tell sums apart
-    linear = bool((change - coefficient * given).norm() <= 1e-3 * abs(coefficient) * given.norm())
-    return coefficient if linear and coefficient else None
+    return (change, given) if change.shape == given.shape else None
 
 
 def in_single(block: nn.Module, call: Call) -> tuple[nn.Module, Call]:

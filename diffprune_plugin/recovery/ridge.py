@@ -15,6 +15,7 @@ from diffprune_plugin.recovery.equations import HeldOut, Training, best_update, 
 
 ROWS = 32_768  # rows that a system is fitted on, or eight times its unknowns
 CHUNK = 2**25  # numbers in the rows that are taken at a time
+CLOSED = 1e-3  # of a row's mean squared gate: what a channel's own has to be above, to be asked for much
 
 
 def refusal(layer: nn.Module, output: Tensor) -> str:
@@ -69,6 +70,16 @@ def weight_of(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix.reshape(-1, like.shape[1], len(like)).permute(2, 1, 0).reshape(like.shape)
 
 
+def let_through(rows: Tensor, left: Tensor, gate: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Rows of features, with one for a bias behind, and of residuals (samples, positions, channels) as a gate (samples,
+    1, channels) lets them through: see `System`."""
+    weight = gate.square().mean(2, keepdim=True).sqrt()
+    wanted = weight * left * gate / (gate.square() + CLOSED * weight.square() + 1e-30)
+    weights = weight.expand(-1, left.shape[1], -1).flatten(0, 1)
+    features = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if bias else rows
+    return features * weights, wanted.flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Repair:
     """One ridge regression: which layers it refits, to which module's output, and what that brought.
@@ -109,7 +120,11 @@ class Part:
 class System:
     """One ridge regression: the parts of layers whose sum, times ``coupling``, goes into the output of ``block``.
 
-    The target is the dense block's output at the ``kept`` channels, times ``factor``: (samples, positions, channels).
+    The target is the dense block's output at the ``kept`` channels, times ``factor``: (samples, positions, channels);
+    ``source``: the dense module that gives it, where that has another name.
+    Where a gate G multiplies it instead (``gated``), rows X and residuals R become w X and w R G / (G^2 + a little of
+    w^2) for the rows' own w^2, the mean of G^2 over channels: each row then counts as its gate lets it through, and
+    R / G is what it asks for where the gate is open. On held-out rows the error is |R - G * (X D)|^2, as it is.
     """
 
     block: str
@@ -117,6 +132,7 @@ class System:
     kept: Tensor
     coupling: float
     factor: float
+    source: str = ""
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -141,13 +157,20 @@ class System:
         rows = rows_at(output, self.positions[batch])[:, self.kept].float() * self.factor
         self.targets[batch] = rows.reshape(self.targets[batch].shape)
 
-    def collect(self, output: Tensor, batch: slice, held_out: Tensor, strengths: Sequence[float]) -> None:
+    @property
+    def gated(self) -> bool:
+        return self.coupling == 0
+
+    def collect(
+        self, output: Tensor, batch: slice, held_out: Tensor, strengths: Sequence[float], gate: Tensor | None = None
+    ) -> None:
         """Take in what is left to explain of the target, and the layers' inputs, for ridges of these strengths.
 
+        gate: (batch, 1, channels), of a system that is ``gated``.
         Raises CheckFailed where either UNet's activations are not finite.
         """
         positions, wanted = self.positions[batch], self.targets[batch].flatten(0, 1)
-        residuals = (wanted - rows_at(output, positions).float()) / self.coupling
+        residuals = (wanted - rows_at(output, positions).float()) / (self.coupling or 1.0)
         if not bool(torch.isfinite(residuals).all()):
             which = "pruned" if bool(torch.isfinite(wanted).all()) else "dense"
             raise CheckFailed(
@@ -156,15 +179,22 @@ class System:
         count = positions.shape[1]
         if self.equations is None:
             like = residuals.new_empty(0, dtype=precision(strengths))
-            sizes = (int((~held_out).sum()) * count, self.unknowns, residuals.shape[1], bool(self.biases))
+            extra = self.gated and bool(self.biases)  # what is added is gated too: a feature, no row that is free
+            bias = bool(self.biases) and not extra
+            sizes = (int((~held_out).sum()) * count, self.unknowns + extra, residuals.shape[1], bias)
             self.equations = training(*sizes, like), HeldOut(like.dtype)
         of_sample, out = residuals.reshape(len(positions), count, -1), held_out[batch]
         size = max(1, CHUNK // (count * self.unknowns))
         for add, chosen in ((self.equations[0].add, ~out), (self.equations[1].add, out)):
             for some in torch.split(chosen.nonzero().flatten(), size):
                 features = [self.features(part, some, positions) for part in self.parts]
-                rows = features[0] if len(features) == 1 else torch.cat(features, 1)
-                add(rows, of_sample[some].flatten(0, 1))
+                rows, left = features[0] if len(features) == 1 else torch.cat(features, 1), of_sample[some]
+                if gate is None:
+                    add(rows, left.flatten(0, 1))
+                elif chosen is out:
+                    self.equations[1].add(rows, left.flatten(0, 1), gate[some].expand_as(left).flatten(0, 1))
+                else:
+                    add(*let_through(rows, left, gate[some].to(left), bool(self.biases)))
         self.inputs.clear()
 
     def features(self, part: Part, some: Tensor, positions: Tensor) -> Tensor:
@@ -175,7 +205,7 @@ class System:
     def solve(self, strengths: Sequence[float], held_out: Tensor) -> Repair:
         """Solve, and update the layers if that lowers the held-out error."""
         assert self.equations is not None
-        wanted = self.targets[held_out].flatten(0, 1).double() / self.coupling
+        wanted = self.targets[held_out].flatten(0, 1).double() / (self.coupling or 1.0)
         spread = max(float((wanted - wanted.mean(0)).square().sum()), 1e-30)
         before = self.equations[1].error()
         self.equations[0].close()

@@ -15,7 +15,7 @@ from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.graph.groups import ChannelsToGo, removed_channels, trace_groups
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.pruning.removal import check_groups
-from diffprune_plugin.recovery.residual import residual_sum, trace
+from diffprune_plugin.recovery.residual import GATED, residual_sum, trace
 from diffprune_plugin.recovery.ridge import Part, System, refusal
 
 UNKNOWNS = 4_608  # of one system; a layer with more is solved in blocks of input channels
@@ -64,18 +64,27 @@ def systems_of(
     only: Collection[str] | None = None,
 ) -> list[System]:
     """The regressions of the layers behind these cuts in order of execution; ``only``: of these layers alone."""
-    sums: dict[tuple[str, float], list[str]] = {}
-    for name in (layer for layer, side in gone if side == "in"):
-        if name in layout.sums and (only is None or name in only):
-            sums.setdefault(layout.sums[name], []).append(name)
-    order, factors = layout.order, softmax_factors(model, dense, adapter)
-    systems = []
-    for (block, coefficient), names in sorted(sums.items(), key=lambda item: order[item[0][0]]):
+    behind = [layer for layer, side in gone if side == "in" and (only is None or layer in only)]
+    factors, systems = softmax_factors(model, dense, adapter), []
+    for block, coefficient, names in by_sum(behind, layout):
         channels = np.arange(len(dense.get_submodule(names[0]).weight))  # type: ignore[arg-type]
         kept = torch.from_numpy(np.setdiff1d(channels, gone.get((names[0], "out"), [])))
-        for parts in split(model, sorted(names, key=order.__getitem__)):
+        for parts in split(model, names):
             systems.append(System(block, parts, kept, coefficient, factors.get(block, 1.0)))
     return systems
+
+
+def by_sum(layers: Iterable[str], layout: Layout) -> list[tuple[str, float, list[str]]]:
+    """The sums that layers go into, each with its module, their coefficient and them, all in order of execution; each
+    layer that is gated by itself."""
+    sums: dict[tuple[str, float, str], list[str]] = {}
+    for name in layers:
+        if name in layout.sums:
+            block, coefficient = layout.sums[name]
+            sums.setdefault((block, coefficient, name if coefficient == GATED else ""), []).append(name)
+    order = layout.order
+    found = sorted(sums.items(), key=lambda item: order[item[0][0]])
+    return [(block, coefficient, sorted(names, key=order.__getitem__)) for (block, coefficient, _), names in found]
 
 
 def softmax_factors(model: nn.Module, dense: nn.Module, adapter: ModelAdapter) -> dict[str, float]:

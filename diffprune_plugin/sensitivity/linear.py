@@ -34,6 +34,7 @@ from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.ridge import by_position
+from diffprune_plugin.sensitivity.blocks import Branches, removable
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import new_file
@@ -72,9 +73,11 @@ def measure_sensitivity(
         raise BadInput(f"sensitivity: samples {samples}, probes {probes} and batch_size {batch_size} are at least 1")
     processes = Processes(next(model.parameters()).device)
     groups = trace_groups(model, adapter)
-    run = Run(model, adapter, groups, Noisy(data, scheduler, samples, seed, adapter), batch_size, seed, processes)
+    noisy, blocks = Noisy(data, scheduler, samples, seed, adapter), Branches(model, removable(model, adapter))
+    run = Run(model, adapter, groups, noisy, batch_size, seed, processes, blocks)
     if checkpoint is not None:
         facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, probes, batch_size, seed]
+        facts += sorted(blocks.blocks)
         run.resume(Path(checkpoint), facts, checkpoint_seconds)
     with frozen(model), progress_bar(progress and processes.is_first) as bar:
         run.means()
@@ -82,7 +85,8 @@ def measure_sensitivity(
     found = run.result(probes)
     run.forget()
     return Sensitivity(
-        scores={root: tuple(values.tolist()) for root, values in found.items()},
+        scores={group.root: tuple(found[group.root].tolist()) for group in groups},
+        blocks={name: float(found[name].sum()) for name in blocks.blocks},
         power=run.power(),
         samples=samples,
         probes=probes,
@@ -125,6 +129,7 @@ class Run:
     batch_size: int
     seed: int
     processes: Processes
+    blocks: Branches
     sums: dict[str, Tensor] = field(default_factory=dict)
     centres: dict[str, Tensor] = field(default_factory=dict)
     done: int = 0
@@ -134,7 +139,8 @@ class Run:
     squares: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.sums = {group.root: torch.zeros(group.channels, dtype=torch.float64) for group in self.groups}
+        units = {group.root: group.channels for group in self.groups} | dict.fromkeys(self.blocks.blocks, 1)
+        self.sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
         self.layers = sorted({m.layer for group in self.groups for m in group.members if m.side == "in"})
 
     def rows(self) -> list[range]:
@@ -146,9 +152,9 @@ class Run:
         """The mean of each channel that goes into a layer, over all samples and positions; and the output's power."""
         totals: dict[str, Tensor] = {}
 
-        def note(name: str) -> Any:
+        def note(name: str, count: int) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                mean = by_position(args[0]).mean(1).double().sum(0)
+                mean = by_sample(by_position(args[0]), count).mean(1).double().sum(0)
                 totals[name] = totals[name] + mean if name in totals else mean
 
             return hook
@@ -156,11 +162,13 @@ class Run:
         for rows in self.rows():
             with contextlib.ExitStack() as hooks:
                 for name in self.layers:
-                    handle = self.model.get_submodule(name).register_forward_pre_hook(note(name))
+                    handle = self.model.get_submodule(name).register_forward_pre_hook(note(name, len(rows)))
                     hooks.callback(handle.remove)
+                hooks.enter_context(self.blocks.summing())
                 output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
             self.squares.append(float(output.double().square().mean()) * len(rows))
         self.centres = {name: (total / self.noisy.count).float() for name, total in totals.items()}
+        self.blocks.averaged(self.noisy.count)
 
     def power(self) -> float:
         return sum(self.squares) / self.noisy.count
@@ -194,8 +202,10 @@ class Run:
             for member in group.members:
                 if member.side == "in" and member.layer in found:
                     at = torch.as_tensor(member.roots), torch.as_tensor(member.channels)
-                    moved.index_add_(1, at[0], found[member.layer][:, at[1]])
+                    moved.index_add_(1, at[0], by_sample(found[member.layer], samples).sum(1)[:, at[1]])
             self.sums[group.root] += moved.double().square().sum(0) / values
+        for name in self.blocks.blocks:
+            self.sums[name] += found[name].double().square().sum(0) / values
 
     def noise(self, row: int, probe: int, shape: Sequence[int]) -> Tensor:
         """v for one sample, by its number and the probe's alone."""
@@ -226,16 +236,18 @@ class Run:
         with contextlib.ExitStack() as hooks:
             for name in self.layers:
                 hooks.callback(self.model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
+            hooks.enter_context(self.blocks.watched(found))
             yield found
 
     def result(self, probes: int) -> dict[str, Any]:
-        """By root the mean over samples and probes, folded over paired channels; raises CheckFailed if not finite."""
-        found = {}
-        for group in self.groups:
-            total = self.processes.reduce(self.sums[group.root]) / (self.noisy.count * probes)
+        """By root the mean over samples and probes, folded over paired channels, and by block; raises CheckFailed if
+        not finite."""
+        found, pairs = {}, {group.root: group.pairs for group in self.groups}
+        for name, sums in self.sums.items():
+            total = self.processes.reduce(sums) / (self.noisy.count * probes)
             if not bool(torch.isfinite(total).all()):
-                raise CheckFailed(f"sensitivity: {group.root} has a gradient that is not finite; check the weights")
-            found[group.root] = total.reshape(group.pairs, group.units).sum(0).numpy()
+                raise CheckFailed(f"sensitivity: {name} has a gradient that is not finite; check the weights")
+            found[name] = total.reshape(pairs.get(name, 1), -1).sum(0).numpy()
         return found
 
     def resume(self, folder: Path, facts: list[Any], every: float) -> None:
@@ -267,3 +279,9 @@ class Run:
     def forget(self) -> None:
         if self.file is not None and self.processes.is_first:
             self.file.unlink(missing_ok=True)
+
+
+def by_sample(values: Tensor, samples: int) -> Tensor:
+    """Rows (samples * n, ..., channels) as (samples, positions, channels): PixArt alpha embeds the two numbers of a
+    resolution in a row each."""
+    return values.reshape(samples, -1, values.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """By root layer the error of removing each unit alone, to first order, after what a bias can mend.
+    """By root layer the error of removing each unit alone, to first order, after what a bias can mend; by name that of
+    each whole block that may go.
 
     scores: shape (units,), >= 0: the mean squared change of a value of the model's output. power: the mean square of
         such a value, to compare with. samples, probes, seed: what it was measured with.
@@ -36,6 +37,7 @@ class Sensitivity:
     weights: str
     images: str
     scheduler: dict[str, Any]
+    blocks: dict[str, float] = field(default_factory=dict)
 
     @property
     def most(self) -> float:
@@ -52,7 +54,8 @@ class Sensitivity:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        content = {key: value for key, value in asdict(self).items() if key != "blocks" or value}  # not in older ones
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """As JSON with its hash, atomically."""
