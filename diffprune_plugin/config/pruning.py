@@ -24,7 +24,7 @@ UNCHOSEN = {
     **dict.fromkeys(("allocation", "global_pruning", "head_pruning_ratio"), WEIGHED),
     **dict.fromkeys(("latency_target", "max_latency_ms"), "blocks are chosen by a size; say macs_target"),
 }
-UNSET = (None, False, (), {})
+UNSET: tuple[Any, ...] = (None, False, (), {})
 
 Depth = Annotated[Patterns, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -61,6 +61,12 @@ class PruningConfig(PlanOptions, Subject):
         description="Whole blocks that go first: patterns of their names, or a published plan (bk-sdm-base, "
         "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets. Or auto: blocks of a "
         "transformer are weighed against widths, so that a macs_target or params_target of the whole costs least.",
+    )
+    max_pruning_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="No group loses a larger share of its channels; 0: blocks go and no channels.",
     )
     compensate: bool | str | None = Field(
         default=None,
@@ -137,6 +143,8 @@ class PruningConfig(PlanOptions, Subject):
     def _depth(self) -> Self:
         if AUTO in self.depth and len(self.depth) > 1:
             raise ValueError("depth: auto stands alone; drop the other names, or auto")
+        if not self.max_pruning_ratio and not self.depth:
+            raise ValueError("max_pruning_ratio: 0 takes no channels, and no blocks go; add depth, or raise it")
         if self.chooses_depth:
             if not self.target:
                 raise ValueError("depth: auto spends a target; add macs_target or params_target")

@@ -63,11 +63,12 @@ class BlockSearch:
         """The blocks that go, and what each group and block loses; raises BadInput as `allocate` does."""
         order = sorted(range(len(self.blocks)), key=self.rate)
         best = min((frozenset(order[:count]) for count in range(len(order) + 1)), key=self.error)
-        while (found := min(self.near(best, order), key=self.error, default=best)) != best:
-            if self.error(found) >= self.error(best):
-                break
-            best = found
-        fitting = [gone for gone in self.known if math.isfinite(self.error(gone))]
+        moved = True
+        while moved:
+            other = min(self.near(best, order), key=self.error, default=best)
+            moved = self.error(other) < self.error(best)
+            best = other if moved else best
+        fitting = [gone for gone, error in self.known.items() if math.isfinite(error)]
         finalists = sorted(fitting, key=self.error)[:NEAR] or [frozenset(order)]
         found = [(gone, allocate(self.with_gone(gone), self.size_of, self.limits)) for gone in finalists]
         return min(found, key=lambda each: self.error_of(each[1]))
@@ -79,16 +80,11 @@ class BlockSearch:
 
     def rate(self, block: int) -> float:
         """The error that a block costs for what it frees of that which is limited."""
-        dense, removed = self.size_of([0] * self.count), [0] * self.count
-        removed[len(self.menus) + block] = 1
-        freed = 1 - self.size_of(removed) / dense
-        return self.blocks[block].errors[-1] / max(
-            sum(freed[place] for place, key in enumerate(self.size_of.keys) if key in self.limits), 1e-300
-        )
-
-    @property
-    def count(self) -> int:
-        return len(self.menus) + len(self.blocks)
+        nothing = [0] * (len(self.menus) + len(self.blocks))
+        alone = [*nothing[: len(self.menus)], *(int(block == other) for other in range(len(self.blocks)))]
+        freed = 1 - self.size_of(alone) / self.size_of(nothing)
+        limited = [float(freed[place]) for place, key in enumerate(self.size_of.keys) if key in self.limits]
+        return self.blocks[block].errors[-1] / max(sum(limited), 1e-300)
 
     def near(self, gone: frozenset[int], order: Sequence[int]) -> list[frozenset[int]]:
         """One block more or less, or one in the place of another, of those nearest to the margin."""
@@ -149,13 +145,10 @@ def as_group(name: str, costs: Mapping[str, LayerCost]) -> CoupledGroup:
     def member(layer: str, side: Side, channels: int) -> Member:
         return Member(layer, side, np.arange(channels), np.zeros(channels, np.int64))
 
-    members = [
-        member(layer, side, channels)
-        for layer, cost in costs.items()
-        if is_in(layer, name)
-        for side, channels in (("in", cost.channels_in), ("out", cost.channels_out))
-    ]
-    return CoupledGroup(name, 1, 1, 1, tuple(members), None)
+    mine = {layer: cost for layer, cost in costs.items() if is_in(layer, name)}
+    into = [member(layer, "in", cost.channels_in) for layer, cost in mine.items()]
+    out = [member(layer, "out", cost.channels_out) for layer, cost in mine.items()]
+    return CoupledGroup(name, 1, 1, 1, (*into, *out), None)
 
 
 def lies_in(group: CoupledGroup, block: str) -> bool:

@@ -85,9 +85,7 @@ class PlanOptions(Checked):
         "measured: then the widths next to it are tried, compensated, while the measured error falls. By default "
         "linear where there is what it takes (in Python, where make_plan is given a sensitivity), else uniform.",
     )
-    max_pruning_ratio: float = Field(
-        default=1.0, ge=0, le=1, description="No group loses a larger share of its channels; with 0 none loses any."
-    )
+    max_pruning_ratio: Share = Field(default=1.0, description="No group loses a larger share of its channels.")
     head_pruning_ratio: Ratio | None = Field(
         default=None,
         description="Attention loses this share of its heads, whole, instead of dimensions inside them.",

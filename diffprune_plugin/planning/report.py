@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from diffprune_plugin.planning.plan import GroupPlan, PruningPlan
+from diffprune_plugin.planning.plan import BlockChoice, GroupPlan, PruningPlan
 
 SHOWN = 2  # of the layers coupled to one
 INDENT = " " * 14
@@ -37,6 +37,8 @@ def plan_text(plan: PruningPlan, width: int) -> str:
     lines = [summary(plan), "", "before after  layer, + what is coupled to it, and why it stays or loses less"]
     if plan.depth:
         lines.insert(0, f"depth: {len(plan.depth)} blocks go first, sizes are of what is left: {', '.join(plan.depth)}")
+    if plan.blocks:
+        lines.insert(1, chosen(plan.blocks))
     for group in plan.groups:
         before, after = channels(group)
         shown, more = shortened(group.layers[1:])
@@ -44,6 +46,13 @@ def plan_text(plan: PruningPlan, width: int) -> str:
         lines.append(f"{before:>6} {after:>5}  {group.root}")
         lines += [INDENT + line for line in [*below, *whole_words(group.reason, width - len(INDENT))]]
     return "\n".join(lines)
+
+
+def chosen(blocks: BlockChoice) -> str:
+    """In one line what blocks were chosen from."""
+    size = f"{quantity(blocks.params)} params, {quantity(blocks.macs)} MACs"
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in blocks.errors.items())
+    return f"       chosen of a model of {size}, by the predicted error of removing each: {errors}"
 
 
 def whole_words(text: str, width: int) -> list[str]:

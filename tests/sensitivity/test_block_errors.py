@@ -16,6 +16,7 @@ import diffprune_plugin as dp
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.report import plan_text
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.sensitivity.linear import Noisy, measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
@@ -106,6 +107,10 @@ def test_the_planted_idle_block_goes_and_the_widths_meet_what_is_left(values: di
     assert plan.macs[1] / plan.blocks.macs == pytest.approx(0.7, rel=0.01)
     assert plan.target["macs_target"] == pytest.approx(0.7 * plan.blocks.macs / plan.macs[0])
     assert dp.load(tmp_path / "out").config.num_layers == 3
+    told = plan_text(plan, 80).splitlines()
+    assert told[0].startswith("depth: 1 blocks go first")
+    assert "chosen of a model of" in told[1]
+    assert "transformer_blocks.2 0," in told[1]
 
 
 def test_depth_alone_leaves_a_stock_model_within_the_target(values: dict[str, Any], tmp_path: Path) -> None:
@@ -130,6 +135,7 @@ def test_depth_alone_leaves_a_stock_model_within_the_target(values: dict[str, An
         ({"macs_target": 0.5, "head_pruning_ratio": 0.5}, "head_pruning_ratio: does not go with depth: auto"),
         ({"macs_target": 0.5, "ignored_layers": ["proj_out_1"]}, "ignored_layers: does not go .* name the blocks"),
         ({"macs_target": 0.5, "preset": "obs-diff"}, "preset: does not go with depth: auto"),
+        ({"max_pruning_ratio": 0, "depth": []}, "max_pruning_ratio: 0 takes no channels, and no blocks go"),
         ({"latency_target": 0.5}, "latency_target: does not go with depth: auto; blocks are chosen by a size"),
         ({"macs_target": 0.5, "depth": ["auto", "transformer_blocks.1"]}, "depth: auto stands alone"),
     ],
