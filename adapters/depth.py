@@ -20,17 +20,17 @@ STREAMS = ("encoder_hidden_states", "hidden_states")  # the stream of blocks of 
 class Blocks:
     """The blocks in the list ``path``, any of which may go: config key ``count`` says how many there are.
 
-    ``stream``: the arguments of a block that go through it, in the order in which it returns them. ``numbered``: config
-    keys that list blocks by their number. ``mend``: of the dense weights by name and the dense config the same, for a
-    model whose last block is this one: where the last is made otherwise than the others. ``first_is_read``: something
-    outside of the list reads the first, which is never chosen to go, but may be named.
+    ``numbered``: config keys that list blocks by their number. ``mend``: of the dense weights by name and the dense
+    config the same, for a model whose last block is this one: where the last is made otherwise than the others.
+    ``stream``: the arguments of a block that go through it, in the order in which it returns them. ``first_is_read``:
+    something outside of the list reads the first, which is never chosen to go, but may be named.
     """
 
     path: str
     count: str
-    stream: tuple[str, ...] = ("hidden_states",)
     numbered: tuple[str, ...] = ()
     mend: Callable[[State, str], State] | None = None
+    stream: tuple[str, ...] = ("hidden_states",)
     first_is_read: bool = False
 
 

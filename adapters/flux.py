@@ -88,8 +88,8 @@ FLUX = ModelAdapter(
         Port("guidance", "batch", when=is_set("guidance_embeds"), made=guidance),
     ),
     blocks=(
-        Blocks("transformer_blocks", "num_layers", STREAMS),
-        Blocks("single_transformer_blocks", "num_single_layers", STREAMS),
+        Blocks("transformer_blocks", "num_layers", stream=STREAMS),
+        Blocks("single_transformer_blocks", "num_single_layers", stream=STREAMS),
     ),
     outputs=(
         Port("out_sample", ("batch", "tokens", lambda config: config.get("out_channels") or config["in_channels"])),

@@ -32,7 +32,7 @@ SD3 = ModelAdapter(
         Port("pooled_projections", "batch {pooled_projection_dim}"),
         Port("timestep", "batch"),
     ),
-    blocks=(Blocks("transformer_blocks", "num_layers", STREAMS, ("dual_attention_layers",), context_ends),),
+    blocks=(Blocks("transformer_blocks", "num_layers", ("dual_attention_layers",), context_ends, STREAMS),),
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=(
         Keep("pos_embed.proj", always, RESIDUAL),

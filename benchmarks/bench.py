@@ -33,6 +33,7 @@ from quality import (
     rivals,
     terrain,
     thresholds,
+    transformers,
 )
 from shared.subject import SUBJECTS
 from size import export_sd15, gpu, latency, pipeline_sd15, scale, targets, variants, widths
@@ -55,6 +56,7 @@ for module in (
     thresholds,
     rivals,
     terrain,
+    transformers,
     onnx_pruned,
     latency,
     targets,

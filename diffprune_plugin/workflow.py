@@ -18,7 +18,7 @@ from torch import nn
 
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.stored import calibration_for
-from diffprune_plugin.config.criterion import criterion_of
+from diffprune_plugin.config.criterion import criterion_of, describe
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.data.samples import Samples
@@ -81,7 +81,8 @@ class Job:
     """What a config names, read and checked; ``samples`` reads and encodes the data when it is first called.
 
     ``stated``: the config as it was given, ``config`` what it asks of ``model``, which may have lost blocks already:
-    ``cut`` says which, ``blocks`` why, where they were chosen, and ``refit`` what was done about it.
+    ``gone`` are their names, ``blocks`` says why, where they were chosen, and ``refit`` what was done about it.
+    ``cut``: the model beside the dense one, until it is refitted.
     """
 
     stated: PruningConfig
@@ -92,6 +93,7 @@ class Job:
     cut: Cut | None
     compensating: bool
     samples: Callable[[], Samples]
+    gone: tuple[str, ...] = ()
     blocks: BlockChoice | None = None
     refit: CompensationReport | None = None
 
@@ -128,13 +130,13 @@ def prune_shared(
     """
     processes = Processes(accelerator.device if accelerator else torch.device(config.device))
     job = processes.on_all(lambda: prepare(config_on(accelerator, config), overwrite, dry_run))
-    job = processes.on_all(lambda: refitted(with_chosen_depth(job, not dry_run, progress), progress))
+    job = processes.on_all(lambda: refitted(with_chosen_depth(job, not dry_run, progress), not dry_run, progress))
     calibration, sensitivity = measured(job, processes, not dry_run, progress)
     made = processes.on_first(lambda: material_for(job, calibration))
     plan = plan_of(job, made, sensitivity, processes, not dry_run, progress)
     if plan is None or made is None:
         return None
-    plan = plan.model_copy(update={"depth": job.cut.shallower.gone if job.cut else (), "blocks": job.blocks})
+    plan = plan.model_copy(update={"depth": job.gone, "blocks": job.blocks})
     wished = job.config.with_wishes_of(made.criterion)
     errors = {} if sensitivity is None else predicted(made.items, wished, sensitivity)
     result = Pruned(job.loaded, plan, calibration, None, errors)
@@ -154,6 +156,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
     if latency:
         check_size(config.latency, job.model)
+    job = refitted(job, True, progress)
     calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
     material = material_for(replace(job, config=config), calibration)
     with contextlib.ExitStack() as stack:
@@ -258,12 +261,16 @@ def with_chosen_depth(job: Job, store: bool, progress: bool) -> Job:
     return replace(job, config=config, criterion=criterion, loaded=loaded, model=model, cut=cut, blocks=choice)
 
 
-def refitted(job: Job, progress: bool) -> Job:
-    """The job with the layers behind blocks that went refitted, where compensation is on."""
-    if job.cut is None or not job.compensating:
+def refitted(job: Job, store: bool, progress: bool) -> Job:
+    """The job with the layers around blocks that went refitted, where compensation is on."""
+    cut = job.cut
+    if cut is None:
+        return job
+    job = replace(job, gone=cut.shallower.gone, cut=None)
+    if not job.compensating:
         return job
     loaded, model = with_model(job.loaded, job.model, copy.deepcopy(job.model))  # its weights are the dense model's
-    report = compensate_depth(job.cut, model, job.scheduler, job.samples(), job.config, progress)
+    report = compensate_depth(cut, model, job.scheduler, job.samples(), job.config, store, progress)
     return replace(job, loaded=loaded, model=model, refit=report)
 
 
@@ -342,10 +349,3 @@ def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> Comp
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
     loaded.to(config.device)
     return compensation
-
-
-def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:
-    """The criterion as asked for, with what its sweep filled in: the plan's provenance."""
-    sweep = getattr(getattr(criterion, "calibration", None) or criterion, "sweep", None)
-    filled = sweep.as_dict() if sweep is not None else {}
-    return {**filled, **config.importance, "seed": config.seed}

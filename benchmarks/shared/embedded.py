@@ -22,6 +22,7 @@ from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
 from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.plugins import denoiser_of
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
@@ -68,7 +69,7 @@ def measure(pipeline: Any, look: Look, of: Subject = DIGITS) -> Row:
     distance to real images."""
     images = of.images(pipeline, look)
     distance = frechet_distance(real_features(of), classifier(of).of((images * 255).round().byte(), 64))
-    found, timesteps = losses(pipeline.unet, look.repeats, look.held_out, of)
+    found, timesteps = losses(denoiser_of(pipeline)[1], look.repeats, look.held_out, of)
     ends = (*REGIONS[1:], 1000)
     inside = [(timesteps >= first) & (timesteps < end) for first, end in zip(REGIONS, ends, strict=True)]
     regions = {f"loss {first}": float(found[rows].mean()) for first, rows in zip(REGIONS, inside, strict=True)}

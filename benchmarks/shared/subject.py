@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from making import train_dit
 from making.emoji import CLASSES, PLACE
 from making.train_demo import digits
 from making.train_emoji import draw
@@ -92,6 +93,12 @@ def emoji_images(pipeline: Any, look: Look) -> Tensor:
     return draw(pipeline.unet, torch.arange(look.count) % len(CLASSES), steps=look.steps)
 
 
+def dit_images(pipeline: Any, look: Look) -> Tensor:
+    """From fixed noise, of each digit as many."""
+    labels = torch.arange(look.count) % train_dit.NULL
+    return draw(pipeline.transformer, labels, steps=look.steps, null=train_dit.NULL, channels=1)
+
+
 @cache
 def samples_of(file: Path) -> Samples:
     return load_samples(file)
@@ -147,3 +154,14 @@ EMOJI = Subject(
     emoji_images,
 )
 SUBJECTS = {subject.name: subject for subject in (DIGITS, EMOJI)}
+DIT = Subject(
+    "dit",
+    train_dit.PLACE / "model",
+    train_dit.PLACE / "training.json",
+    train_dit.PLACE / "train.npz",
+    train_dit.PLACE / "held_out.npz",
+    lambda: train_dit.data()[0],
+    MAKING / "digits_classifier.onnx",
+    real_digits,
+    dit_images,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.hookspecs import Criterion
@@ -16,3 +18,10 @@ def criterion_of(config: PruningConfig) -> Criterion:
     if name == "random":
         options.setdefault("seed", config.seed)
     return importance(name, **options)
+
+
+def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:
+    """The criterion as asked for, with what its sweep filled in: the plan's provenance."""
+    sweep = getattr(getattr(criterion, "calibration", None) or criterion, "sweep", None)
+    filled = sweep.as_dict() if sweep is not None else {}
+    return {**filled, **config.importance, "seed": config.seed}

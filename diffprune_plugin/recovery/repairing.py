@@ -51,29 +51,26 @@ def compensate(
     progress: bool,
 ) -> CompensationReport:
     """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
+    given: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
     with within_memory():
         if isinstance(config.compensate, str):
-            given = options(config, progress)
             return in_the_way_of(config.compensate, model, dense, plan, scheduler, samples, **given)
-        return compensate_(model, dense, plan, scheduler, samples, **options(config, progress), **means(config, dense))
+        given |= {"passes": passes_that_fit(dense), "checkpoint": progress_directory(config.output)}
+        return compensate_(model, dense, plan, scheduler, samples, **given)
 
 
 def compensate_depth(
-    cut: Cut, model: nn.Module, scheduler: Any, samples: Samples, config: PruningConfig, progress: bool
+    cut: Cut, model: nn.Module, scheduler: Any, samples: Samples, config: PruningConfig, store: bool, progress: bool
 ) -> CompensationReport:
-    """Refit the layers behind blocks that went, in the way of this package; raises as `compensate` does."""
-    given = {**options(config, progress), **means(config, cut.dense)}
+    """Refit the layers around blocks that went, in the way of this package; raises as `compensate` does.
+
+    ``store``: whether what an interrupted call has is kept.
+    """
+    given: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
     with within_memory():
+        given |= {"passes": passes_that_fit(cut.dense)}
+        given |= {"checkpoint": progress_directory(config.output) if store else None}
         return compensate_depth_(model, cut.dense, cut.shallower, scheduler, samples, **given)
-
-
-def options(config: PruningConfig, progress: bool) -> dict[str, Any]:
-    return {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
-
-
-def means(config: PruningConfig, dense: nn.Module) -> dict[str, Any]:
-    """How regressions go through the models, and where what an interrupted call has is kept."""
-    return {"passes": passes_that_fit(dense), "checkpoint": progress_directory(config.output)}
 
 
 @contextlib.contextmanager

@@ -97,8 +97,8 @@ def coefficient_in(block: nn.Module, call: Call, layer: str) -> float | None:
 
 def gate_in(block: nn.Module, call: Call, layer: str) -> Tensor | None:
     """What each channel of a layer's output is multiplied with in the block's: (batch, 1, channels), in float64; the
-    mean over positions, of which a gate is the same at all."""
-    found = shifted(block, call, layer, torch.ones_like)
+    mean over positions, of which a gate is the same at all. In float32, as `coefficient_in`."""
+    found = shifted(*in_single(block, call), layer, torch.ones_like)
     return None if found is None else found[0].mean(1, keepdim=True)
 
 

@@ -18,19 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.errors import BadInput
 from diffprune_plugin.recovery.ridge import by_position
 
 Found = dict[str, Tensor]
 
 
 def removable(model: nn.Module, adapter: ModelAdapter) -> dict[str, tuple[str, ...]]:
-    """The blocks of which any may go, and the arguments of each that go through it."""
-    return {
-        f"{row.path}.{name}": row.stream
-        for row in adapter.blocks
-        for place, (name, _) in enumerate(model.get_submodule(row.path).named_children())
-        if place or not row.first_is_read
-    }
+    """The blocks of which any may go, and the arguments of each that go through it.
+
+    Raises BadInput for a table that names arguments which a block does not have.
+    """
+    found = {}
+    for row in adapter.blocks:
+        for place, (name, block) in enumerate(model.get_submodule(row.path).named_children()):
+            if missing := set(row.stream) - set(inspect.signature(block.forward).parameters):
+                raise BadInput(
+                    f"adapter {adapter.model_class}: a {type(block).__name__} of {row.path} takes no "
+                    f"{', '.join(sorted(missing))}; mend 'stream' in its table"
+                )
+            if place or not row.first_is_read:
+                found[f"{row.path}.{name}"] = row.stream
+    return found
 
 
 @dataclass

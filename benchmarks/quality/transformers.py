@@ -1,0 +1,126 @@
+"""A DiT of digits at the same MACs: by width, by depth and by both, allocated; by criteria; not trained unless asked.
+
+    python benchmarks/making/train_dit.py                                          # first: half an hour on one core
+    python benchmarks/bench.py transformers                                        # three seeds, two budgets: hours
+    python benchmarks/bench.py transformers --ways "width;depth;both" --seeds 1
+    python benchmarks/bench.py transformers --steps 200      # each fine-tuned with the dense model as teacher
+    python benchmarks/bench.py transformers --quick          # one seed, one budget, two ways, few images
+
+Everything is what `diffprune prune` does with `macs_target`. Results are kept in benchmarks/results/transformers.json;
+interrupted, it goes on where it was, and other ways, seeds and budgets add to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from shared.embedded import Row, classifier, measure, measure_dense, tuned
+from shared.results import Store, mean, over, p_text, paired_p, publish, table
+from shared.subject import DIT, Look
+
+import diffprune_plugin as dp
+from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.workflow import prune
+from quality.recover import RECIPES, TAUGHT
+
+BUDGETS = (0.75, 0.5)  # of the MACs
+ALONE: dict[str, Any] = {"depth": "auto", "max_pruning_ratio": 0}
+UNIFORM: dict[str, Any] = {"allocation": "uniform"}
+WAYS: dict[str, dict[str, Any]] = {
+    "width": {},
+    "depth": ALONE,
+    "both": {"depth": "auto"},
+    "width, nothing refitted": {"compensate": False},
+    "depth, nothing refitted": {**ALONE, "compensate": False},
+    "both, nothing refitted": {"depth": "auto", "compensate": False},
+    "random, one ratio": {**UNIFORM, "importance": "random"},
+    "magnitude, one ratio": {**UNIFORM, "importance": "magnitude"},
+    "taylor, one ratio": {**UNIFORM, "importance": "taylor"},
+    "diff_taylor, one ratio": {**UNIFORM, "importance": "diff_taylor"},
+    "output_error, one ratio": UNIFORM,
+}
+LOOK = Look(held_out=250, repeats=2, count=40, steps=10)
+QUICK = Look(held_out=100, repeats=1, count=10, steps=5)
+COLUMNS = {"macs": 3, "params": 3, "loss": 4, "ssim": 3, "distance": 0}
+TESTED = ("loss", "ssim")
+
+
+def made(way: str, budget: float, seed: int) -> tuple[Path, Row]:
+    """Directory of the DiT at a share of its MACs, and what is left of it; one sensitivity of a seed."""
+    name = f"{way}-{budget}-{seed}".replace(", ", "-").replace(" ", "-")
+    output, facts = DIT.work / "models" / name, DIT.work / "models" / f"{name}.json"
+    if not output.exists():
+        values: dict[str, Any] = {"model": str(DIT.model), "output": str(output), "data": str(DIT.calibration)}
+        values |= {"macs_target": budget, "seed": seed, "importance": "output_error", **WAYS[way]}
+        kept = {key: str(DIT.work / f"{key}-{seed}") for key in ("calibration", "sensitivity")}
+        values |= kept if values["importance"] != "taylor" else {"sensitivity": kept["sensitivity"]}
+        start = time.perf_counter()
+        plan = prune(dp.PruningConfig.make(values), progress=False).plan
+        sizes = {key: getattr(plan.blocks, key) if plan.blocks else getattr(plan, key)[0] for key in ("macs", "params")}
+        shares = {key: getattr(plan, key)[1] / whole for key, whole in sizes.items()}
+        row: Row = {**shares, "blocks": len(plan.depth), "seconds": time.perf_counter() - start}
+        facts.write_text(json.dumps(row))
+    return output, json.loads(facts.read_text())
+
+
+def measured(way: str, budget: float, seed: int, steps: int, look: Look) -> Row:
+    """What is left, and how good it is, after so many steps of training."""
+    output, row = made(way, budget, seed)
+    if steps:
+        settings = {**RECIPES[TAUGHT], "teacher": str(DIT.model)}
+        output = tuned(f"{output.name}-{steps}", output, seed, DIT, steps=steps, batch_size=32, **settings)
+    return {**row, **measure(load_pipeline(output), look, DIT)}
+
+
+def line(store: Store, budget: float, way: str, steps: int, seeds: int) -> list[str]:
+    """Means over the seeds that were measured, and paired tests against width over those that both have."""
+    runs = {seed: run for seed in range(seeds) if (run := store.values.get(key_of(way, budget, seed, steps)))}
+    both = [(run, other) for s, run in runs.items() if (other := store.values.get(key_of("width", budget, s, steps)))]
+    cells = [mean([run["blocks"] for run in runs.values()], 1)]
+    for key, digits in COLUMNS.items():
+        cells.append(mean([run[key] for run in runs.values()], digits))
+        if key in TESTED:
+            cells.append(p_text(paired_p([run[key] for run, _ in both], [other[key] for _, other in both])))
+    return [f"{budget:.0%}", way, str(steps), str(len(runs)), *cells]
+
+
+def key_of(way: str, budget: float, seed: int, steps: int) -> str:
+    return f"{way} {budget} {steps} steps seed {seed}"
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget, width and depth, few images")] = False,
+    seeds: int = 3,
+    ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
+    budgets: Annotated[str, typer.Option(help="shares of the MACs, separated by commas")] = "0.5,0.75",
+    steps: Annotated[int, typer.Option(help="of a fine-tune of each, batch 32")] = 0,
+    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+) -> None:
+    """Measure what is missing, then print the table."""
+    title, look = ("transformers_quick", QUICK) if quick else ("transformers", LOOK)
+    seeds, ways, budgets = (1, "width;depth", "0.5") if quick else (seeds, ways, budgets)
+    store, shares = Store(title, [str(DIT), str(look)]), [float(share) for share in budgets.split(",")]
+    store.fill({"dense": partial(measure_dense, look, DIT)}, workers)
+    for seed in range(seeds):  # the first makes the sensitivity of a seed
+        places = list(itertools.product(shares, ways.split(";")))
+        jobs = {key_of(way, b, seed, steps): partial(measured, way, b, seed, steps, look) for b, way in places}
+        first = next(iter(jobs))
+        store.fill({first: jobs[first]}, workers)
+        store.fill(jobs, workers)
+    most = max(int(key.rpartition(" ")[2]) for key in store.values if key != "dense") + 1
+    tried = sorted({int(key.split(" steps ")[0].rpartition(" ")[2]) for key in store.values if key != "dense"})
+    of_dense = store.values["dense"]
+    known = [(b, way, n) for n in tried for b in BUDGETS for way in WAYS if key_of(way, b, 0, n) in store.values]
+    intro = (
+        f"{over(most)}. A DiT of 2.8 M parameters trained here for {DIT.steps} steps; channels ranked by output_error "
+        f"unless the way names another, allocated, and refitted; {look.count} images of {look.steps} DDIM steps. p: "
+        f"paired t-test against width. Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
+    )
+    head = ["budget", "way", "steps", "seeds", "blocks gone", "MACs", "params", "held-out loss", "p", "SSIM", "p"]
+    publish(title, [intro, "", *table([*head, classifier(DIT).frechet], [line(store, *one, most) for one in known])])
