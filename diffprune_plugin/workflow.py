@@ -263,8 +263,7 @@ def with_chosen_depth(job: Job, store: bool, progress: bool) -> Job:
 
 def refitted(job: Job, store: bool, progress: bool) -> Job:
     """The job with the layers around blocks that went refitted, where compensation is on."""
-    cut = job.cut
-    if cut is None:
+    if (cut := job.cut) is None:
         return job
     job = replace(job, gone=cut.shallower.gone, cut=None)
     if not job.compensating:
