@@ -69,3 +69,18 @@ def make_unet(config: dict[str, Any]) -> UNet2DConditionModel:
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return unet
+
+
+def four_stages() -> UNet2DConditionModel:
+    """With as many layers a stage as BK-SDM's plans are for."""
+    torch.manual_seed(0)
+    cross = "CrossAttn{}Block2D"
+    return UNet2DConditionModel(
+        **{
+            **SD,
+            "block_out_channels": (16, 16, 32, 32),
+            "down_block_types": (*[cross.format("Down")] * 3, "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", *[cross.format("Up")] * 3),
+            "layers_per_block": 2,
+        }
+    ).eval()

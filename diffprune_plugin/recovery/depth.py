@@ -57,7 +57,8 @@ def layers_there(
     model: nn.Module, dense: nn.Module, shallower: Shallower, adapter: ModelAdapter
 ) -> tuple[list[str], list[str]]:
     """The layers that get another input than in the dense model, and the others, of those that both have."""
-    (before, _), (after, _) = trace(dense, adapter), trace(model, adapter)
+    size = adapter.trace_size(dense)
+    (before, _), (after, _) = trace(dense, adapter, size), trace(model, adapter, size)
     found: tuple[list[str], list[str]] = ([], [])
     for name, call in after.items():
         there = before.get(shallower.dense_name(name))

@@ -26,8 +26,11 @@ class Call:
     output: Any
 
 
-def trace(model: nn.Module, adapter: ModelAdapter) -> tuple[dict[str, Call], set[str]]:
-    """The call of each module on small inputs, in the order in which they ended, and the modules called repeatedly."""
+def trace(
+    model: nn.Module, adapter: ModelAdapter, size: tuple[int, int] | None = None
+) -> tuple[dict[str, Call], set[str]]:
+    """The call of each module on small inputs, of ``size`` (height, width) if it is given, in the order in which they
+    ended, and the modules called repeatedly."""
     calls: dict[str, Call] = {}
     repeated: set[str] = set()
 
@@ -42,7 +45,7 @@ def trace(model: nn.Module, adapter: ModelAdapter) -> tuple[dict[str, Call], set
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_hook(record(name), with_kwargs=True))
-        model(**adapter.example_inputs(model, size=adapter.trace_size(model)))
+        model(**adapter.example_inputs(model, size=size or adapter.trace_size(model)))
     return calls, repeated
 
 

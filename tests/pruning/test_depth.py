@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from tiny_conditional import SD
+from tiny_conditional import SD, four_stages
 from tiny_transformers import make
 
 import diffprune_plugin as dp
@@ -122,20 +122,6 @@ def test_the_preset_leaves_the_first_and_the_last_block_and_the_conditioning() -
     lost = {group.root.split(".")[1] for group in plan.groups if group.removed}
     assert lost == {"1", "2"}
     assert {len(g.removed) for g in plan.groups if ".ff" in g.root and g.removed} == {round(128 * 0.3)}
-
-
-def four_stages() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    cross = "CrossAttn{}Block2D"
-    return UNet2DConditionModel(
-        **{
-            **SD,
-            "block_out_channels": (16, 16, 32, 32),
-            "down_block_types": (*[cross.format("Down")] * 3, "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", *[cross.format("Up")] * 3),
-            "layers_per_block": 2,
-        }
-    ).eval()
 
 
 SLOW = [pytest.param(f"bk-sdm-{name}", marks=pytest.mark.slow) for name in ("base", "small")]

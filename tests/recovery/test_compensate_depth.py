@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_conditional import four_stages
 from tiny_transformers import make
 from torch import Tensor, nn
 
@@ -129,6 +130,16 @@ def test_no_repair_is_worse_on_held_out_images_and_the_output_comes_nearer(
     assert all(repair.after <= repair.before for repair in report.repairs)
     assert error(model, dense) < 0.9 * before
     assert all(torch.equal(weights[key], value) for key, value in dense.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_unet_by_a_published_plan_comes_nearer_too() -> None:
+    dense = four_stages()
+    cut = cut_out(dense, "bk-sdm-tiny")
+    model = copy.deepcopy(cut.model)
+    before = error(model, dense)
+    assert refit(cut, model, samples=32).left == {}
+    assert error(model, dense) < 0.7 * before
 
 
 def test_only_layers_that_get_another_input_and_the_writer_before_the_gap_are_refitted() -> None:
