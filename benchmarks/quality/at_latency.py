@@ -12,6 +12,7 @@ benchmarks/results/at_latency_MODEL.json; other targets and seeds add to it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from shared.embedded import Row, measure, measure_dense
 from shared.results import RESULTS, RUNS, Store, mean, p_text, paired_p, publish, table
-from shared.subject import DIGITS, SUBJECTS, Look, Subject
+from shared.subject import DIGITS, SUBJECTS, Look, Subject, samples_of
 
 import diffprune_plugin as dp
 from diffprune_plugin.calibration.calibration import Calibration
@@ -38,8 +39,13 @@ from diffprune_plugin.workflow import prune
 
 UNIFORM, MACS, LATENCY = "uniform", "by MACs", "by latency"
 COLOURS = {UNIFORM: "tab:grey", MACS: "tab:blue", LATENCY: "tab:orange"}
-LOOK = Look(held_out=500, repeats=2, count=66, steps=20)
+MOST = Look(held_out=500, repeats=2, count=66, steps=20)
 HALVINGS = 12  # of the macs_target that is looked for
+
+
+def look_at(of: Subject) -> Look:
+    """As many held-out images as there are."""
+    return replace(MOST, held_out=min(MOST.held_out, len(samples_of(of.held_out))))
 
 
 class AsMacs(Meeting):
@@ -101,7 +107,7 @@ def measured(way: str, target: float, seed: int, of: Subject) -> Row:
     latency = (PruningPlan.read(told) if told.exists() else plan).latency
     assert latency is not None
     shares = {"macs": plan.macs[1] / plan.macs[0], "params": plan.params[1] / plan.params[0]}
-    return {"latency": latency.measured[0], **shares, **measure(load_pipeline(output), LOOK, of)}
+    return {"latency": latency.measured[0], **shares, **measure(load_pipeline(output), look_at(of), of)}
 
 
 def rows(store: Store, targets: list[float], seeds: int) -> list[list[str]]:
@@ -148,8 +154,9 @@ def main(
     """Measure what is missing, then print the table."""
     of = SUBJECTS[model]
     title = f"at_latency_{of.name}"
-    store = Store(title, [str(of), str(LOOK)])
-    store.fill({"dense": partial(measure_dense, LOOK, of)}, workers)
+    look = look_at(of)
+    store = Store(title, [str(of), str(look)])
+    store.fill({"dense": partial(measure_dense, look, of)}, workers)
     for way in (LATENCY, UNIFORM, MACS):  # the first makes the calibration and the sensitivity of its seed
         store.fill({f"{way} {t} {s}": partial(measured, way, t, s, of) for t in target for s in range(seeds)}, workers)
     picture(store, RESULTS / f"{title}.png")
