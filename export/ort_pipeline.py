@@ -79,13 +79,15 @@ class ORTVae(nn.Module):
         return self
 
 
-def ORTPipeline(directory: str | Path, *, provider: str = "cpu", threads: int = 1) -> Any:
+def ORTPipeline(directory: str | Path, *, provider: str = "cpu", threads: int = 1, arena: bool = True) -> Any:
     """The pipeline of a directory that ``diffprune-export`` wrote, of diffusers' own class, computed by ONNX Runtime.
 
-    Its call is that of the class. Raises BadInput for a directory that is none or was damaged, HardwareUnproved where
-    ONNX Runtime falls back to another provider.
+    Its call is that of the class. ``arena``: off, a run takes less of a CPU's memory, and more time.
+
+    Raises BadInput for a directory that is none or was damaged, HardwareUnproved where ONNX Runtime falls back to
+    another provider.
     """
-    return assembled(Path(directory), lambda _, path: OrtSession(path, provider, threads))
+    return assembled(Path(directory), lambda _, path: OrtSession(path, provider, threads, arena=arena))
 
 
 def assembled(directory: Path, opened: Opener, **given: Any) -> Any:

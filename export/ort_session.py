@@ -32,9 +32,11 @@ class OrtSession:
     refuses.
     """
 
-    def __init__(self, path: Path, provider: str = "cpu", threads: int = 1, session: Any = None) -> None:
+    def __init__(
+        self, path: Path, provider: str = "cpu", threads: int = 1, session: Any = None, arena: bool = True
+    ) -> None:
         self.types, self.provider, self.seconds = input_types(path), provider, 0.0
-        self.session = session or open_session(path, provider, threads=threads)
+        self.session = session or open_session(path, provider, threads=threads, arena=arena)
         self.names = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:

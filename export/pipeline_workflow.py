@@ -100,7 +100,7 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
 
 def check_images(verdict: Verdict, place: Path, expected: dict[int, Images], options: Options, say: Say) -> None:
     """Raises CheckFailed where ONNX Runtime's images are not PyTorch's."""
-    pipeline = ORTPipeline(place, provider=options.checking_provider, threads=options.threads)
+    pipeline = ORTPipeline(place, provider=options.checking_provider, threads=options.threads, arena=False)
     found = {batch: draw(pipeline, batch, options.steps) for batch in expected}
     check = compared(found, expected, options.steps, options.dtype)
     verdict.content["images"] = check.as_dict()

@@ -247,10 +247,12 @@ def open_session(
     threads: int = 1,
     all_nodes: bool = False,
     profile: Path | None = None,
+    arena: bool = True,
 ) -> Any:
     """A session on one provider, with fixed dims and without spinning threads.
 
     ``all_nodes``: refuse to open if a node would be left to the CPU; ``profile``: prefix of a profile to be written.
+    ``arena``: keep what a run took on the CPU for the next; it grows in powers of two, to several times as much.
 
     Raises HardwareUnproved if the session that opened is not the provider's.
     """
@@ -260,6 +262,7 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for word, size in (free_dims or {}).items():
