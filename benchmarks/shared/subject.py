@@ -131,6 +131,10 @@ def training_emoji() -> Path:
     return PLACE / "train.npz"
 
 
+def training_labelled_digits() -> Path:
+    return train_dit.data()[0]
+
+
 DIGITS = Subject(
     "digits",
     demo.MODEL,
@@ -160,7 +164,7 @@ DIT = Subject(
     train_dit.PLACE / "training.json",
     train_dit.PLACE / "train.npz",
     train_dit.PLACE / "held_out.npz",
-    lambda: train_dit.data()[0],
+    training_labelled_digits,
     MAKING / "digits_classifier.onnx",
     real_digits,
     dit_images,
