@@ -1,33 +1,40 @@
 """After whole blocks are gone: the layers behind the gaps refitted to what the dense model computes there.
 
-Each layer whose input changed is fitted to its own dense output, or, where that is added to the stream, to the stream:
-behind the last block before a gap to what the dense model has behind the gap, so that this block takes over what of the
-lost branch its layers can express.
+Each layer whose input changed is fitted to its own dense output, or, where that is added to the stream, to the stream.
+The last block before a gap can take over what of the lost branch its layers can express: its writer to the stream is
+fitted to what the dense model has behind the gap, through the gate if there is one (`System`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from diffprune_plugin.adapters.depth import Shallower
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.recovery.residual import Call, trace
+from diffprune_plugin.recovery.residual import GATED, Call, trace
 from diffprune_plugin.recovery.ridge import System
 from diffprune_plugin.recovery.systems import by_sum, layout_of, split
 
 
 def depth_systems(
-    model: nn.Module, dense: nn.Module, shallower: Shallower, adapter: ModelAdapter
+    model: nn.Module, dense: nn.Module, shallower: Shallower, adapter: ModelAdapter, gates: bool
 ) -> tuple[list[System], dict[str, str]]:
     """The regressions of a model without blocks in order of execution, by its own names, and the layers whose input
-    changed and that none fits, with the reason."""
+    changed and that none fits, with the reason. ``gates``: whether layers before a gap are fitted through gates."""
     moved, others = layers_there(model, dense, shallower, adapter)
-    layout = layout_of(model, [*moved, *others], adapter)
+    layout = layout_of(model, [*moved, *others], adapter, gates=gates)
     expected = Expected(shallower, tuple(row.path for row in adapter.blocks))
-    ends = {name for name, (block, _) in layout.sums.items() if expected(block) != shallower.dense_name(block)}
+    sums = {}
+    for name, (block, coefficient) in layout.sums.items():
+        if expected(block) != shallower.dense_name(block):
+            sums[name] = block, coefficient
+        elif name in moved:  # a gate in a block that ends where it did: the layer's own output is as good, and exact
+            sums[name] = (name, 1.0) if coefficient == GATED else (block, coefficient)
     systems = []
-    for block, coefficient, names in by_sum([name for name in layout.sums if name in ends.union(moved)], layout):
+    for block, coefficient, names in by_sum(sums, replace(layout, sums=sums)):
         weight = model.get_submodule(names[0]).weight
         for parts in split(model, names):
             kept = torch.arange(len(weight))  # type: ignore[arg-type]

@@ -54,9 +54,9 @@ def unpacked(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
 
-def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str) -> tuple[str, float]:
-    """The outermost module whose output is a sum that the layer's output is added to, and its coefficient there:
-    `GATED` where each channel has its own, of each sample.
+def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str, gates: bool = False) -> tuple[str, float]:
+    """The outermost module whose output is a sum that the layer's output is added to, and its coefficient there: with
+    ``gates`` also `GATED`, where each channel has its own, of each sample.
 
     The layer itself and 1 where there is none, or where nothing but the layer's output is in the sum.
     """
@@ -66,7 +66,7 @@ def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str) -> tup
         if block not in calls:  # a list of modules is never called
             continue
         added = coefficient_in(model.get_submodule(block), calls[block], layer[len(block) + 1 :])
-        if added is None:
+        if added is None or (added == GATED and not gates):
             break
         same = torch.equal(by_position(calls[block].output), by_position(calls[found].output))
         if not same:

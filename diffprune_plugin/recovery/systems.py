@@ -41,8 +41,9 @@ def find_systems(
     return systems_of(model, dense, gone, layout, adapter), dict(layout.left)
 
 
-def layout_of(model: nn.Module, layers: Iterable[str], adapter: ModelAdapter) -> Layout:
-    """The sums of these layers; a model has those that it has after a removal too."""
+def layout_of(model: nn.Module, layers: Iterable[str], adapter: ModelAdapter, gates: bool = False) -> Layout:
+    """The sums of these layers, with ``gates`` those that they go into through one too; a model has those that it has
+    after a removal too."""
     calls, repeated = trace(model, adapter)
     sums, left = {}, {}
     for name in layers:
@@ -51,7 +52,7 @@ def layout_of(model: nn.Module, layers: Iterable[str], adapter: ModelAdapter) ->
         if reason:
             left[name] = reason
         else:
-            sums[name] = residual_sum(model, calls, name)
+            sums[name] = residual_sum(model, calls, name, gates)
     return Layout(sums, left, {name: place for place, name in enumerate(calls)})
 
 
