@@ -142,7 +142,7 @@ def output_error(
     given = options.get("samples", SAMPLES), options.get("seed", 0), next(model.parameters()), adapter
     draws, total = draw(data, scheduler, timesteps, *given), 0.0
     with evaluating(model, dense):
-        for rows in draws.held_out.nonzero().flatten().split(options.get("batch_size", 32)):
+        for rows in torch.split(draws.held_out.nonzero().flatten(), options.get("batch_size", 32)):
             extra = {key: value[rows] for key, value in draws.extra.items()}
             outputs = [
                 adapter.predict(each, draws.noisy[rows], draws.timesteps[rows], extra) for each in (model, dense)
