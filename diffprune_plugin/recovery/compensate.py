@@ -125,7 +125,9 @@ def compensate_depth_(
 
     through = copy.deepcopy(model)
     report, error = refitted(model, False)
-    if any(system.gated for system in depth_systems(through, dense, shallower, adapter, True)[0]):
+    with evaluating(through, dense):
+        systems, _ = depth_systems(through, dense, shallower, adapter, True)
+    if any(system.gated for system in systems):
         other, its_error = refitted(through, True)
         if its_error < error:
             model.load_state_dict(through.state_dict())
