@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
 import shutil
@@ -126,6 +127,7 @@ def export_denoiser(
     path = folder / MODEL_FILE
     folder.mkdir()
     report = to_onnx(model, path, **options.of_file())
+    gc.collect()  # the exporter's program holds the weights in cycles
     config = json.loads(report.provenance["config"]) | {"_class_name": report.provenance["model_class"]}
     (folder / "config.json").write_text(to_json(config))
     if not options.verify:
