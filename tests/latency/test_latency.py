@@ -25,7 +25,7 @@ from diffprune_plugin.latency.pieces import Piece, filled, key_of, outermost
 from diffprune_plugin.latency.structures import Structures
 from diffprune_plugin.latency.table import Table
 from diffprune_plugin.latency.target import Meeting, aimed
-from diffprune_plugin.latency.whole import Measured
+from diffprune_plugin.latency.whole import OPENED, Measured, WholeFiles
 from diffprune_plugin.planning.allocated import LatencyCosts, choices
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
@@ -269,6 +269,23 @@ def test_a_target_that_cannot_be_reached_and_a_noisy_machine_are_told(quick: Qui
             meeting(quick, options(latency_target=0.01, allocation=allocation)).run()
     with pytest.raises(CheckFailed, match=r"too noisy: the dense model against itself is \[0\.950, 1\.040\]"):
         meeting(quick, options(), noise=(0.95, 1.04)).run()
+
+
+def test_where_it_is_too_noisy_it_is_measured_once_more_and_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def measured(_: Any, pruned: Any, opened: int) -> Measured:
+        asked.append(opened)
+        return Measured((0.6, 0.5, 0.7), (0.95, 1.04) if opened == OPENED[0] else QUIET, 10.0)
+
+    monkeypatch.setattr(WholeFiles, "written", lambda *_: None)
+    monkeypatch.setattr(WholeFiles, "measured", measured)
+    whole = object.__new__(WholeFiles)
+    assert whole(nn.Identity()).noise == QUIET
+    assert asked == [*OPENED]
+    monkeypatch.setattr(WholeFiles, "measured", lambda *_: asked.append(0) or Measured((1, 1, 1), QUIET, 10.0))
+    whole(nn.Identity())
+    assert asked == [*OPENED, 0], "one is enough where it is quiet"
 
 
 def test_a_whole_that_stays_away_is_told_and_strict_makes_it_an_error(quick: Quick) -> None:
