@@ -117,3 +117,41 @@ def test_without_a_gpu_its_suites_end_with_a_line_that_says_what_is_missing() ->
     done = subprocess.run([sys.executable, BENCHMARKS / "bench.py", "gpu"], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1].startswith("gpu: cuda: this onnxruntime was built with")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from size import gpu
+
+    return gpu
+
+
+def test_what_was_timed_before_fusing_failed_is_kept_with_the_reason(gpu: Any, monkeypatch: Any) -> None:
+    class Model:
+        def cpu(self) -> Any:
+            return self
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no kernel for BiasSplitGelu")
+
+    monkeypatch.setattr(gpu, "files", lambda *_, **__: (Model(), Model(), 0.5))
+    monkeypatch.setattr(gpu, "timed_models", lambda *_: {})
+    monkeypatch.setattr(gpu, "timed", lambda place, paths, spec, eager=None: {"spec": spec})
+    monkeypatch.setattr(gpu, "written", failing)
+    found = gpu.latency(gpu.Place("cuda", False), "sd15", 0.3, "fp16", {})
+    assert not found["passed"]
+    assert "no kernel for BiasSplitGelu" in found["why"]
+    specs = ["cuda", "cuda:prefer_nhwc=1", "cuda:enable_cuda_graph=1", "cuda:enable_cuda_graph=1,prefer_nhwc=1"]
+    assert list(found["measured"]) == specs
+
+
+def test_a_size_on_a_gpu_says_what_memory_it_took_there(gpu: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(
+        gpu.scale, "KINDS", {"plan": (lambda name: {"seconds": 1.0, "on": gpu.scale.DEVICE}, ("sd15",))}
+    )
+    monkeypatch.setattr(gpu.scale, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu.torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    row = gpu.sizes(gpu.Place("cuda", False), "plan", "sd15")
+    assert row == {"seconds": 1.0, "on": "cuda", "GPU memory, GiB": 3.0, "passed": True}
+    assert "GPU memory, GiB" not in gpu.sizes(gpu.Place("cpu", False), "plan", "sd15")
