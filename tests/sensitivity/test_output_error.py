@@ -20,6 +20,7 @@ from diffprune_plugin.graph.groups import trace_groups
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.sensitivity import linear
+from diffprune_plugin.sensitivity.blocks import Branches
 from diffprune_plugin.sensitivity.linear import Noisy, Run, measure_sensitivity
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=20)
@@ -55,7 +56,7 @@ def by_hand(unet: Any, samples: Samples) -> dict[str, torch.Tensor]:
     layers = sorted({m.layer for group in groups for m in group.members if m.side == "in"})
     noisy = Noisy(samples, SCHEDULER, COUNT, 0, adapter)
     batches = [noisy.batch([row], unet) for row in range(COUNT)]
-    run = Run(unet, adapter, groups, noisy, 1, 0, None)  # type: ignore[arg-type]
+    run = Run(unet, adapter, groups, noisy, 1, 0, None, Branches(unet, {}))  # type: ignore[arg-type]
     seen = [inputs_of_layers(unet, layers, batch) for batch in batches]
     means = {name: sum(channels_first(own[name]).mean(1) for _, own in seen) / COUNT for name in layers}
     score = {group.root: torch.zeros(group.units) for group in groups}
