@@ -42,13 +42,15 @@ def check_runtime(config: LatencyConfig) -> None:
 
 def check_size(config: LatencyConfig, model: nn.Module) -> None:
     """Raises BadInput for a size of samples that the model cannot take, before anything is measured."""
+    if config.size is None:
+        return
     adapter, bare = find_adapter(model), meta_copy(model)
-    if config.size is not None:
-        try:
-            with torch.no_grad():
-                adapter.denoise(bare, adapter.flat_inputs(bare, size=(config.size, config.size)))
-        except (RuntimeError, ValueError) as error:
-            raise BadInput(f"latency: size: {config.size}: the model cannot take it: {first_line(error)}") from None
+    try:
+        with torch.no_grad():
+            adapter.denoise(bare, adapter.flat_inputs(bare, size=(config.size, config.size)))
+    except (RuntimeError, ValueError) as error:
+        told = f"latency: size: {config.size}: the model cannot take it: {first_line(error)}"
+        raise BadInput(f"{told}; give another or leave it out") from None
 
 
 def no_timer(piece: object) -> float:

@@ -141,7 +141,7 @@ def aimed(seen: Sequence[tuple[float, float]], share: float) -> float:
     if above and below:
         part = (share - below[1]) / (above[1] - below[1])
         return below[0] + part * (above[0] - below[0])
-    nearest = above or below or seen[-1]
+    nearest = min(seen, key=lambda pair: abs(pair[1] - share))
     return min(share * nearest[0] / nearest[1], 1.0)
 
 
@@ -153,7 +153,7 @@ def counts(planned: Planned) -> tuple[int, ...]:
 def checked(measured: Measured) -> Measured:
     """Raises CheckFailed where the dense model against itself is as uncertain as what is to be told apart."""
     low, high = measured.noise
-    if (high - low) / 2 > TIMED_WITHIN:
+    if measured.noisy:
         raise CheckFailed(
             f"latency_target: the machine is too noisy: the dense model against itself is [{low:.3f}, {high:.3f}], "
             f"wider than the {TIMED_WITHIN:.0%} that a latency is met within; stop other work on it and try again"

@@ -33,6 +33,11 @@ class Measured:
     noise: tuple[float, float]
     dense_ms: float
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the dense model against itself is as uncertain as what is to be told apart."""
+        return (self.noise[1] - self.noise[0]) / 2 > TIMED_WITHIN
+
 
 class Whole(Protocol):
     """Measures models, given on the meta device, against one dense model."""
@@ -60,7 +65,7 @@ class WholeFiles:
         pruned = self.written(bare, "pruned")
         for opened in OPENED:
             measured = self.measured(pruned, opened)
-            if measured.noise[1] - measured.noise[0] <= 2 * TIMED_WITHIN:
+            if not measured.noisy:
                 break
         return measured
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +62,7 @@ class Branches:
 
             return hook
 
-        with contextlib.ExitStack() as hooks:
-            for name in self.blocks:
-                handle = self.model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
-                hooks.callback(handle.remove)
+        with self.hooked(note):
             yield
 
     def averaged(self, samples: int) -> None:
@@ -91,9 +88,15 @@ class Branches:
 
             return hook
 
+        with self.hooked(watch):
+            yield
+
+    @contextlib.contextmanager
+    def hooked(self, make: Callable[[str], Any]) -> Iterator[None]:
+        """With the forward hook that is made for each block, by its name."""
         with contextlib.ExitStack() as hooks:
             for name in self.blocks:
-                handle = self.model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
+                handle = self.model.get_submodule(name).register_forward_hook(make(name), with_kwargs=True)
                 hooks.callback(handle.remove)
             yield
 

@@ -181,7 +181,8 @@ def test_pieces_of_another_size_or_batch_are_other_pieces(unet: nn.Module, struc
     samples = [each.inputs(each.bare)["sample"].shape for each in kinds]
     assert samples[1][-2:] == (24, 24)
     assert samples[2][0] == 2
-    assert len(set.union(*keys)) > 2 * len(keys[0]) - 3, "only what has no image in it is the same"
+    for other in keys[1:]:
+        assert len(other & keys[0]) < len(keys[0]) / 2, "only what has no image in it is the same"
 
 
 def test_pieces_of_the_same_sizes_share_a_key_and_heads_count(structures: Structures) -> None:
