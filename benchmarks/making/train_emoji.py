@@ -8,8 +8,6 @@ goes on from its last checkpoint. A grid of samples is drawn every thousand step
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
 from making.emoji import CLASSES, NULL, PACKAGE, PLACE, make
-from making.training import Training
+from making.training import Training, averaged, is_there, write_down
 
 SCHEDULE: dict[str, Any] = {"num_train_timesteps": 1000}
 MIN_SNR = 5.0  # Hang et al., arXiv 2303.09556: of a noise prediction the weight is min(snr, 5) / snr
@@ -111,12 +109,9 @@ class Loss:
         return (self.weights[timesteps] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
 
-def average(run: Training) -> UNet2DModel:
+def average(run: Training) -> Any:
     """The model with the moving average of the weights."""
-    unet = make_unet()
-    unet.load_state_dict(run.unet.state_dict())
-    run.ema.copy_to(unet.parameters())
-    return unet.eval()
+    return averaged(run, make_unet())
 
 
 def rate(step: int) -> float:
@@ -136,8 +131,7 @@ def main(
     """Train, write the moving average of the weights."""
     torch.set_num_threads(threads)
     asked, written = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr}, output / "training.json"
-    if written.exists() and asked.items() <= json.loads(written.read_text()).items():
-        print(f"{written} says that this model is there")
+    if is_there(written, asked):
         return
     run = Training(make_unet, partial(LambdaLR, lr_lambda=rate), lr, seed, decay=0.999)
     run.unet.to(memory_format=torch.channels_last)
@@ -151,15 +145,7 @@ def main(
     trained = run.go_on(steps, loss, work / "checkpoint.safetensors", drawn)
     DDPMPipeline(average(run), DDPMScheduler(**SCHEDULE)).save_pretrained(output / "model")
     weights = output / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    facts = {
-        **asked,
-        "train_loss": trained,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "images": PACKAGE,
-    }
-    written.write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
+    write_down(written, asked, trained, weights, PACKAGE)
 
 
 if __name__ == "__main__":

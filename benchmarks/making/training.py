@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -108,3 +111,31 @@ class Training:
         if self.step < steps:
             sys.exit(143)
         return float(np.mean(recent)) if recent else None
+
+
+def averaged(run: Training, model: nn.Module) -> Any:
+    """A new model of the same shape with the moving average of a run's weights, in eval mode."""
+    model.load_state_dict(run.unet.state_dict())
+    run.ema.copy_to(model.parameters())
+    return model.eval()
+
+
+def is_there(written: Path, asked: dict[str, Any]) -> bool:
+    """Whether a training with these settings has ended: what it wrote down says so."""
+    there = written.exists() and asked.items() <= json.loads(written.read_text()).items()
+    if there:
+        print(f"{written} says that this model is there")
+    return there
+
+
+def write_down(written: Path, asked: dict[str, Any], trained: float | None, weights: Path, images: str) -> None:
+    """The settings, the loss, the hash of the weights, and what of."""
+    facts = {
+        **asked,
+        "train_loss": trained,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "images": images,
+    }
+    written.write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
