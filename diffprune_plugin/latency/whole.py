@@ -14,7 +14,7 @@ from torch import nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.export.benchmark import DENSE, NOISE, measure
-from diffprune_plugin.export.convert import to_onnx
+from diffprune_plugin.export.convert import IMAGE, to_onnx
 from diffprune_plugin.export.providers import check_distribution, gpu, known_provider, versions
 from diffprune_plugin.latency.pieces import random_weights
 from diffprune_plugin.latency.timing import clock_of, processor
@@ -77,7 +77,7 @@ class WholeFiles:
             self.dense,
             provider=config.spec,
             batches=(config.batch,),
-            axes={} if config.size is None else {"height": config.size, "width": config.size},
+            axes={} if config.size is None else dict.fromkeys(IMAGE, config.size),
             threads=config.threads,
             memory=False,
             clock=clock_of(self.provider, config.threads)[1],
@@ -91,7 +91,9 @@ class WholeFiles:
     def written(self, bare: nn.Module, name: str) -> Path:
         path, dtype = self.folder / f"{name}.onnx", self.config.dtype
         fuse = self.config.provider if self.config.fuse else ""
-        to_onnx(random_weights(bare), path, dtype=dtype, fuse=fuse, overwrite=True, adapter=self.adapter)
+        dynamic = ("batch",) if self.config.size is None else ("batch", *IMAGE)  # sessions fix them to their sizes
+        given: dict[str, Any] = {"dynamic": dynamic, "dtype": dtype, "fuse": fuse, "adapter": self.adapter}
+        to_onnx(random_weights(bare), path, overwrite=True, **given)
         return path
 
 
