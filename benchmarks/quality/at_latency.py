@@ -79,7 +79,7 @@ def made(way: str, target: float, seed: int, of: Subject) -> Path:
 
 def by_macs(config: dp.PruningConfig) -> PruningPlan:
     """The plan of the least error at the share of the MACs that takes the latency of the config."""
-    model = load_pipeline(config.model).unet
+    model = load_pipeline(Path(config.model)).unet
     criterion, sensitivity = dp.importance("diff_taylor"), Sensitivity.load(Path(str(config.sensitivity)))
     criterion.calibration = Calibration.load(Path(str(config.calibration)))  # type: ignore[attr-defined]
     material = material_of(config, model, criterion)

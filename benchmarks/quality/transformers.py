@@ -1,13 +1,16 @@
-"""A DiT of digits at the same MACs: by width, by depth and by both, allocated; by criteria; not trained unless asked.
+"""Transformers of digits at the same MACs: by width, by depth and by both, allocated; by criteria; not trained unless
+asked.
 
-    python benchmarks/making/train_dit.py                                          # first: half an hour on one core
+    python benchmarks/making/train_transformer.py dit                              # first: half an hour on one core
     python benchmarks/bench.py transformers                                        # three seeds, two budgets: hours
+    python benchmarks/bench.py transformers --model sd3                            # joint streams and flow matching
     python benchmarks/bench.py transformers --ways "width;depth;both" --seeds 1
     python benchmarks/bench.py transformers --steps 200      # each fine-tuned with the dense model as teacher
     python benchmarks/bench.py transformers --quick          # one seed, one budget, two ways, few images
 
-Everything is what `diffprune prune` does with `macs_target`. Results are kept in benchmarks/results/transformers.json;
-interrupted, it goes on where it was, and other ways, seeds and budgets add to it.
+Everything is what `diffprune prune` does with `macs_target`. Results are kept in
+benchmarks/results/transformers_MODEL.json; interrupted, it goes on where it was, and other ways, seeds and budgets add
+to it.
 """
 
 from __future__ import annotations
@@ -22,14 +25,16 @@ from typing import Annotated, Any
 import typer
 from shared.embedded import Row, classifier, measure, measure_dense, tuned
 from shared.results import Store, mean, over, p_text, paired_p, publish, table
-from shared.subject import DIT, Look
+from shared.subject import TRANSFORMERS, Look, Subject
 
 import diffprune_plugin as dp
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.workflow import prune
 from quality.recover import RECIPES, TAUGHT
 
-BUDGETS = (0.76, 0.51)  # of the MACs: two and four of the eight blocks are a hair less
+# Of the MACs: two and four of the eight blocks are a hair less; two and three of the six.
+BUDGETS = {"dit": (0.76, 0.51), "sd3": (0.68, 0.52)}
+TOLD = {"dit": "A DiT of 2.8 M parameters", "sd3": "SD3's joint streams in 3.6 M parameters, flow matching,"}
 ALONE: dict[str, Any] = {"depth": "auto", "max_pruning_ratio": 0}
 UNIFORM: dict[str, Any] = {"allocation": "uniform"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -51,14 +56,14 @@ COLUMNS = {"macs": 3, "params": 3, "loss": 4, "ssim": 3, "distance": 0}
 TESTED = ("loss", "ssim")
 
 
-def made(way: str, budget: float, seed: int) -> tuple[Path, Row]:
-    """Directory of the DiT at a share of its MACs, and what is left of it; one sensitivity of a seed."""
+def made(way: str, budget: float, seed: int, of: Subject) -> tuple[Path, Row]:
+    """Directory of the model at a share of its MACs, and what is left of it; one sensitivity of a seed."""
     name = f"{way}-{budget}-{seed}".replace(", ", "-").replace(" ", "-")
-    output, facts = DIT.work / "models" / name, DIT.work / "models" / f"{name}.json"
+    output, facts = of.work / "models" / name, of.work / "models" / f"{name}.json"
     if not output.exists():
-        values: dict[str, Any] = {"model": str(DIT.model), "output": str(output), "data": str(DIT.calibration)}
+        values: dict[str, Any] = {"model": str(of.model), "output": str(output), "data": str(of.calibration)}
         values |= {"macs_target": budget, "seed": seed, "importance": "output_error", **WAYS[way]}
-        kept = {key: str(DIT.work / f"{key}-{seed}") for key in ("calibration", "sensitivity")}
+        kept = {key: str(of.work / f"{key}-{seed}") for key in ("calibration", "sensitivity")}
         values |= kept if values["importance"] != "taylor" else {"sensitivity": kept["sensitivity"]}
         start = time.perf_counter()
         plan = prune(dp.PruningConfig.make(values), progress=False).plan
@@ -69,13 +74,13 @@ def made(way: str, budget: float, seed: int) -> tuple[Path, Row]:
     return output, json.loads(facts.read_text())
 
 
-def measured(way: str, budget: float, seed: int, steps: int, look: Look) -> Row:
+def measured(way: str, budget: float, seed: int, steps: int, look: Look, of: Subject) -> Row:
     """What is left, and how good it is, after so many steps of training."""
-    output, row = made(way, budget, seed)
+    output, row = made(way, budget, seed, of)
     if steps:
-        settings = {**RECIPES[TAUGHT], "teacher": str(DIT.model)}
-        output = tuned(f"{output.name}-{steps}", output, seed, DIT, steps=steps, batch_size=32, **settings)
-    return {**row, **measure(load_pipeline(output), look, DIT)}
+        settings = {**RECIPES[TAUGHT], "teacher": str(of.model)}
+        output = tuned(f"{output.name}-{steps}", output, seed, of, steps=steps, batch_size=32, **settings)
+    return {**row, **measure(load_pipeline(output), look, of)}
 
 
 def line(store: Store, budget: float, way: str, steps: int, seeds: int) -> list[str]:
@@ -95,32 +100,40 @@ def key_of(way: str, budget: float, seed: int, steps: int) -> str:
 
 
 def main(
+    model: Annotated[str, typer.Option(help=" or ".join(TRANSFORMERS))] = "dit",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget, width and depth, few images")] = False,
     seeds: int = 3,
     ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
-    budgets: Annotated[str, typer.Option(help="shares of the MACs, separated by commas")] = "0.51,0.76",
+    budgets: Annotated[str, typer.Option(help="shares of the MACs, separated by commas; two unless given")] = "",
     steps: Annotated[int, typer.Option(help="of a fine-tune of each, batch 32")] = 0,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
-    title, look = ("transformers_quick", QUICK) if quick else ("transformers", LOOK)
-    seeds, ways, budgets = (1, "width;depth", "0.51") if quick else (seeds, ways, budgets)
-    store, shares = Store(title, [str(DIT), str(look)]), [float(share) for share in budgets.split(",")]
-    store.fill({"dense": partial(measure_dense, look, DIT)}, workers)
+    of, (most, least) = TRANSFORMERS[model], BUDGETS[model]
+    title, look = (f"transformers_{model}_quick", QUICK) if quick else (f"transformers_{model}", LOOK)
+    seeds, ways, budgets = (1, "width;depth", str(least)) if quick else (seeds, ways, budgets or f"{least},{most}")
+    store, shares = Store(title, [str(of), str(look)]), [float(share) for share in budgets.split(",")]
+    store.fill({"dense": partial(measure_dense, look, of)}, workers)
     for seed in range(seeds):  # the first makes the sensitivity of a seed
         places = list(itertools.product(shares, ways.split(";")))
-        jobs = {key_of(way, b, seed, steps): partial(measured, way, b, seed, steps, look) for b, way in places}
+        jobs = {key_of(way, b, seed, steps): partial(measured, way, b, seed, steps, look, of) for b, way in places}
         first = next(iter(jobs))
         store.fill({first: jobs[first]}, workers)
         store.fill(jobs, workers)
-    most = max(int(key.rpartition(" ")[2]) for key in store.values if key != "dense") + 1
-    tried = sorted({int(key.split(" steps ")[0].rpartition(" ")[2]) for key in store.values if key != "dense"})
-    of_dense = store.values["dense"]
-    known = [(b, way, n) for n in tried for b in BUDGETS for way in WAYS if key_of(way, b, 0, n) in store.values]
+    publish(title, text(store, of, look))
+
+
+def text(store: Store, of: Subject, look: Look) -> list[str]:
+    """The table of all that was measured so far."""
+    keys = [key for key in store.values if key != "dense"]
+    most = max(int(key.rpartition(" ")[2]) for key in keys) + 1
+    tried = sorted({int(key.split(" steps ")[0].rpartition(" ")[2]) for key in keys})
+    dense, steps = store.values["dense"], of.steps
+    known = [(b, way, n) for n in tried for b in BUDGETS[of.name] for way in WAYS if key_of(way, b, 0, n) in keys]
     intro = (
-        f"{over(most)}. A DiT of 2.8 M parameters trained here for {DIT.steps} steps; channels ranked by output_error "
-        f"unless the way names another, allocated, and refitted; {look.count} images of {look.steps} DDIM steps. p: "
-        f"paired t-test against width. Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
+        f"{over(most)}. {TOLD[of.name]} trained here for {steps} steps; channels ranked by output_error unless the "
+        f"way names another, allocated, and refitted; {look.count} images of {look.steps} steps. p: paired t-test "
+        f"against width. Dense: loss {dense['loss']:.4f}, FD {dense['distance']:.0f}."
     )
     head = ["budget", "way", "steps", "seeds", "blocks gone", "MACs", "params", "held-out loss", "p", "SSIM", "p"]
-    publish(title, [intro, "", *table([*head, classifier(DIT).frechet], [line(store, *one, most) for one in known])])
+    return [intro, "", *table([*head, classifier(of).frechet], [line(store, *one, most) for one in known])]

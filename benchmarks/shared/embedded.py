@@ -22,7 +22,7 @@ from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.plugins import denoiser_of
+from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
@@ -50,8 +50,9 @@ def held_out_loss(unet: nn.Module, repeats: int = 4, count: int = 500) -> float:
 
 @torch.no_grad()
 def losses(unet: nn.Module, repeats: int, count: int, of: Subject = DIGITS) -> tuple[Tensor, Tensor]:
-    """Losses on ``count`` held-out images with ``repeats`` timesteps and noises each, always the same; timesteps."""
-    found, times = [], []
+    """Losses of the predictions for ``count`` held-out images with ``repeats`` timesteps and noises each, always the
+    same; timesteps."""
+    found, times, adapter = [], [], find_adapter(unet)
     for repeat in range(repeats):
         generator = torch.Generator().manual_seed(repeat)
         timesteps = torch.randperm(1000, generator=generator)[:count]
@@ -59,7 +60,8 @@ def losses(unet: nn.Module, repeats: int, count: int, of: Subject = DIGITS) -> t
             samples = samples_of(of.held_out)
             sample, extra = samples.sample(rows), samples.inputs(rows)
             noise = torch.randn(sample.shape, generator=generator)
-            found.append(noise_prediction_loss(unet, dense(of).scheduler, sample, noise, timesteps[rows], extra))
+            scheduler, part = dense(of).scheduler, timesteps[rows]
+            found.append(noise_prediction_loss(unet, scheduler, sample, noise, part, extra, adapter))
             times.append(timesteps[rows])
     return torch.cat(found), torch.cat(times)
 

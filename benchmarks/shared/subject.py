@@ -6,14 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from making import train_dit
-from making.emoji import CLASSES, PLACE
+from making import train_transformer
+from making.emoji import CLASSES, MODELS, PLACE
 from making.train_demo import digits
 from making.train_emoji import draw
 from torch import Tensor
@@ -93,10 +93,10 @@ def emoji_images(pipeline: Any, look: Look) -> Tensor:
     return draw(pipeline.unet, torch.arange(look.count) % len(CLASSES), steps=look.steps)
 
 
-def dit_images(pipeline: Any, look: Look) -> Tensor:
+def labelled_digits(name: str, pipeline: Any, look: Look) -> Tensor:
     """From fixed noise, of each digit as many."""
-    labels = torch.arange(look.count) % train_dit.NULL
-    return draw(pipeline.transformer, labels, steps=look.steps, null=train_dit.NULL, channels=1)
+    labels = torch.arange(look.count) % train_transformer.NULL
+    return train_transformer.KINDS[name].draw(pipeline.transformer, labels, look.steps)
 
 
 @cache
@@ -131,8 +131,8 @@ def training_emoji() -> Path:
     return PLACE / "train.npz"
 
 
-def training_labelled_digits() -> Path:
-    return train_dit.data()[0]
+def training_labelled_digits(name: str) -> Path:
+    return train_transformer.data(name)[0]
 
 
 DIGITS = Subject(
@@ -158,14 +158,22 @@ EMOJI = Subject(
     emoji_images,
 )
 SUBJECTS = {subject.name: subject for subject in (DIGITS, EMOJI)}
-DIT = Subject(
-    "dit",
-    train_dit.PLACE / "model",
-    train_dit.PLACE / "training.json",
-    train_dit.PLACE / "train.npz",
-    train_dit.PLACE / "held_out.npz",
-    training_labelled_digits,
-    MAKING / "digits_classifier.onnx",
-    real_digits,
-    dit_images,
-)
+
+
+def transformer(name: str) -> Subject:
+    """One of making/train_transformer.py."""
+    place = MODELS / name
+    return Subject(
+        name,
+        place / "model",
+        place / "training.json",
+        place / "train.safetensors",
+        place / "held_out.safetensors",
+        partial(training_labelled_digits, name),
+        MAKING / "digits_classifier.onnx",
+        real_digits,
+        partial(labelled_digits, name),
+    )
+
+
+TRANSFORMERS = {name: transformer(name) for name in train_transformer.KINDS}
