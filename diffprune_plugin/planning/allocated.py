@@ -15,6 +15,7 @@ from diffprune_plugin.planning.channels import (
     AskedGroup,
     ChosenHeads,
     attentions,
+    head_limits,
     head_order,
     plan_group,
     plan_heads,
@@ -128,8 +129,10 @@ def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPla
     Of very many those are left whose width is a multiple of 2, 4, 8 ... steps, which hardware is fast with.
     """
     if item.heads:
-        order = head_order([item])
-        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in range(int(most * item.group.parts) + 1)]
+        order, heads = head_order([item]), item.group.parts
+        limits = head_limits([item], heads, item.gone * heads // item.group.units, options).values()
+        counts = [n for n in range(int(most * heads) + 1) if not n or all(fits(n) for fits in limits)]
+        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in counts]
         plans = [plan_heads(item, each, options) for each in chosen]
     else:
         fit = fit_of(item.group, options.round_to)

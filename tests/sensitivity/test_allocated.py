@@ -13,12 +13,16 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from tiny import FAST, make_unet, output_of
+from tiny_transformers import make as make_transformer
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.allocated import choices
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.planner import material_of
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 
@@ -171,3 +175,16 @@ def test_linear_without_images_is_refused(dense_dir: Path) -> None:
 
     with pytest.raises(BadInput, match="allocation: linear needs 'data' and a pipeline directory"):
         prune(config, dry_run=True)
+
+
+@pytest.mark.parametrize("asked", [{"max_pruning_ratio": 0.3}, {"max_pruning_ratio": 0.1}, {"round_to": 16}])
+def test_no_choice_of_width_is_beyond_what_a_group_may_lose_whole_heads_as_well(asked: dict[str, Any]) -> None:
+    options = PlanOptions(macs_target=0.5, **asked)
+    material = material_of(options, make_transformer("SD 3"), dp.importance("magnitude"))
+    found = [(item, plans) for item, plans in zip(material.items, choices(material.items, options, 0.75), strict=True)]
+    assert any(item.heads for item, _ in found)
+    for item, plans in found:
+        most, multiple = options.max_pruning_ratio * item.group.units, asked.get("round_to", 1)
+        assert all(lost <= most for lost in plans), item.group.root
+        assert all((item.group.units - lost) % multiple == 0 for lost in plans), item.group.root
+    assert any(len(plans) > 1 for item, plans in found if item.heads) == (options.max_pruning_ratio > 0.25)
