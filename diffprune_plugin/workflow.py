@@ -183,14 +183,14 @@ def measured(
     store: whether they are written where the config says, and what an interrupted call has, beside the output.
     """
     scheduler, sweep = job.scheduler, getattr(job.criterion, "sweep", None)
-    place = progress_directory(job.config.output)
     if store and processes.is_first:  # a run that was killed after it had stored one; who reads it sweeps nothing
         for path in filter(None, (job.config.calibration, job.config.sensitivity)):
             sweep_left(Path(path))
-    kept: dict[str, Any] = {"store": store, "progress_in": place, "progress": progress}
+    kept: dict[str, Any] = {"store": store, "progress_in": progress_directory(job.config.output), "progress": progress}
     given = job.model, scheduler, job.samples, processes
     calibration = calibration_for(job.config, sweep, *given, **kept)
-    found = sensitivity_for(job.config, *given, scoring=hasattr(job.criterion, "sensitivity"), **kept)
+    kept |= {"scoring": hasattr(job.criterion, "sensitivity"), "compensating": job.compensating}
+    found = sensitivity_for(job.config, *given, **kept)
     if hasattr(job.criterion, "sensitivity"):
         job.criterion.sensitivity = found
     return calibration, found if is_allocated(job.config, scheduler) else None
@@ -251,7 +251,7 @@ def with_chosen_depth(job: Job, store: bool, progress: bool) -> Job:
     if not job.config.chooses_depth:
         return job
     kept: dict[str, Any] = {"store": store, "progress_in": progress_directory(job.config.output), "progress": progress}
-    choice = chosen_blocks(job.config, job.criterion, job.model, job.scheduler, job.samples, **kept)
+    choice = chosen_blocks(job.config, job.criterion, job.model, job.scheduler, job.samples, job.compensating, **kept)
     if not choice.gone:
         return replace(job, blocks=choice)
     cut = cut_out(job.model, choice.gone)

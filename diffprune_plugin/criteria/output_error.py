@@ -1,4 +1,4 @@
-"""The linear estimate of a sensitivity as a criterion: how far the output moves when a channel goes, given a bias."""
+"""The linear estimate of a sensitivity as a criterion: how far the output moves when a channel goes in its turn."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ if TYPE_CHECKING:
 
 
 class Scored(Protocol):
-    """What the score takes from a `Sensitivity`: by root layer the error of removing each unit alone."""
+    """What the score takes from a `Sensitivity`: by root layer what each unit adds to the error."""
 
     @property
     def scores(self) -> Mapping[str, Sequence[float]]: ...
 
 
 class OutputError:
-    """The mean squared change of a value of the output when a channel is replaced by its mean, to first order.
+    """What a channel adds to the mean squared change of a value of the output, to first order, when it goes after those
+    that add less and the layers behind are refitted.
 
-    It is what `measure_sensitivity` gives, from random probes by Hutchinson's estimator; a prune from a config measures
-    it. Channels that are paired (GEGLU) have the score of their unit.
+    It is what `measure_sensitivity` gives, from random probes by Hutchinson's estimator and the correlations of the
+    channels; a prune from a config measures it. For a model that is not compensated: the sensitivity's
+    ``unrefitted()``, by which each channel is replaced by its mean alone. Channels that are paired (GEGLU) have the
+    score of their unit.
     """
 
     def __init__(self, sensitivity: Scored | None = None) -> None:

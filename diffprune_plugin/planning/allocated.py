@@ -131,8 +131,8 @@ def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPla
     if item.heads:
         order, heads = head_order([item]), item.group.parts
         limits = head_limits([item], heads, item.gone * heads // item.group.units, options).values()
-        counts = [n for n in range(int(most * heads) + 1) if not n or all(fits(n) for fits in limits)]
-        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in counts]
+        fitting = [n for n in range(int(most * heads) + 1) if not n or all(fits(n) for fits in limits)]
+        chosen = [ChosenHeads(n, tuple(sorted(order[:n])), "") for n in fitting]
         plans = [plan_heads(item, each, options) for each in chosen]
     else:
         fit = fit_of(item.group, options.round_to)

@@ -42,6 +42,7 @@ def chosen_blocks(
     model: nn.Module,
     scheduler: Any,
     samples: Callable[[], Samples],
+    compensating: bool,
     *,
     store: bool,
     progress_in: Path,
@@ -50,7 +51,8 @@ def chosen_blocks(
     """The blocks of the dense model that go by the linear sensitivity, which also ranks the channels meanwhile: the
     ``criterion`` is asked where blocks are gone, and here only what groups of channels it wants."""
     given = config, model, scheduler, samples, Processes(next(model.parameters()).device)
-    found = sensitivity_for(*given, store=store, progress_in=progress_in, progress=progress)
+    kept: dict[str, Any] = {"store": store, "progress_in": progress_in, "progress": progress}
+    found = sensitivity_for(*given, compensating=compensating, **kept)
     assert found is not None
     adapter = find_adapter(model)
     if found.blocks.keys() != removable(model, adapter).keys():

@@ -4,7 +4,7 @@ A removed channel takes its values x_c from the inputs of the layers behind it. 
 dy = -sum J x_c, and for v ~ N(0, 1) of y's shape E[(v . dy)^2] = |dy|^2: one backward pass of v . y gives it for every
 channel at once, as the square of sum_positions (x_c - mean x_c) grad_c. The mean is left out, since in the compensation
 the bias of the layer behind takes it over. Not in it: the changed statistics of norms. The estimator is Hutchinson's
-(Communications in Statistics 18, 1989).
+(Communications in Statistics 18, 1989). What a refit of the layers behind leaves of it: `redundancy`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.ridge import by_position
 from diffprune_plugin.sensitivity.blocks import Branches, removable
+from diffprune_plugin.sensitivity.redundancy import Correlations, in_turn
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import new_file
@@ -85,7 +86,8 @@ def measure_sensitivity(
     found = run.result(probes)
     run.forget()
     return Sensitivity(
-        scores={group.root: tuple(found[group.root].tolist()) for group in groups},
+        scores={group.root: tuple(run.in_turn(group, found).tolist()) for group in groups},
+        alone={group.root: tuple(folded(found[group.root], group).tolist()) for group in groups},
         blocks={name: float(found[name].sum()) for name in blocks.blocks},
         power=run.power(),
         samples=samples,
@@ -133,13 +135,17 @@ class Run:
     sums: dict[str, Tensor] = field(default_factory=dict)
     centres: dict[str, Tensor] = field(default_factory=dict)
     done: int = 0
+    correlations: Correlations = field(default_factory=Correlations)
     file: Path | None = None
     every: float = 0.0
     saved_at: float = field(default_factory=time.monotonic)
     squares: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        units = {group.root: group.channels for group in self.groups} | dict.fromkeys(self.blocks.blocks, 1)
+        units = dict.fromkeys(self.blocks.blocks, 1)
+        for group in self.groups:
+            names = [by_way_of(group.root, member.layer) for member in group.members if member.side == "in"]
+            units |= dict.fromkeys([group.root, *names], group.channels)
         self.sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
         self.layers = sorted({m.layer for group in self.groups for m in group.members if m.side == "in"})
 
@@ -149,26 +155,36 @@ class Run:
 
     @torch.no_grad()
     def means(self) -> None:
-        """The mean of each channel that goes into a layer, over all samples and positions; and the output's power."""
+        """The mean of each channel that goes into a layer, over all samples and positions, and how those of a layer are
+        correlated; and the output's power."""
         totals: dict[str, Tensor] = {}
 
-        def note(name: str, count: int) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                mean = by_sample(by_position(args[0]), count).mean(1).double().sum(0)
-                totals[name] = totals[name] + mean if name in totals else mean
+        def total(name: str, given: Tensor, count: int) -> None:
+            mean = by_sample(by_position(given), count).mean(1).double().sum(0)
+            totals[name] = totals[name] + mean if name in totals else mean
 
-            return hook
+        def correlate(name: str, given: Tensor, _: int) -> None:
+            self.correlations.add(name, by_position(given) - self.centres[name].to(given))
 
         for rows in self.rows():
-            with contextlib.ExitStack() as hooks:
-                for name in self.layers:
-                    handle = self.model.get_submodule(name).register_forward_pre_hook(note(name, len(rows)))
-                    hooks.callback(handle.remove)
-                hooks.enter_context(self.blocks.summing())
-                output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
+            with self.blocks.summing():
+                output = self.seen(rows, total)
             self.squares.append(float(output.double().square().mean()) * len(rows))
-        self.centres = {name: (total / self.noisy.count).float() for name, total in totals.items()}
+        self.centres = {name: (mean / self.noisy.count).float() for name, mean in totals.items()}
         self.blocks.averaged(self.noisy.count)
+        for rows in self.rows():
+            self.seen(rows, correlate)
+
+    def seen(self, rows: range, look: Callable[[str, Tensor, int], None]) -> Tensor:
+        """A forward pass of these samples that shows what goes into each layer, with its name and how many they are."""
+        with contextlib.ExitStack() as hooks:
+            for name in self.layers:
+
+                def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    look(name, args[0], len(rows))
+
+                hooks.callback(self.model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            return self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
 
     def power(self) -> float:
         return sum(self.squares) / self.noisy.count
@@ -202,7 +218,10 @@ class Run:
             for member in group.members:
                 if member.side == "in" and member.layer in found:
                     at = torch.as_tensor(member.roots), torch.as_tensor(member.channels)
-                    moved.index_add_(1, at[0], by_sample(found[member.layer], samples).sum(1)[:, at[1]])
+                    by_way = by_sample(found[member.layer], samples).sum(1)[:, at[1]]
+                    moved.index_add_(1, at[0], by_way)
+                    only = by_way.double().square().sum(0) / values
+                    self.sums[by_way_of(group.root, member.layer)].index_add_(0, at[0], only)
             self.sums[group.root] += moved.double().square().sum(0) / values
         for name in self.blocks.blocks:
             self.sums[name] += found[name].double().square().sum(0) / values
@@ -240,15 +259,21 @@ class Run:
             yield found
 
     def result(self, probes: int) -> dict[str, Any]:
-        """By root the mean over samples and probes, folded over paired channels, and by block; raises CheckFailed if
-        not finite."""
-        found, pairs = {}, {group.root: group.pairs for group in self.groups}
+        """By root, by root and layer, and by block the mean over samples and probes; raises CheckFailed if not
+        finite."""
+        found = {}
         for name, sums in self.sums.items():
             total = self.processes.reduce(sums) / (self.noisy.count * probes)
             if not bool(torch.isfinite(total).all()):
                 raise CheckFailed(f"sensitivity: {name} has a gradient that is not finite; check the weights")
-            found[name] = total.reshape(pairs.get(name, 1), -1).sum(0).numpy()
+            found[name] = total.numpy()
         return found
+
+    def in_turn(self, group: CoupledGroup, found: dict[str, Any]) -> Any:
+        """What each unit adds when it goes in its turn and those that stay are refitted, shape (units,)."""
+        names = {layer: by_way_of(group.root, layer) for layer in self.layers}
+        squares = {layer: found[name] for layer, name in names.items() if name in found}
+        return in_turn(group, folded(found[group.root], group), squares, self.correlations)
 
     def resume(self, folder: Path, facts: list[Any], every: float) -> None:
         """Take up the progress stored in a folder, if it is of these facts, and store progress there."""
@@ -279,6 +304,16 @@ class Run:
     def forget(self) -> None:
         if self.file is not None and self.processes.is_first:
             self.file.unlink(missing_ok=True)
+
+
+def by_way_of(root: str, layer: str) -> str:
+    """The name of what is summed of a group through one layer that it goes into."""
+    return f"{root} {layer}"
+
+
+def folded(scores: Any, group: CoupledGroup) -> Any:
+    """Scores of root channels summed over those that are paired: shape (units,)."""
+    return scores.reshape(group.pairs, -1).sum(0)
 
 
 def by_sample(values: Tensor, samples: int) -> Tensor:

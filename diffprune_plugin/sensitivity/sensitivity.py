@@ -1,11 +1,11 @@
-"""A sensitivity: for each unit of each coupled group, how far its removal moves the model's output."""
+"""A sensitivity: for each unit of each coupled group, how far its removal moves the model's output, refitted or not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.reading import read_json
 
 Scores = npt.NDArray[np.float64]
+LATER = ("blocks", "alone")  # what older files do not have
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """By root layer the error of removing each unit alone, to first order, after what a bias can mend; by name that of
-    each whole block that may go.
+    """By root layer what each unit adds to the output's error, to first order; by name that of each whole block.
 
-    scores: shape (units,), >= 0: the mean squared change of a value of the model's output. power: the mean square of
-        such a value, to compare with. samples, probes, seed: what it was measured with.
+    scores: shape (units,), >= 0: the mean squared change of a value of the model's output, when the unit goes in its
+        turn, after those that add less, and the layers behind are refitted (`redundancy.in_turn`).
+    alone: the same of its removal alone, after what a bias can mend: for what is not compensated.
+    power: the mean square of a value of the output, to compare with. samples, probes, seed: what it was measured with.
     weights, images: SHA-256 of the model's parameters and of the samples; scheduler: the noise and the prediction.
     """
 
@@ -38,6 +40,11 @@ class Sensitivity:
     images: str
     scheduler: dict[str, Any]
     blocks: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def unrefitted(self) -> Sensitivity:
+        """The same for a model that is not compensated: each unit's error is that of its removal alone."""
+        return replace(self, scores=self.alone)
 
     @property
     def most(self) -> float:
@@ -54,7 +61,7 @@ class Sensitivity:
 
     @property
     def sha256(self) -> str:
-        content = {key: value for key, value in asdict(self).items() if key != "blocks" or value}  # not in older ones
+        content = {key: value for key, value in asdict(self).items() if key not in LATER or value}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
@@ -67,7 +74,8 @@ class Sensitivity:
         try:
             content = read_json(Path(path), "measure again")
             stated = content.pop("sha256")
-            content["scores"] = {root: tuple(map(float, values)) for root, values in content["scores"].items()}
+            for key in ("scores", "alone"):
+                content[key] = {root: tuple(map(float, values)) for root, values in content.get(key, {}).items()}
             found = cls(**content)
             same = found.sha256 == stated
         except (ValueError, KeyError, TypeError, AttributeError) as error:

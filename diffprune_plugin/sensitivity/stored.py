@@ -55,15 +55,34 @@ def sensitivity_for(
     progress_in: Path,
     progress: bool,
     scoring: bool = False,
+    compensating: bool = True,
 ) -> Sensitivity | None:
     """What a config's target is spent by: the stored sensitivity if it fits, else a new one; None if it needs none.
 
     ``scheduler``: the pipeline's, None for a bare model. ``store``: whether the result, and in ``progress_in`` what an
     interrupted call has, is written. All processes make a new one together; a stored one the first process alone reads,
-    and the others get None. ``scoring``: whether the criterion needs it.
+    and the others get None. ``scoring``: whether the criterion needs it; ``compensating``: whether what it is spent on
+    is refitted.
     """
     if not processes.on_all(lambda: wants_sensitivity(config, scheduler, scoring)):
         return None
+    given = config, model, scheduler, samples, processes
+    found = read_or_measured(*given, store=store, progress_in=progress_in, progress=progress)
+    return found if compensating or found is None else found.unrefitted()
+
+
+def read_or_measured(
+    config: PruningConfig,
+    model: nn.Module,
+    scheduler: Any,
+    samples: Callable[[], Samples],
+    processes: Processes,
+    *,
+    store: bool,
+    progress_in: Path,
+    progress: bool,
+) -> Sensitivity | None:
+    """The sensitivity that is stored where the config says, of which only the first process has it; else a new one."""
     file = Path(config.sensitivity) if config.sensitivity else None
     if file is not None and processes.broadcast(file.exists()):
         return processes.on_first(lambda: stored_sensitivity(file, config, model, scheduler, samples))
@@ -88,6 +107,8 @@ def stored_sensitivity(
 ) -> Sensitivity:
     """A sensitivity from disk; raises BadInput if it is not what the config asks for."""
     found = Sensitivity.load(file)
+    if not found.alone:
+        raise BadInput(f"{file}: an older one, which knows of no refit; remove it or name another file")
     same = {
         "model": found.weights == weights_hash(model),
         "data": found.images == fitting(samples(), model, find_adapter(model), scheduler).sha256,

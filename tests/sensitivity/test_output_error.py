@@ -92,7 +92,7 @@ def test_the_score_is_that_of_the_hand_written_loop(images: np.ndarray, kind: st
         samples = Samples(inputs.pop("sample"), inputs)
     options: Any = {"samples": COUNT, "probes": PROBES, "batch_size": 2, "progress": False}
     found = measure_sensitivity(unet, SCHEDULER, samples, **options)
-    criterion, expected = dp.importance("output_error", sensitivity=found), by_hand(unet, samples)
+    criterion, expected = dp.importance("output_error", sensitivity=found.unrefitted()), by_hand(unet, samples)
     groups = trace_groups(unet, find_adapter(unet))
     assert any(group.pairs == 2 for group in groups) == (kind == "paired")
     for group in groups:

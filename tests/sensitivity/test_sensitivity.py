@@ -63,7 +63,7 @@ def test_a_score_is_what_the_output_moves_when_the_channel_is_turned_down(images
     for channel in (0, 5, 11):
         centre = float(seen[0][:, channel].mean())
         moved = (turned_down(unet, member.layer, channel, inputs, centre, by) - expected) / by
-        assert found.scores[group.root][channel] == pytest.approx(float(moved.square().mean()), rel=0.2)
+        assert found.alone[group.root][channel] == pytest.approx(float(moved.square().mean()), rel=0.2)
 
 
 def test_the_output_layer_has_no_score_and_the_model_is_left_as_it_was(images: np.ndarray) -> None:
@@ -71,8 +71,10 @@ def test_the_output_layer_has_no_score_and_the_model_is_left_as_it_was(images: n
     unet.conv_in.requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in unet.named_parameters()}
     found = measure_sensitivity(unet, SCHEDULER, images, samples=2, probes=1, progress=False)
-    assert set(found.scores["conv_out"]) == {0.0}
-    assert min(found.scores["conv_in"]) > 0
+    for scores in (found.alone, found.scores):
+        assert set(scores["conv_out"]) == {0.0}
+        assert min(scores["conv_in"]) > 0
+    assert found.unrefitted().scores == found.alone != found.scores
     assert unet.training
     assert all(
         p.grad is None and p.requires_grad == on and torch.equal(p, w)
