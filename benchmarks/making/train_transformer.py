@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
 from diffprune_plugin.diffusion.inputs import fitting
-from diffprune_plugin.diffusion.loss import noise_prediction_loss
+from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_loss
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.utils.files import new_file
 from making.emoji import MODELS
 from making.train_demo import HELD_OUT, digits_with_labels
-from making.train_emoji import GUIDANCE, SCHEDULE, draw, grid
+from making.train_emoji import GUIDANCE, MIN_SNR, SCHEDULE, draw, grid
 from making.training import Training, averaged, is_there, write_down
 
 NULL = 10  # the label that stands for no class, behind the ten digits
@@ -51,7 +51,8 @@ WORDS, WIDTH = 4, 64  # of the code that stands for the caption of a digit
 class Kind:
     """A model, what it learns from, and how images (count, 1, 32, 32) in [0, 1] are drawn of labels in some steps.
 
-    ``conditions``: of labels its further inputs by name, a row each; ``timesteps``: the training timesteps of a batch.
+    ``conditions``: of labels its further inputs by name, a row each; ``timesteps``: the training timesteps of a batch;
+    ``gamma``: that of min-SNR, without which so small a DiT learns textures before it learns digits.
     """
 
     make: Callable[[], Any]
@@ -59,6 +60,7 @@ class Kind:
     conditions: Callable[[Tensor], dict[str, Tensor]]
     timesteps: Callable[[int, Generator], Tensor]
     draw: Callable[[Any, Tensor, int], Tensor]
+    gamma: float | None = None
 
 
 def make_dit() -> DiTTransformer2DModel:
@@ -152,7 +154,7 @@ def sd3_pipeline(model: Any) -> StableDiffusion3Pipeline:
 
 
 KINDS = {
-    "dit": Kind(make_dit, dit_pipeline, lambda labels: {"class_labels": labels}, uniform, draw_dit),
+    "dit": Kind(make_dit, dit_pipeline, lambda labels: {"class_labels": labels}, uniform, draw_dit, MIN_SNR),
     "sd3": Kind(make_sd3, sd3_pipeline, codes, logit_normal, draw_flow),
 }
 
@@ -176,7 +178,7 @@ class Loss:
 
     def __init__(self, model: nn.Module, kind: Kind, samples: Samples, batch_size: int) -> None:
         self.model, self.adapter, self.batch_size = model, find_adapter(model), batch_size
-        self.scheduler, self.timesteps = kind.pipeline(model).scheduler, kind.timesteps
+        self.scheduler, self.timesteps, self.gamma = kind.pipeline(model).scheduler, kind.timesteps, kind.gamma
         self.samples = fitting(samples, model, self.adapter, self.scheduler)
 
     def __call__(self, seed: int) -> Tensor:
@@ -185,7 +187,9 @@ class Loss:
         images, timesteps = self.samples.sample(rows), self.timesteps(len(rows), generator)
         noise = torch.randn(images.shape, generator=generator)
         extra = self.samples.inputs(rows, torch.rand(len(rows), generator=generator) < CONDITION_DROPOUT)
-        return noise_prediction_loss(self.model, self.scheduler, images, noise, timesteps, extra, self.adapter).mean()
+        losses = noise_prediction_loss(self.model, self.scheduler, images, noise, timesteps, extra, self.adapter)
+        weights = 1 if self.gamma is None else min_snr_weights(self.scheduler, timesteps, self.gamma)
+        return (weights * losses).mean()
 
 
 def main(

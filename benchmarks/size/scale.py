@@ -1,4 +1,4 @@
-"""Published UNets at their real size, with random weights: exact ratios, and seconds and peak memory against size.
+"""Published denoisers at their real size, with random weights: exact ratios, and seconds and peak memory against size.
 
     python benchmarks/bench.py scale                      # everything, an hour on one core; 16 GiB of memory
     python benchmarks/bench.py scale --only plan          # one kind: plan, ratios, calibrate, compensate or allocate
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from shared.architectures import NAMES, build
 from shared.results import RESULTS
 
@@ -42,7 +42,10 @@ Row = dict[str, Any]
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 CONDITIONAL = ("sd15", "sd21", "sdxl-base")
 DEVICE = "cpu"  # another for the suite of a GPU
-HALF = {"sdxl-base": torch.bfloat16}  # weights as people deploy them; float32 elsewhere
+HALF = dict.fromkeys(("sdxl-base", "sd3-medium"), torch.bfloat16)  # as people deploy them; float32 elsewhere
+CALIBRATED_AT = {
+    "sd3-medium": (64, 6)
+}  # side of the latents, blocks_at_once; elsewhere as the config says, all at once
 SMALL = 32  # latents' side for the forwards that check a result
 IMAGES = 8  # synthetic latents of compensation and sensitivity
 PROBES = 2  # backward passes of each
@@ -57,11 +60,15 @@ def inputs_of(unet: Any, count: int = 1, size: int | None = None, seed: int = 0)
     return find_adapter(unet).flat_inputs(unet, count, (size, size) if size else None, seed)
 
 
-def samples_of(unet: Any, count: int) -> Samples:
+def samples_of(unet: Any, count: int, size: int | None = None) -> Samples:
     """Synthetic latents with the further inputs that the UNet takes."""
-    inputs = inputs_of(unet, count)
+    inputs = inputs_of(unet, count, size)
     del inputs["timestep"]
-    return Samples(inputs.pop("sample"), inputs)
+    return Samples(inputs.pop(find_adapter(unet).sample), inputs)
+
+
+def scheduler_of(unet: Any) -> Any:
+    return FlowMatchEulerDiscreteScheduler() if find_adapter(unet).objective == "flow_matching" else DDPMScheduler()
 
 
 @torch.no_grad()
@@ -123,12 +130,13 @@ def achieved(made: PruningPlan) -> Row:
 
 def calibrate(name: str) -> Row:
     """Scores from gradients of one timestep, batch 1, and the plan and removal after them."""
-    unet = model(name)
-    samples = samples_of(unet, 1)
+    unet, (size, blocks) = model(name), CALIBRATED_AT.get(name, (None, None))
+    samples = samples_of(unet, 1, size)
     options = {"samples": 1, "curve_samples": 1, "threshold": 0.0}
+    settings: Row = {"batch_size": 1, "timesteps": 1, "blocks_at_once": blocks, "progress": False}
     loaded, start = high_water(), time.perf_counter()
     sweep = dp.importance("diff_taylor", **options).sweep  # type: ignore[attr-defined]
-    calibration = dp.calibrate(unet, DDPMScheduler(), samples, sweep, batch_size=1, timesteps=1, progress=False)
+    calibration = dp.calibrate(unet, scheduler_of(unet), samples, sweep, **settings)
     scored = dp.importance("diff_taylor", calibration=calibration)
     made = dp.make_plan(unet, scored, pruning_ratio=0.3)
     dp.remove_(unet, made)
@@ -194,7 +202,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 KINDS: dict[str, tuple[Callable[[str], Row], tuple[str, ...]]] = {
     "plan": (plan, NAMES),
     "ratios": (ratios, CONDITIONAL),
-    "calibrate": (calibrate, ("ddpm-cifar10-32", "ldm4-imagenet-256", "sd15")),
+    "calibrate": (calibrate, ("ddpm-cifar10-32", "ldm4-imagenet-256", "sd15", "sd3-medium")),
     "compensate": (compensate, ("ddpm-cifar10-32", "ldm-celebahq-256", "sd15")),
     "allocate": (allocate, ("ddpm-cifar10-32", "sd15")),
 }
@@ -237,7 +245,8 @@ def table(rows: dict[str, Row]) -> str:
             figures = [cell["groups"], cell["steps"], cell["largest miss"], f"{cell['largest miss in steps']:.2f}"]
             figures += [cell["removed too much"], widths, cell["the same twice"], cell["reload difference"]]
             lines.append(line(name, ratio, *map(str, figures)))
-    lines += ["", "Scores from gradients (one timestep, batch 1), plan and removal.", ""]
+    lines += ["", "Scores from gradients (one timestep, batch 1), plan and removal; sd3-medium: bfloat16, latents of"]
+    lines += ["64 x 64 (512 x 512 pixels), `blocks_at_once: 6`.", ""]
     lines += header("model", "params", "seconds", "weights", "peak")
     for name, row in of_kind(rows, "calibrate"):
         memory = [f"{row[key] / gib:.1f} GiB" for key in ("loaded", "peak")]
