@@ -57,9 +57,10 @@ def draw(
     guidance: float = GUIDANCE,
     null: int = NULL,
     channels: int = 3,
+    schedule: dict[str, Any] = SCHEDULE,
 ) -> Tensor:
     """Images in [0, 1], (count, channels, 32, 32), of these classes by DDIM with classifier-free guidance."""
-    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler = DDIMScheduler(**schedule)
     scheduler.set_timesteps(steps)
     noise = torch.randn(len(labels), channels, 32, 32, generator=torch.Generator().manual_seed(seed))
     parts = []
