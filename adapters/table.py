@@ -197,17 +197,20 @@ class ModelAdapter(AttentionFacts):
         """All inputs by name for what `predict` takes: packed, and with those that no data has to give."""
         if not self.packing and not any(port.made for port in self.inputs):
             return {self.sample: sample, self.timestep: timesteps, **extra}
-        shapes = {name: shape for name, shape in self.shapes(model).items() if name in extra}
-        words = {
-            axis: extra[name].shape[place]
-            for name, shape in shapes.items()
-            for place, axis in enumerate(shape)
-            if isinstance(axis, str)
-        }
-        sizes = self.sizes(model, len(sample), (sample.shape[-2], sample.shape[-1]), words)
+        sizes = self.sizes(model, len(sample), (sample.shape[-2], sample.shape[-1]), self.lengths(model, extra))
         made = {port.name: port.made(sizes).to(sample) for port in self.ports(model) if port.made}
         packed = self.packing.pack(sample) if self.packing else sample
         return {self.sample: packed, self.timestep: timesteps, **made, **extra}
+
+    def lengths(self, model: nn.Module, extra: Mapping[str, Any]) -> dict[str, int]:
+        """The size that each axis with a word has in these inputs; those of another number of axes say nothing."""
+        shapes = {name: shape for name, shape in self.shapes(model).items() if name in extra}
+        return {
+            axis: extra[name].shape[place]
+            for name, shape in shapes.items()
+            for place, axis in enumerate(shape)
+            if isinstance(axis, str) and len(shape) == len(extra[name].shape)
+        }
 
     def unpacked(self, output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """An output of the model in the shape of a sample."""

@@ -106,8 +106,7 @@ class Job:
 def prune(config: PruningConfig, *, overwrite: bool = False, dry_run: bool = False, progress: bool = True) -> Pruned:
     """Load, calibrate if the criterion needs it, plan, remove, compensate, save; a dry run stops at the plan.
 
-    Raises BadInput for anything in the config that cannot be used, before anything is written, and where
-    torch.distributed has several processes: they would all write the output.
+    Raises BadInput for what cannot be used in the config, before anything is written, and for several processes.
     """
     count = Processes().count
     if count > 1:
@@ -255,7 +254,7 @@ def with_chosen_depth(job: Job, store: bool, progress: bool) -> Job:
     if not choice.gone:
         return replace(job, blocks=choice)
     cut = cut_out(job.model, choice.gone)
-    config = left_for_widths(job.config, choice, cut.model)
+    config = left_for_widths(job.config, choice, cut.model, job.samples().extra)
     loaded, model = with_model(job.loaded, job.model, cut.model)
     criterion = job.criterion if config.target else criterion_of(config)
     return replace(job, config=config, criterion=criterion, loaded=loaded, model=model, cut=cut, blocks=choice)
@@ -277,7 +276,8 @@ def material_for(job: Job, calibration: Calibration | None) -> Material:
     """What the plan is made from, scored with the calibration."""
     if calibration is not None:
         job.criterion.calibration = calibration  # type: ignore[attr-defined]
-    return material_of(job.config, job.model, job.criterion)
+    extra = job.samples().extra if job.config.data and find_adapter(job.model).words else {}
+    return material_of(job.config, job.model, job.criterion, extra=extra)
 
 
 def plan_of(

@@ -42,9 +42,13 @@ class LayerCost:
         return Size(params, params * self.positions)
 
 
-def layer_costs(model: nn.Module, adapter: ModelAdapter) -> dict[str, LayerCost]:
-    """The cost of every layer with parameters, for one sample of the config's size (`costs_of`)."""
-    return costs_of(model, lambda copied: copied(**adapter.example_inputs(copied)))
+def layer_costs(
+    model: nn.Module, adapter: ModelAdapter, extra: Mapping[str, Any] | None = None
+) -> dict[str, LayerCost]:
+    """The cost of every layer with parameters, for one sample of the config's size (`costs_of`), its prompts as long
+    as those in ``extra``, inputs by name; else as the adapter's table says."""
+    words = {word: size for word, size in adapter.lengths(model, extra or {}).items() if word in dict(adapter.words)}
+    return costs_of(model, lambda copied: copied(**adapter.example_inputs(copied, words=words)))
 
 
 def costs_of(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, LayerCost]:

@@ -78,9 +78,13 @@ class Material:
 
 
 def material_of(
-    options: PlanOptions, model: nn.Module, criterion: Criterion | str, adapter: ModelAdapter | None = None
+    options: PlanOptions,
+    model: nn.Module,
+    criterion: Criterion | str,
+    adapter: ModelAdapter | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Material:
-    """The groups with what the options ask of each, scored by the criterion."""
+    """The groups with what the options ask of each, scored by the criterion; costs are for prompts like ``extra``'s."""
     adapter = adapter or find_adapter(model)
     if isinstance(criterion, str):
         criterion = importance(criterion)
@@ -89,7 +93,7 @@ def material_of(
     heads = head_groups(groups, adapter.head_layers(model, whole=options.head_pruning_ratio is None))
     requests = requests_of_heads(requested(groups, model, adapter, options), heads, options.head_pruning_ratio)
     items = tuple(asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups)
-    return Material(adapter, architecture_hash(model), criterion, items, heads, layer_costs(model, adapter))
+    return Material(adapter, architecture_hash(model), criterion, items, heads, layer_costs(model, adapter, extra))
 
 
 def plan_from(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,17 @@ def chosen_blocks(
     adapter = find_adapter(model)
     if found.blocks.keys() != removable(model, adapter).keys():
         raise BadInput(f"{config.sensitivity}: was measured without the blocks; remove it or name another file")
-    material = material_of(config, model, importance("output_error", sensitivity=found), adapter)
+    material = material_of(config, model, importance("output_error", sensitivity=found), adapter, samples().extra)
     lists = {row.path: len(list(model.get_submodule(row.path).children())) for row in adapter.blocks}
     return choose_blocks(material, lists, config.with_wishes_of(criterion), found)
 
 
-def left_for_widths(config: PruningConfig, choice: BlockChoice, model: nn.Module) -> PruningConfig:
+def left_for_widths(
+    config: PruningConfig, choice: BlockChoice, model: nn.Module, extra: Mapping[str, Any]
+) -> PruningConfig:
     """The config of a model without the chosen blocks: targets are shares of what is left, and nothing is asked of its
     widths where the blocks were enough. The sensitivity that was stored is of the dense model."""
-    size = total([cost.after(0, 0) for cost in layer_costs(model, find_adapter(model)).values()])
+    size = total([cost.after(0, 0) for cost in layer_costs(model, find_adapter(model), extra).values()])
     shares = {
         key: share * getattr(choice, TARGETS[key]) / getattr(size, TARGETS[key]) for key, share in config.target.items()
     }

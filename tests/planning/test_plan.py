@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_unet, output_of
+from tiny_transformers import make as make_transformer
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.graph.costs import meta_copy
+from diffprune_plugin.graph.costs import layer_costs, meta_copy
 from diffprune_plugin.graph.groups import CoupledGroup, Member
 from diffprune_plugin.planning.channels import AskedGroup, Request, plan_group
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.planner import material_of
+from diffprune_plugin.plugins import find_adapter
 
 
 def group_of(units: int, parts: int, pairs: int = 1) -> CoupledGroup:
@@ -221,3 +224,15 @@ def test_example_inputs_are_seeded_and_of_the_asked_size(unet) -> None:
     assert first["sample"].shape == (3, 1, 8, 4)
     assert torch.equal(first["sample"], again["sample"])
     assert first["timestep"].tolist() == [1, 2, 3]
+
+
+def test_macs_are_counted_with_prompts_as_long_as_the_data_have() -> None:
+    model = make_transformer("SD 3")
+    adapter, prompts = find_adapter(model), {"encoder_hidden_states": torch.zeros(3, 5, 24)}
+    usual, short = layer_costs(model, adapter), material_of(PlanOptions(), model, "magnitude", extra=prompts).costs
+    of = {name: (usual[name].after(0, 0).macs, short[name].after(0, 0).macs) for name in usual}
+    text, image = of["context_embedder"], of["pos_embed.proj"]
+    assert 5 * text[0] == 333 * text[1] > 0
+    assert image[0] == image[1] > 0
+    wrong = {"encoder_hidden_states": torch.zeros(3, 5)}  # told later, by name
+    assert layer_costs(model, adapter, wrong) == usual
