@@ -61,6 +61,7 @@ class Kind:
     conditions: Callable[[Tensor], dict[str, Tensor]]
     timesteps: Callable[[int, Generator], Tensor]
     draw: Callable[[Any, Tensor, int], Tensor]
+    lr: float
 
 
 def make_dit() -> DiTTransformer2DModel:
@@ -154,8 +155,8 @@ def sd3_pipeline(model: Any) -> StableDiffusion3Pipeline:
 
 
 KINDS = {
-    "dit": Kind(make_dit, dit_pipeline, lambda labels: {"class_labels": labels}, uniform, draw_dit),
-    "sd3": Kind(make_sd3, sd3_pipeline, codes, logit_normal, draw_flow),
+    "dit": Kind(make_dit, dit_pipeline, lambda labels: {"class_labels": labels}, uniform, draw_dit, 2e-3),
+    "sd3": Kind(make_sd3, sd3_pipeline, codes, logit_normal, draw_flow, 1e-3),
 }
 
 
@@ -195,13 +196,14 @@ def main(
     output: Annotated[Path | None, typer.Option(help="where model/ and training.json go")] = None,
     steps: int = 3000,
     batch_size: int = 32,
-    lr: float = 1e-3,
+    lr: Annotated[float | None, typer.Option(help="the kind's own unless given")] = None,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
     """Train, write the moving average of the weights."""
     torch.set_num_threads(threads)
     output, kind = output or MODELS / name, KINDS[name]
+    lr = lr or kind.lr
     asked, written = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr}, output / "training.json"
     if is_there(written, asked):
         return
