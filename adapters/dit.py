@@ -29,7 +29,15 @@ DIT = ModelAdapter(
     outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
     keep=(Keep("pos_embed.proj", always, RESIDUAL), "proj_out_2"),
     heads=(
-        Heads("Attention", "heads", ("to_q", "to_k", "to_v"), "to_q", "scale", widths=("inner_dim", "inner_kv_dim")),
+        Heads(
+            "Attention",
+            "heads",
+            ("to_q", "to_k", "to_v"),
+            "to_q",
+            "scale",
+            widths=("inner_dim", "inner_kv_dim"),
+            value="to_v",
+        ),
     ),
     known=(Known("activation_fn", ("gelu-approximate", "gelu")),),
 )

@@ -104,6 +104,7 @@ FLUX = ModelAdapter(
             whole=True,
             norms=JOINT_NORMS,
             widths=("inner_dim",),
+            value="to_v",
         ),
     ),
     processors=("FluxAttnProcessor",),

@@ -74,6 +74,15 @@ class AttentionFacts:
         """For each query projection the attention that it belongs to."""
         return {below(name, row.query): name for row, name, _ in self.attentions(model)}
 
+    def multiplied(self, model: nn.Module) -> dict[str, str]:
+        """For each layer whose outputs go into an attention product that MACs count the attention it belongs to."""
+        return {
+            below(name, layer): name
+            for row, name, owner in self.attentions(model)
+            for layer in there(owner, (row.query, row.value))
+            if row.value
+        }
+
     def mend_heads_(self, model: nn.Module) -> None:
         """Set what repeats the width of an attention, and the softmax scale, from its query projection."""
         for row, _, owner in self.attentions(model):

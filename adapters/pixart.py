@@ -40,7 +40,15 @@ PIXART = ModelAdapter(
         "proj_out",
     ),
     heads=(
-        Heads("Attention", "heads", ("to_q", "to_k", "to_v"), "to_q", "scale", widths=("inner_dim", "inner_kv_dim")),
+        Heads(
+            "Attention",
+            "heads",
+            ("to_q", "to_k", "to_v"),
+            "to_q",
+            "scale",
+            widths=("inner_dim", "inner_kv_dim"),
+            value="to_v",
+        ),
     ),
     known=(Known("activation_fn", ("gelu-approximate", "gelu")), Known("attention_type", (None, "default"))),
     words=(("sequence", 300),),

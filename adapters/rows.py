@@ -18,7 +18,9 @@ class Heads:
     attribute ``scale``, which other processors read, is set to 1/sqrt(new head size).
     ``whole``: heads go whole or stay, since something (rotary positions, a norm over a head's dimensions) ties the
     dimensions of all heads. ``norms``: layers with one weight for all heads, which whole heads leave as it is.
-    ``widths``: attributes that repeat the width of all heads together. Layers that an owner lacks are left out.
+    ``widths``: attributes that repeat the width of all heads together. ``value``: the layer that is multiplied with the
+    softmax, where MACs are to count the attention's products; published MACs of UNets do not. Layers that an owner
+    lacks are left out.
     """
 
     owner: str
@@ -29,6 +31,7 @@ class Heads:
     whole: bool = False
     norms: tuple[str, ...] = ()
     widths: tuple[str, ...] = ()
+    value: str = ""
 
 
 # Joint attention of two streams: the projections of both, and the norms over a head's dimensions.

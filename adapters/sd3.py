@@ -49,6 +49,7 @@ SD3 = ModelAdapter(
             whole=True,
             norms=JOINT_NORMS,
             widths=("inner_dim", "inner_kv_dim"),
+            value="to_v",
         ),
     ),
     processors=("JointAttnProcessor2_0",),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.graph.products import Products
 
 
 class Size(NamedTuple):
@@ -25,7 +26,7 @@ class LayerCost:
     """Channels and size of one layer, applied at so many positions.
 
     Of its ``params`` elements the ``weights`` have an input and an output side, the others (biases, norm affine) an
-    output side only.
+    output side only. ``products``: of how many attention products each of its output channels is a part.
     """
 
     channels_in: int
@@ -33,13 +34,14 @@ class LayerCost:
     params: int
     weights: int
     positions: int
+    products: int = 0
 
     def after(self, removed_in: int, removed_out: int) -> Size:
         """Size of the layer when these many channels are gone."""
         left_in = 1 - removed_in / max(self.channels_in, 1)
         left_out = 1 - removed_out / max(self.channels_out, 1)
         params = round(self.weights * left_in * left_out) + round((self.params - self.weights) * left_out)
-        return Size(params, params * self.positions)
+        return Size(params, params * self.positions + self.products * (self.channels_out - removed_out))
 
 
 def layer_costs(
@@ -48,14 +50,22 @@ def layer_costs(
     """The cost of every layer with parameters, for one sample of the config's size (`costs_of`), its prompts as long
     as those in ``extra``, inputs by name; else as the adapter's table says."""
     words = {word: size for word, size in adapter.lengths(model, extra or {}).items() if word in dict(adapter.words)}
-    return costs_of(model, lambda copied: copied(**adapter.example_inputs(copied, words=words)))
+    layers, found = adapter.multiplied(model), {}
+
+    def forward(copied: nn.Module) -> None:
+        with Products(copied, set(layers.values())) as products:
+            copied(**adapter.example_inputs(copied, words=words))
+        found.update(products.found)
+
+    costs = costs_of(model, forward)
+    return costs | {layer: replace(costs[layer], products=found.get(layers[layer], 0)) for layer in layers}
 
 
 def costs_of(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, LayerCost]:
     """The cost of every layer with parameters in one forward; nothing is computed (meta device).
 
     MACs count every parameter of a convolution, linear or norm layer once per position, as torch-pruning and with it
-    the paper do; what has no parameters (the attention product, activations) is left out.
+    the paper do; what has no parameters (activations, attention products, which `layer_costs` adds) is left out.
     """
     copied = meta_copy(model)
     positions: dict[str, int] = {}

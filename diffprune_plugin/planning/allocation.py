@@ -57,10 +57,9 @@ def size_columns(costs: Mapping[str, LayerCost]) -> dict[str, Column]:
     weights = np.array([cost.weights / max(cost.channels_in * cost.channels_out, 1) for cost in layers], np.float64)
     others = np.array([(cost.params - cost.weights) / max(cost.channels_out, 1) for cost in layers], np.float64)
     positions = np.array([cost.positions for cost in layers], np.float64)
-    none = np.zeros(len(layers))
-    return dict(
-        zip(KEYS, (Column(weights, none, others), Column(weights * positions, none, others * positions)), strict=True)
-    )
+    products, none = np.array([cost.products for cost in layers], np.float64), np.zeros(len(layers))
+    macs = Column(weights * positions, none, others * positions + products)
+    return dict(zip(KEYS, (Column(weights, none, others), macs), strict=True))
 
 
 class SizeOf:
