@@ -134,7 +134,8 @@ def test_a_named_plan_by_a_config_saves_a_stock_model_that_widths_can_go_from_ne
     result = prune(PruningConfig(**values, output=str(tmp_path / "shallow"), pruning_ratio=0.0), progress=False)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path / "shallow")
     assert type(result.model) is UNet2DConditionModel
-    assert torch.equal(output_of(loaded), output_of(result.model))
+    # As the file maps them weights may lie unaligned, which other kernels are for: a copy lies as new ones do.
+    assert torch.equal(output_of(copy.deepcopy(loaded)), output_of(result.model))
     kept = result.model.up_blocks[-1].resnets[1].conv1.weight
     assert torch.equal(kept, load(tmp_path / "dense").up_blocks[-1].resnets[2].conv1.weight)
     narrow = prune(PruningConfig(**values, output=str(tmp_path / "narrow"), pruning_ratio=0.5), progress=False)
