@@ -22,7 +22,9 @@ from torch import Tensor
 
 from diffprune_plugin.graph.groups import CoupledGroup
 
-BLOCK = 1024  # input channels of a layer that are taken as related; more are so in blocks
+BLOCK = (
+    512  # input channels of a layer that are taken as related; more are so in blocks, which a large model has room for
+)
 RIDGE = 1e-3  # of a variance; and as much as there are channels for each row
 STEPS = 256  # in which a block is eliminated: several channels at a time where there are more
 
@@ -39,7 +41,7 @@ class Correlations:
     def add(self, layer: str, centred: Tensor) -> None:
         """Rows of inputs less their means, shape (..., channels)."""
         parts = torch.split(centred.float().flatten(0, -2), BLOCK, 1)
-        found = [(part.T @ part).double().cpu() for part in parts]
+        found = [(part.T @ part).cpu() for part in parts]
         before = self.products.get(layer)
         self.products[layer] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
         self.rows[layer] = self.rows.get(layer, 0) + len(parts[0])
@@ -51,7 +53,7 @@ class Correlations:
             inside = slice(*np.searchsorted(channels, [block * BLOCK, (block + 1) * BLOCK]))
             mine = channels[inside] - block * BLOCK
             if len(mine):
-                some = products.numpy()[np.ix_(mine, mine)]
+                some = products.double().numpy()[np.ix_(mine, mine)]
                 scale = np.sqrt(np.maximum(np.diag(some), 1e-30))
                 ridge = RIDGE + len(mine) / self.rows[layer]
                 yield inside, (some / scale[:, None] / scale + ridge * np.eye(len(mine))) / (1 + ridge)
