@@ -22,9 +22,7 @@ from torch import Tensor
 
 from diffprune_plugin.graph.groups import CoupledGroup
 
-BLOCK = (
-    512  # input channels of a layer that are taken as related; more are so in blocks, which a large model has room for
-)
+BLOCK = 512  # input channels of a layer that are taken as related: of a large model there is no room for all
 RIDGE = 1e-3  # of a variance; and as much as there are channels for each row
 STEPS = 256  # in which a block is eliminated: several channels at a time where there are more
 
