@@ -9,6 +9,16 @@ from diffprune_plugin.adapters.table import ModelAdapter, always
 
 RESIDUAL = "kept: the width of the residual stream, which every block, modulation and position embedding shares"
 
+HEADS = Heads(
+    "Attention",
+    "heads",
+    ("to_q", "to_k", "to_v"),
+    "to_q",
+    "scale",
+    widths=("inner_dim", "inner_kv_dim"),
+    value="to_v",
+)
+
 
 def predicted_channels(config: Config) -> int:
     """Those of the sample, and as many for the variance where it is learned."""
@@ -28,16 +38,6 @@ DIT = ModelAdapter(
     blocks=(Blocks("transformer_blocks", "num_layers", first_is_read=True),),  # its embedding, for the output
     outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
     keep=(Keep("pos_embed.proj", always, RESIDUAL), "proj_out_2"),
-    heads=(
-        Heads(
-            "Attention",
-            "heads",
-            ("to_q", "to_k", "to_v"),
-            "to_q",
-            "scale",
-            widths=("inner_dim", "inner_kv_dim"),
-            value="to_v",
-        ),
-    ),
+    heads=(HEADS,),
     known=(Known("activation_fn", ("gelu-approximate", "gelu")),),
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from diffprune_plugin.adapters.depth import Blocks
-from diffprune_plugin.adapters.dit import RESIDUAL, predicted_channels
+from diffprune_plugin.adapters.dit import HEADS, RESIDUAL, predicted_channels
 from diffprune_plugin.adapters.ports import Config, Port, is_set, two_patches, width
-from diffprune_plugin.adapters.rows import Heads, Keep, Known
+from diffprune_plugin.adapters.rows import Keep, Known
 from diffprune_plugin.adapters.table import ModelAdapter, always
 
 
@@ -39,17 +39,7 @@ PIXART = ModelAdapter(
         Keep("caption_projection.linear_2", is_set("caption_channels"), RESIDUAL),  # the forward views it so
         "proj_out",
     ),
-    heads=(
-        Heads(
-            "Attention",
-            "heads",
-            ("to_q", "to_k", "to_v"),
-            "to_q",
-            "scale",
-            widths=("inner_dim", "inner_kv_dim"),
-            value="to_v",
-        ),
-    ),
+    heads=(HEADS,),
     known=(Known("activation_fn", ("gelu-approximate", "gelu")), Known("attention_type", (None, "default"))),
     words=(("sequence", 300),),
     patches=("squeeze", "attention_mask"),

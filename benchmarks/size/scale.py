@@ -43,9 +43,8 @@ RATIOS = (0.1, 0.3, 0.5, 0.7)
 CONDITIONAL = ("sd15", "sd21", "sdxl-base")
 DEVICE = "cpu"  # another for the suite of a GPU
 HALF = dict.fromkeys(("sdxl-base", "sd3-medium"), torch.bfloat16)  # as people deploy them; float32 elsewhere
-CALIBRATED_AT = {
-    "sd3-medium": (64, 6)
-}  # side of the latents, blocks_at_once; elsewhere as the config says, all at once
+# The side of the latents and blocks_at_once; of others as the config says, and all at once.
+CALIBRATED_AT = {"sd3-medium": (64, 6)}
 SMALL = 32  # latents' side for the forwards that check a result
 IMAGES = 8  # synthetic latents of compensation and sensitivity
 PROBES = 2  # backward passes of each

@@ -78,7 +78,7 @@ def measure_sensitivity(
     run = Run(model, adapter, groups, noisy, batch_size, seed, processes, blocks)
     if checkpoint is not None:
         facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, probes, batch_size, seed]
-        facts += sorted(blocks.blocks)
+        facts += sorted(run.sums)
         run.resume(Path(checkpoint), facts, checkpoint_seconds)
     with frozen(model), progress_bar(progress and processes.is_first) as bar:
         run.means()

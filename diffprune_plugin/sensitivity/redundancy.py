@@ -67,10 +67,10 @@ class Block:
     swept: Floats
 
     def costs(self, gone: npt.NDArray[np.bool_]) -> Floats:
-        """What each channel would add now: its own, and what those that went lose with it."""
+        """What each channel that is left would add now: its own, and what those that went lose with it."""
         went = gone[self.units]
         own = self.alone + self.alone[went] @ np.square(self.swept[went])
-        return np.where(went, np.inf, own / np.maximum(np.diag(self.swept), 1e-12))
+        return np.asarray(own / np.maximum(np.diag(self.swept), 1e-12))
 
     def left(self, gone: npt.NDArray[np.bool_]) -> float:
         """The error with these units gone."""

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.reading import read_json
 
-Scores = npt.NDArray[np.float64]
 LATER = ("blocks", "alone")  # what older files do not have
 
 

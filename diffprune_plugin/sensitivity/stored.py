@@ -66,40 +66,25 @@ def sensitivity_for(
     """
     if not processes.on_all(lambda: wants_sensitivity(config, scheduler, scoring)):
         return None
-    given = config, model, scheduler, samples, processes
-    found = read_or_measured(*given, store=store, progress_in=progress_in, progress=progress)
-    return found if compensating or found is None else found.unrefitted()
-
-
-def read_or_measured(
-    config: PruningConfig,
-    model: nn.Module,
-    scheduler: Any,
-    samples: Callable[[], Samples],
-    processes: Processes,
-    *,
-    store: bool,
-    progress_in: Path,
-    progress: bool,
-) -> Sensitivity | None:
-    """The sensitivity that is stored where the config says, of which only the first process has it; else a new one."""
     file = Path(config.sensitivity) if config.sensitivity else None
+    found: Sensitivity | None
     if file is not None and processes.broadcast(file.exists()):
-        return processes.on_first(lambda: stored_sensitivity(file, config, model, scheduler, samples))
-    found = measure_sensitivity(
-        model,
-        scheduler,
-        processes.on_all(samples),
-        samples=config.sensitivity_samples,
-        probes=config.sensitivity_probes,
-        batch_size=min(config.batch_size, config.sensitivity_samples),
-        seed=config.seed,
-        checkpoint=progress_in if store else None,
-        progress=progress,
-    )
-    if file is not None and store:
-        processes.on_first(lambda: found.save(file))
-    return found
+        found = processes.on_first(lambda: stored_sensitivity(file, config, model, scheduler, samples))
+    else:
+        found = new = measure_sensitivity(
+            model,
+            scheduler,
+            processes.on_all(samples),
+            samples=config.sensitivity_samples,
+            probes=config.sensitivity_probes,
+            batch_size=min(config.batch_size, config.sensitivity_samples),
+            seed=config.seed,
+            checkpoint=progress_in if store else None,
+            progress=progress,
+        )
+        if file is not None and store:
+            processes.on_first(lambda: new.save(file))
+    return found if compensating or found is None else found.unrefitted()
 
 
 def stored_sensitivity(
