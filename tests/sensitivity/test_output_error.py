@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.sensitivity import linear
 from diffprune_plugin.sensitivity.blocks import Branches
 from diffprune_plugin.sensitivity.linear import Noisy, Run, measure_sensitivity
+from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.workflow import prune
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=20)
 COUNT, PROBES = 2, 2
@@ -130,8 +133,6 @@ def test_without_a_sensitivity_or_with_that_of_another_model_it_says_so(images: 
 def test_a_config_that_names_it_has_it_measured_once(
     dense_dir: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffprune_plugin.workflow import prune
-
     file = tmp_path / "sensitivity.json"
     values: dict[str, Any] = {"model": str(dense_dir), "data": str(npz), "output": str(tmp_path / "pruned")}
     values |= {"importance": "output_error", "macs_target": 0.6, "compensate": False, "sensitivity": str(file)}
@@ -144,3 +145,19 @@ def test_a_config_that_names_it_has_it_measured_once(
     assert prune(dp.PruningConfig.make(values), dry_run=True, overwrite=True, progress=False).plan == made
     with pytest.raises(BadInput, match="importance: it needs 'data'"):
         prune(dp.PruningConfig.make({**values, "data": None}), dry_run=True, overwrite=True)
+
+
+def test_what_is_not_compensated_is_spent_by_what_no_refit_mends_and_an_older_file_is_refused(
+    dense_dir: Path, npz: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "sensitivity.json"
+    values: dict[str, Any] = {"model": str(dense_dir), "data": str(npz), "output": str(tmp_path / "pruned")}
+    values |= {"importance": "output_error", "macs_target": 0.6, "compensate": False, "sensitivity": str(file)}
+    values |= {"sensitivity_samples": 2, "sensitivity_probes": 1, "allocation": "linear"}
+    plan = prune(dp.PruningConfig.make(values), progress=False).plan
+    found = Sensitivity.load(file)
+    assert plan.allocation is not None
+    assert plan.allocation.sensitivity == found.unrefitted().sha256 != found.sha256
+    replace(found, alone={}).save(file)
+    with pytest.raises(BadInput, match=r"sensitivity\.json: an older one, which knows of no refit; remove it"):
+        prune(dp.PruningConfig.make(values), dry_run=True, overwrite=True, progress=False)
