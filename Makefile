@@ -38,10 +38,12 @@ bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/bench.py readme --quick
 
-# The models that the further tables need and the package does not hold: an hour or more; needs npm.
+# The models that the further tables need and the package does not hold: two hours or more; needs npm.
 models: $(READY)
 	$(BIN)/python benchmarks/making/train_emoji.py
 	$(BIN)/python benchmarks/making/train_classifier.py emoji
+	$(BIN)/python benchmarks/making/train_transformer.py dit
+	$(BIN)/python benchmarks/making/train_transformer.py sd3
 
 # The further tables of docs/figures.md; interrupted, it goes on where it was.
 bench-more: $(READY) models

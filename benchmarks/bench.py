@@ -35,7 +35,7 @@ from quality import (
     thresholds,
     transformers,
 )
-from shared.subject import SUBJECTS
+from shared.subject import SUBJECTS, TRANSFORMERS
 from size import export_sd15, gpu, latency, pipeline_sd15, scale, targets, variants, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -113,6 +113,9 @@ def more() -> None:
     for model in SUBJECTS:
         thresholds.main(model)
         rivals.main(model)
+    for model in TRANSFORMERS:
+        transformers.main(model)
+        transformers.main(model, ways=transformers.SHORT, steps=200)
     terrain.main()
     onnx_pruned.main()
 

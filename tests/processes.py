@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ON_CPU = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -21,7 +23,9 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ON_CPU, capture_output=True, text=True, timeout=LIMIT, cwd=cwd)
 
 
-def two_processes(*words: object, cwd: tuple[Path, Path]) -> list[tuple[int, str, str]]:
+def two_processes(
+    *words: object, cwd: tuple[Path, Path], env: Mapping[str, str] = MappingProxyType({})
+) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of two processes that no launcher stops, each in a directory of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -29,7 +33,9 @@ def two_processes(*words: object, cwd: tuple[Path, Path]) -> list[tuple[int, str
     command = [sys.executable, *(str(word) for word in words)]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen(command, env={**ON_CPU, **group, "RANK": rank, "LOCAL_RANK": rank}, cwd=place, **options)
+        subprocess.Popen(
+            command, env={**ON_CPU, **env, **group, "RANK": rank, "LOCAL_RANK": rank}, cwd=place, **options
+        )
         for rank, place in zip("01", cwd, strict=True)
     ]
     try:

@@ -32,6 +32,8 @@ from torch import Generator, Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from shared.results import one_of
+
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
 from diffprune_plugin.diffusion.inputs import fitting
@@ -192,7 +194,7 @@ class Loss:
 
 
 def main(
-    name: Annotated[str, typer.Argument(help=" or ".join(KINDS))],
+    name: Annotated[str, typer.Argument(**one_of(KINDS))],
     output: Annotated[Path | None, typer.Option(help="where model/ and training.json go")] = None,
     steps: int = 3000,
     batch_size: int = 32,

@@ -1,7 +1,8 @@
 """What the fine-tune of `recover` makes of a budget spent by one ratio, by allocation, and of an adapter alone.
 
-    python benchmarks/bench.py finetuned                               # five seeds, three ways: hours
+    python benchmarks/bench.py finetuned                               # five seeds, four ways: hours
     python benchmarks/bench.py finetuned --ways linear --seeds 2
+    python benchmarks/bench.py finetuned --batch-size 32 --ways "uniform;linear"       # the dense model's batch
     python benchmarks/bench.py finetuned --quick                       # one seed, 30 steps, fewer images
 
 46 % of the embedded model's MACs, compensated, then 10 % of the dense model's steps with the dense model as teacher;
@@ -11,6 +12,7 @@ benchmarks/results/finetuned.json; interrupted, it goes on where it was, and oth
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ BUDGET = 0.46
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "linear": ("linear", {}),
+    "linear output_error": ("linear output_error", {}),
     "linear, lora": ("linear", {"lora": {"rank": 16}}),
 }
 COLUMNS = {"loss": 4, "ssim": 3, "distance": 1}
@@ -64,10 +67,12 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps, fewer images")] = False,
     seeds: int = 5,
     ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
+    batch_size: Annotated[int, typer.Option(help="of a step; the dense model was trained with 32")] = FULL.batch_size,
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
-    title, scale = ("finetuned_quick", QUICK) if quick else ("finetuned", FULL)
+    other = "" if batch_size == FULL.batch_size else f"_batch_{batch_size}"
+    title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", replace(FULL, batch_size=batch_size))
     seeds = 1 if quick else seeds
     store = Store(title, [MODEL, RECIPES, WAYS, BUDGET, str(scale)])
     jobs = {f"{way} {seed}": partial(measured, way, seed, scale) for seed in range(seeds) for way in ways.split(";")}

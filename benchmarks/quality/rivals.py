@@ -21,9 +21,9 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import HALF, Row, dense, measure, measure_dense
-from shared.results import RESULTS, Store, holm, mean, over, p_text, paired_p, publish, table
+from shared.results import RESULTS, Store, holm, mean, one_of, over, p_text, paired_p, publish, table
 from shared.rivals import WAYS
-from shared.subject import Look
+from shared.subject import SUBJECTS, Look
 
 import diffprune_plugin as dp
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -98,7 +98,7 @@ def picture(ratio: float, budget: Budget, path: Path) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="digits or emoji")] = "digits",
+    model: Annotated[str, typer.Option(**one_of(SUBJECTS))] = "digits",
     seeds: int = 5,
     ratios: Annotated[str, typer.Option(help="separated by commas")] = ",".join(map(str, RATIOS)),
     workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from shared.embedded import HALF, REGIONS
-from shared.results import RESULTS, holm, mean, p_text, paired_p, publish, table
+from shared.results import RESULTS, holm, mean, one_of, p_text, paired_p, publish, table
 from shared.subject import SUBJECTS, Look
 
 from diffprune_plugin.utils.files import new_file
@@ -91,7 +91,7 @@ def plot(cells: Cells, path: Path) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="digits or emoji")] = "digits",
+    model: Annotated[str, typer.Option(**one_of(SUBJECTS))] = "digits",
     seeds: int = 5,
     thresholds: Annotated[str, typer.Option(help="separated by commas; 0 and 0.05 among them")] = ALL,
     ratios: Annotated[str, typer.Option(help="separated by commas")] = ",".join(map(str, RATIOS)),

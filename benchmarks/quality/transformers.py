@@ -9,8 +9,8 @@ asked.
     python benchmarks/bench.py transformers --quick          # one seed, one budget, two ways, few images
 
 Everything is what `diffprune prune` does with `macs_target`. Results are kept in
-benchmarks/results/transformers_MODEL.json; interrupted, it goes on where it was, and other ways, seeds and budgets add
-to it.
+benchmarks/results/transformers_MODEL.json, of trained ones in transformers_MODEL_STEPS_steps.json; interrupted, it goes
+on where it was, and other ways, seeds and budgets add to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import Row, classifier, measure, measure_dense, tuned
-from shared.results import Store, mean, over, p_text, paired_p, publish, table
+from shared.results import Store, mean, one_of, over, p_text, paired_p, publish, table
 from shared.subject import TRANSFORMERS, Look, Subject
 
 import diffprune_plugin as dp
@@ -50,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "diff_taylor, one ratio": {**UNIFORM, "importance": "diff_taylor"},
     "output_error, one ratio": UNIFORM,
 }
+SHORT = "width;depth;both"
 LOOK = Look(held_out=250, repeats=2, count=40, steps=10)
 QUICK = Look(held_out=100, repeats=1, count=10, steps=5)
 COLUMNS = {"macs": 3, "params": 3, "loss": 4, "ssim": 3, "distance": 0}
@@ -100,7 +101,7 @@ def key_of(way: str, budget: float, seed: int, steps: int) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Option(help=" or ".join(TRANSFORMERS))] = "dit",
+    model: Annotated[str, typer.Option(**one_of(TRANSFORMERS))] = "dit",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget, width and depth, few images")] = False,
     seeds: int = 3,
     ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
@@ -110,7 +111,8 @@ def main(
 ) -> None:
     """Measure what is missing, then print the table."""
     of, (most, least) = TRANSFORMERS[model], BUDGETS[model]
-    title, look = (f"transformers_{model}_quick", QUICK) if quick else (f"transformers_{model}", LOOK)
+    name = f"transformers_{model}" + (f"_{steps}_steps" if steps else "")
+    title, look = (f"{name}_quick", QUICK) if quick else (name, LOOK)
     seeds, ways, budgets = (1, "width;depth", str(least)) if quick else (seeds, ways, budgets or f"{least},{most}")
     store, shares = Store(title, [str(of), str(look)]), [float(share) for share in budgets.split(",")]
     store.fill({"dense": partial(measure_dense, look, of)}, workers)
@@ -127,9 +129,9 @@ def text(store: Store, of: Subject, look: Look) -> list[str]:
     """The table of all that was measured so far."""
     keys = [key for key in store.values if key != "dense"]
     most = max(int(key.rpartition(" ")[2]) for key in keys) + 1
-    tried = sorted({int(key.split(" steps ")[0].rpartition(" ")[2]) for key in keys})
+    tried = {(float(words[1]), int(words[2])) for key in keys for words in [key.rsplit(" ", 5)]}
     dense, steps = store.values["dense"], of.steps
-    known = [(b, way, n) for n in tried for b in BUDGETS[of.name] for way in WAYS if key_of(way, b, 0, n) in keys]
+    known = [(b, way, n) for b, n in sorted(tried, reverse=True) for way in WAYS if key_of(way, b, 0, n) in keys]
     intro = (
         f"{over(most)}. {TOLD[of.name]} trained here for {steps} steps; channels ranked by output_error unless the "
         f"way names another, allocated, and refitted; {look.count} images of {look.steps} steps. p: paired t-test "

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import typer
 from scipy import stats
 
 from diffprune_plugin.utils.files import write_text
@@ -27,6 +28,17 @@ RUNS = ROOT / "runs"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")  # that show tables
 # Without these glibc hands large blocks back at once, and every tensor costs page faults: 15 % of a training step.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def one_of(names: Iterable[str]) -> dict[str, Any]:
+    """Of an option of typer: which words it takes, and that no other is taken."""
+
+    def checked(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"{value} is none of {', '.join(names)}")
+        return value
+
+    return {"help": " or ".join(names), "callback": checked}
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 
 from diffprune_plugin.config.finetuning import FinetuneConfig
@@ -34,6 +34,7 @@ from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.distillation import kept_features
 from diffprune_plugin.recovery.lora import check_kept
 from diffprune_plugin.recovery.plot import loss_plot
+from diffprune_plugin.recovery.sharded import whole
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
 from diffprune_plugin.utils.distributed import Processes, check_parallel
 from diffprune_plugin.utils.files import check_absent, check_apart, disk_errors, relative
@@ -105,9 +106,23 @@ def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool 
             tracker.finish()
     training.finish_()
     kept = training.low_rank.finish_(pipeline, denoiser_of(pipeline)[0]) if training.low_rank else {}
+    if accelerator.distributed_type == DistributedType.FSDP:
+        pipeline = put_together(config, training, processes)
     report = report_of(training, resumed)
     processes.on_first(lambda: finish(config, pipeline, {**kept, **provenance(config, report)}, overwrite))
     return report
+
+
+def put_together(config: FinetuneConfig, training: Training, processes: Processes) -> Any:
+    """The pipeline with the trained weights, on the first process, where each had a part of them."""
+    state = whole(training.model.state_dict(), processes.is_first)
+
+    def filled() -> Any:
+        pipeline = load_pipeline(Path(config.model))
+        model_of(pipeline).load_state_dict(state)
+        return pipeline
+
+    return processes.on_first(filled)
 
 
 def finish(config: FinetuneConfig, pipeline: Any, files: Mapping[str, str | bytes], overwrite: bool) -> None:
@@ -139,7 +154,12 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         )
     except ValueError as error:
         raise BadInput(f"mixed_precision: {config.mixed_precision}: {first_line(error)}") from None
-    check_parallel(accelerator)
+    check_parallel(accelerator, splitting=True)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if config.lora:
+            raise BadInput("lora: is not split over processes, having few gradients to hold; launch it without FSDP")
+        # Each process reads the file itself, and Accelerate's way to spare that fails on stored buffers.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     return accelerator
 
 
@@ -169,7 +189,8 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     if not isinstance(model, PrunedModelMixin):
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
     adapter = find_adapter(model)
-    model.to(accelerator.device)
+    if accelerator.distributed_type != DistributedType.FSDP:  # which takes the parts from where they lie
+        model.to(accelerator.device)
     data = encode(pipeline, config.data, config.resolution, whole=True)
     samples = fitting(data, model, adapter, pipeline.scheduler)
     settled_dropout(config.condition_dropout, samples, "fine-tune")

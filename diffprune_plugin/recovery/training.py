@@ -30,6 +30,7 @@ from diffprune_plugin.diffusion.loss import min_snr_weights, predicted, squared_
 from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.recovery.distillation import feature_error, watched
 from diffprune_plugin.recovery.lora import LowRank
+from diffprune_plugin.recovery.sharded import split_as, whole
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
@@ -106,9 +107,8 @@ class Training:
         self.model.train()
         # Walking the modules takes milliseconds, every time.
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.trained.values())
         self.plain_optimizer = torch.optim.AdamW(
-            self.parameters,
+            self.trained.values(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=self.accelerator.scaler is None or None,  # with fp16's scaler a skipped step would not be noticed
@@ -117,6 +117,9 @@ class Training:
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         self.rate = get_scheduler(name, self.plain_optimizer, num_warmup_steps=warmup, num_training_steps=config.steps)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.plain_optimizer)
+        # Where the model is split over the processes, parts have taken the place of its parameters.
+        self.trained = {name: p for name, p in self.model.named_parameters() if name in self.trained}
+        self.parameters = list(self.trained.values())
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
         self.terms = {name: weight for name, weight in config.weights().items() if weight}
         self.curve = {name: [] for name in ("loss", *self.terms, GRADIENT_NORM)}
@@ -228,18 +231,20 @@ class Training:
     def finish_(self) -> None:
         """The UNet with the moving average as its weights, in eval mode, and free of what training put around it."""
         self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
+        self.ema.foreach = False  # which copies no parts
         self.ema.copy_to(self.parameters)
         self.model.eval()
 
     def save(self) -> None:
         """Store the state, by the first process, in place of the last one."""
-        if not self.accelerator.is_main_process:
-            return
         slots = self.plain_optimizer.state_dict()["state"]
         tensors = {f"model.{name}": tensor for name, tensor in self.changed().items()}
         tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {f"optimizer.{i}.{key}": value for i, slot in slots.items() for key, value in slot.items()}
         tensors |= {f"curve.{name}": torch.tensor(v, dtype=torch.float64) for name, v in self.curve.items()}
+        tensors = whole(tensors, self.accelerator.is_main_process)
+        if not self.accelerator.is_main_process:
+            return
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -268,15 +273,15 @@ class Training:
     def restore(self, of: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = {name: of["curve"][name].tolist() for name in self.curve}
-        unchanged = self.model.state_dict() if self.low_rank else {}
-        self.model.load_state_dict({**unchanged, **of["model"]})
+        now = self.model.state_dict()
+        self.model.load_state_dict({**now, **{name: split_as(v, now[name]) for name, v in of["model"].items()}})
         self.ema.optimization_step = state["ema"]
         for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(of["ema"][str(i)])
+            shadow.copy_(split_as(of["ema"][str(i)], shadow))
         slots: dict[int, dict[str, Tensor]] = {}
         for name, tensor in of.get("optimizer", {}).items():  # none if fp16 has skipped every step so far
             number, _, key = name.partition(".")
-            slots.setdefault(int(number), {})[key] = tensor
+            slots.setdefault(int(number), {})[key] = split_as(tensor, self.parameters[int(number)])
         self.rate.load_state_dict(state["rate"])
         groups = self.plain_optimizer.state_dict()["param_groups"]
         for group, rate in zip(groups, self.rate.get_last_lr(), strict=True):

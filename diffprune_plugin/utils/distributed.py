@@ -22,12 +22,18 @@ KINDS: dict[int, type[DiffPruneError]] = {kind.exit_code: kind for kind in (Chec
 TOLD = 4096  # bytes of an error that the other processes are told
 
 
-def check_parallel(accelerator: Any) -> None:
-    """Raises BadInput for ways of Accelerate that leave a process with a part of the model."""
-    if accelerator.distributed_type not in {DistributedType[name] for name in PARALLEL}:
-        raise BadInput(
-            f"accelerate: {accelerator.distributed_type.value} splits the model; use multi-GPU (accelerate config)"
-        )
+def check_parallel(accelerator: Any, splitting: bool = False) -> None:
+    """Raises BadInput for ways of Accelerate that leave a process with a part of the model.
+
+    splitting: whether torch's FSDP 2 is one of those that will do.
+    """
+    kind = accelerator.distributed_type
+    if splitting and kind == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise BadInput("accelerate: FSDP 1 flattens the weights; set fsdp_version: 2 (accelerate config)")
+    elif kind not in {DistributedType[name] for name in PARALLEL}:
+        remedy = "use multi-GPU or FSDP 2" if splitting else "use multi-GPU"
+        raise BadInput(f"accelerate: {kind.value} splits the model; {remedy} (accelerate config)")
 
 
 def place() -> tuple[int, int]:
