@@ -35,12 +35,28 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """Modules of the class ``owner`` that add to what goes through them, the argument ``stream``, where ``keeps`` says
+    that its shape stays: any may go, and what goes in comes out. No config says which. ``wrapped``: in a tuple.
+    """
+
+    owner: str
+    stream: str
+    keeps: Callable[[Any], bool]
+    wrapped: bool = False
+
+
+@dataclass(frozen=True)
 class Shallower:
-    """A smaller config of the same class, and where each of its weights lies in the dense model."""
+    """A smaller config of the same class, and where each of its weights lies in the dense model.
+
+    ``skipped``: the blocks, by their names, that go without a config that says so.
+    """
 
     changes: Mapping[str, Any]
     dense_name: Callable[[str], str]
     gone: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,25 @@ class DepthPlan:
 
     name: str
     of: Callable[[Config], Shallower]
+
+
+def adds_to_itself(resnet: Any) -> bool:
+    """Whether a resnet returns its input, of the same shape, and something more."""
+    sampled = resnet.upsample is not None or resnet.downsample is not None
+    return resnet.conv_shortcut is None and not sampled and resnet.output_scale_factor == 1
+
+
+RESIDUALS = (
+    Residual("ResnetBlock2D", "input_tensor", adds_to_itself),
+    Residual("Attention", "hidden_states", lambda it: it.residual_connection and it.rescale_output_factor == 1),
+    Residual(
+        "Transformer2DModel",
+        "hidden_states",
+        lambda it: it.is_input_continuous and len(it.transformer_blocks) == 1,
+        wrapped=True,
+    ),
+    Residual("BasicTransformerBlock", "hidden_states", lambda _: True),
+)
 
 
 def bk_sdm(stages: int, middle: bool) -> Callable[[Config], Shallower]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffprune_plugin.adapters.depth import Blocks, DepthPlan
+from diffprune_plugin.adapters.depth import Blocks, DepthPlan, Residual
 from diffprune_plugin.adapters.heads import AttentionFacts, attribute_at, below, modules_of
 from diffprune_plugin.adapters.ports import (
     Config,
@@ -44,7 +44,7 @@ class ModelAdapter(AttentionFacts):
         any size are taken. timesteps: taken.
     words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
     real_timesteps: whether those between whole ones are taken too.
-    blocks, depths: lists of blocks of which any may go, and published plans that take some.
+    blocks, residuals, depths: lists of blocks of which any may go, modules that may, published plans that take some.
     packing: of latents into tokens, where the pipeline does it.
     objective: what it was trained for, a key of `diffusion.loss.OBJECTIVES`; model_time: what its timesteps are times
         those of the scheduler.
@@ -64,6 +64,7 @@ class ModelAdapter(AttentionFacts):
     refused: tuple[Refused, ...] = ()
     words: tuple[tuple[str, int | Callable[[Mapping[str, int]], int]], ...] = ()
     blocks: tuple[Blocks, ...] = ()
+    residuals: tuple[Residual, ...] = ()
     depths: tuple[DepthPlan, ...] = ()
     processors: tuple[str, ...] = ("AttnProcessor2_0", "AttnProcessor")
     module: str = "diffusers"
@@ -262,6 +263,15 @@ class ModelAdapter(AttentionFacts):
             for name, owner in modules_of(model, row.owner)
             if row.when is None or getattr(owner, row.when[0]) == row.when[1]
         }
+
+    def residual_modules(self, model: nn.Module) -> dict[str, Residual]:
+        """The modules that may go without a config that says so, in the model's order; none inside another."""
+        rows, found = {row.owner: row for row in self.residuals}, dict[str, Residual]()
+        for name, module in model.named_modules():
+            row, inside = rows.get(type(module).__name__), any(name.startswith(f"{outer}.") for outer in found)
+            if row is not None and not inside and row.keeps(module):
+                found[name] = row
+        return found
 
     def check(self, model: nn.Module) -> None:
         """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA; and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffprune_plugin.adapters.depth import RESIDUALS
 from diffprune_plugin.adapters.ports import Config, Port, any_timestep, configured_size, is_one_of, is_set
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
@@ -74,6 +75,7 @@ UNET_2D = ModelAdapter(
     timesteps=timesteps,
     real_timesteps=lambda config: config.get("time_embedding_type") != "learned",
     narrower=narrower,
+    residuals=RESIDUALS,
     known=(
         Known("class_embed_type", (None, "timestep", "identity")),
         Known("mid_block_type", (None, "UNetMidBlock2D")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffprune_plugin.adapters.depth import BK_SDM
+from diffprune_plugin.adapters.depth import BK_SDM, RESIDUALS
 from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
@@ -96,6 +96,7 @@ UNET_2D_CONDITION = ModelAdapter(
         Port("time_ids", "batch 5", when=refiner, inside="added_cond_kwargs"),
     ),
     depths=BK_SDM,
+    residuals=RESIDUALS,
     outputs=(Port("out_sample", "batch {out_channels} height width"),),
     keep=(
         "conv_out",

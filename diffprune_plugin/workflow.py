@@ -81,7 +81,7 @@ class Job:
     """What a config names, read and checked; ``samples`` reads and encodes the data when it is first called.
 
     ``stated``: the config as it was given, ``config`` what it asks of ``model``, which may have lost blocks already:
-    ``gone`` are their names, ``blocks`` says why, where they were chosen, and ``refit`` what was done about it.
+    ``gone`` is what the plan says of them, ``blocks`` why, where they were chosen, ``refit`` what was done about it.
     ``cut``: the model beside the dense one, until it is refitted.
     """
 
@@ -93,7 +93,7 @@ class Job:
     cut: Cut | None
     compensating: bool
     samples: Callable[[], Samples]
-    gone: tuple[str, ...] = ()
+    gone: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     blocks: BlockChoice | None = None
     refit: CompensationReport | None = None
 
@@ -135,7 +135,7 @@ def prune_shared(
     plan = plan_of(job, made, sensitivity, processes, not dry_run, progress)
     if plan is None or made is None:
         return None
-    plan = plan.model_copy(update={"depth": job.gone, "blocks": job.blocks})
+    plan = plan.model_copy(update={**job.gone, "blocks": job.blocks})
     wished = job.config.with_wishes_of(made.criterion)
     errors = {} if sensitivity is None else predicted(made.items, wished, sensitivity)
     result = Pruned(job.loaded, plan, calibration, None, errors)
@@ -264,7 +264,7 @@ def refitted(job: Job, store: bool, progress: bool) -> Job:
     """The job with the layers around blocks that went refitted, where compensation is on."""
     if (cut := job.cut) is None:
         return job
-    job = replace(job, gone=cut.shallower.gone, cut=None)
+    job = replace(job, gone={"depth": cut.shallower.gone, "skipped": cut.shallower.skipped}, cut=None)
     if not job.compensating:
         return job
     loaded, model = with_model(job.loaded, job.model, copy.deepcopy(job.model))  # its weights are the dense model's
@@ -334,7 +334,7 @@ def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> Comp
     """
     config, loaded, model = job.config, job.loaded, job.model
     dense = copy.deepcopy(model) if job.compensating and plan.layers else None
-    if plan.layers or not plan.depth:
+    if plan.layers or plan.skipped or not plan.depth:
         remove_(model, plan)
     compensation = (
         None if dense is None else compensate(model, dense, plan, loaded.scheduler, job.samples(), config, progress)

@@ -99,15 +99,15 @@ def only(menu: Menu, count: int) -> Menu:
 
 
 def choose_blocks(
-    material: Material, lists: Mapping[str, int], options: PlanOptions, errors: BlockErrors
+    material: Material, lists: Sequence[tuple[Sequence[str], int]], options: PlanOptions, errors: BlockErrors
 ) -> BlockChoice:
     """The blocks that go so that the target of the options is met with the least error, widths given their part.
 
-    lists: how many blocks each list has. Of one no more go than the share for which the errors hold.
+    lists: of each the blocks that may go, and how many it has; no more go than the share for which the errors hold.
 
     Raises BadInput for a target that is below what is left when all goes that may.
     """
-    names = [name for path, count in lists.items() for name in offered(path, count, errors)]
+    names = [name for mine, count in lists for name in offered(mine, count, errors)]
     groups, costs = [item.group for item in material.items], material.costs
     menus = [menu for menu, _ in menus_of(material.items, options, errors)]
     size_of = SizeOf([*groups, *(as_group(name, costs) for name in names)], costs)
@@ -132,9 +132,8 @@ def choose_blocks(
     )
 
 
-def offered(path: str, count: int, errors: BlockErrors) -> list[str]:
-    """The blocks of a list that may go: those of the least error, as many as may go together, in the list's order."""
-    mine = [name for name in errors.blocks if name.rpartition(".")[0] == path]
+def offered(mine: Sequence[str], count: int, errors: BlockErrors) -> list[str]:
+    """Those of a list's blocks that are offered: those of the least error, as many as may go, in the list's order."""
     least = sorted(mine, key=errors.blocks.__getitem__)[: int(errors.most * count)]
     return [name for name in mine if name in least]
 

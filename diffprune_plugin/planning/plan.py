@@ -121,7 +121,7 @@ class PruningPlan(Frozen):
     and ``macs`` are those of the whole UNet before and after, for one sample. ``target`` is the ``macs_target``,
     ``params_target`` or ``latency_target`` that was to be met; ``heads`` the number of heads before and after of each
     attention that loses whole ones; ``depth`` the blocks that went before, without which the model is the dense one of
-    this plan, and ``blocks`` why, where they were chosen.
+    this plan, ``skipped`` those of them that its config still has, and ``blocks`` why, where they were chosen.
     """
 
     format: Literal[1] = 1
@@ -133,6 +133,7 @@ class PruningPlan(Frozen):
     allocation: Allocation | None = None
     latency: Latency | None = None
     depth: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     blocks: BlockChoice | None = None
     groups: tuple[GroupPlan, ...]
     heads: dict[str, tuple[int, int]] = {}
@@ -144,7 +145,7 @@ class PruningPlan(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the decisions: the same plan made twice, or with other library versions, has the same."""
-        later = ("allocation", "latency", "depth", "blocks")
+        later = ("allocation", "latency", "depth", "skipped", "blocks")
         absent = {key for key in later if not getattr(self, key)}  # not in older plans
         content = self.model_dump(mode="json", exclude={"versions", *absent})
         if self.allocation and not self.allocation.measured:

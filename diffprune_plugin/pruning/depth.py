@@ -17,6 +17,9 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.patterns import matching
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
+from diffprune_plugin.pruning.skipped import skip_
+
+SHOWN = 3  # of the blocks that may go, in an error
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def cut_out(model: nn.Module, blocks: str | Sequence[str], *, adapter: ModelAdap
 
     ``blocks``: the name of a published plan (bk-sdm-base, -small, -tiny), or patterns of the blocks that go. Blocks
     keep the shape of what goes through them, so that those on both sides of a gap fit each other; Stable Diffusion 3's
-    last block is made of one that was not the last, with the same output.
+    last block is made of one that was not the last, with the same output. A UNet's resnets, attentions and transformer
+    blocks that add to their input go without a config that says so (`skipped`).
 
     Raises BadInput for a plan that the class or its config does not have, patterns that match no block, or a list
     of which none is left.
@@ -55,12 +59,14 @@ def cut_out(model: nn.Module, blocks: str | Sequence[str], *, adapter: ModelAdap
         raise BadInput("depth: the model is pruned already; start from the dense one")
     patterns = (blocks,) if isinstance(blocks, str) else tuple(blocks)
     plan = next((plan for plan in adapter.depths if (plan.name,) == patterns), None)
-    shallower = named_plan(plan, model) if plan else by_number(patterns, model, adapter)
+    chosen = by_number if adapter.blocks else by_name
+    shallower = named_plan(plan, model) if plan else chosen(patterns, model, adapter)
     cls: Any = type(model)
     # Without the list of values that were not given, which from_config would reset.
     config = {key: value for key, value in dict(config_of(model)).items() if not key.startswith("_")}
     with init_empty_weights():
         smaller = cls.from_config({**config, **shallower.changes})
+    skip_(smaller, shallower.skipped, adapter)
     dense, left = dict(model.state_dict()), smaller.state_dict()
     for row in adapter.blocks:
         if row.mend is not None:
@@ -80,13 +86,25 @@ def named_plan(plan: DepthPlan, model: nn.Module) -> Shallower:
         raise BadInput.of("depth", plan.name, f"does not fit: {error}; it is for Stable Diffusion 1 and 2") from None
 
 
+def by_name(patterns: Sequence[str], model: nn.Module, adapter: ModelAdapter) -> Shallower:
+    """The same config, and the blocks to skip."""
+    names = dict.fromkeys(adapter.residual_modules(model), ())
+    known = ", ".join(plan.name for plan in adapter.depths) or "none"
+    gone = []
+    for pattern in patterns:
+        try:
+            gone += matching(pattern, names, "depth")
+        except BadInput as error:
+            such = f"; blocks that may go: {', '.join(list(names)[:SHOWN])} ..." if names else ""
+            raise BadInput(f"{error}, and is no plan for a {adapter.model_class} (plans: {known}){such}") from None
+    gone = [name for name in names if name in gone]
+    return Shallower({}, lambda name: name, tuple(gone), tuple(gone))
+
+
 def by_number(patterns: Sequence[str], model: nn.Module, adapter: ModelAdapter) -> Shallower:
     """The smaller config of a model without the blocks that the patterns match."""
     config, changes, gone = config_of(model), dict[str, Any](), list[str]()
     names = {f"{row.path}.{i}": () for row in adapter.blocks for i in range(len(model.get_submodule(row.path)))}  # type: ignore[arg-type]
-    if not names:
-        known = ", ".join(plan.name for plan in adapter.depths) or "none"
-        raise BadInput.of("depth", patterns[0], f"is no plan for a {adapter.model_class}, whose plans are: {known}")
     chosen = {name for pattern in patterns for name in matching(pattern, names, "depth")}
     kept: dict[str, list[int]] = {}
     for row in adapter.blocks:

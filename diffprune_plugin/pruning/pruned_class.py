@@ -32,6 +32,7 @@ from diffprune_plugin.pruning.directory import (
     to_json,
     without_paths,
 )
+from diffprune_plugin.pruning.skipped import skip_, skipped_in
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
 PLAN_KEY = "_pruning_plan"  # of a pruned model's config
@@ -62,6 +63,8 @@ class PrunedModelMixin:
         model.save_config(str(directory))
         self.pruning_plan.write(directory / PLAN_FILE)
         facts = {"plan": self.pruning_plan.sha256, PLAN_IN_WEIGHTS: self.pruning_plan.as_json()}
+        wrapped = {name: self.get_submodule(name).wrapped for name in self.pruning_plan.skipped}  # type: ignore[attr-defined]
+        facts |= {"skipped": json.dumps(wrapped)} if wrapped else {}
         facts["heads"] = json.dumps({name: left for name, (_, left) in self.pruning_plan.heads.items()})
         if base_of(type(model)).__module__.startswith("diffusers."):  # what it builds without this package
             (directory / LOADER_FILE).write_bytes(loader_bytes())
@@ -94,8 +97,9 @@ class PrunedModelMixin:
         base = base_of(cls)
         model, unused = base.from_config(config, return_unused_kwargs=True, **kwargs)
         check_architecture(model, plan, where)
-        resize_(model, plan)
         adapter = find_adapter(model)
+        skip_(model, plan.skipped, adapter)
+        resize_(model, plan)
         adapter.set_heads_(model, plan.heads)
         adapter.mend_(model)
         with_plan_(model, plan)
@@ -197,6 +201,11 @@ def check_loadable(model: Any) -> None:
         )
     if isinstance(model, PrunedModelMixin) and not hasattr(model, "pruning_plan"):
         raise BadInput(f"a {type(model).__name__} without a plan has the dense sizes; use from_pretrained or remove_")
+    known_of = model.pruning_plan.skipped if isinstance(model, PrunedModelMixin) else ()
+    if unknown := sorted(skipped_in(model) - set(known_of)):
+        raise BadInput(
+            f"{', '.join(unknown)}: gone, but no plan says so, and it could not be loaded again; use remove_"
+        )
 
 
 def check_architecture(model: nn.Module, plan: PruningPlan, where: str) -> None:

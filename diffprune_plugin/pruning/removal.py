@@ -20,6 +20,7 @@ from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.masked_layers import stock_
 from diffprune_plugin.pruning.pruned_class import as_pruned_, check_architecture
+from diffprune_plugin.pruning.skipped import skipped_in, skipping
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def remove_(model: nn.Module, plan: PruningPlan, *, adapter: ModelAdapter | None
     check_hooks(model)
     check_architecture(model, plan, type(model).__name__)
     stock_(model)
-    gone = channels_to_go(model, plan, adapter)
-    check_trial(model, gone, plan, adapter)
+    with skipping(model, plan.skipped, adapter):
+        gone = channels_to_go(model, plan, adapter)
+        check_trial(model, gone, plan, adapter)
     shrink_(model, gone, plan.heads, adapter)
     as_pruned_(model, plan)
     return RemovalReport(len(plan.layers), plan.params, plan.macs, tuple(plan.shortfalls()))
@@ -82,6 +84,8 @@ def shrink_(model: nn.Module, gone: ChannelsToGo, heads: Mapping[str, tuple[int,
 def channels_to_go(model: nn.Module, plan: PruningPlan, adapter: ModelAdapter) -> ChannelsToGo:
     """For each side of each layer that shrinks, the channels that go; raises BadInput for another UNet's plan."""
     check_architecture(model, plan, type(model).__name__)
+    if blocks := sorted(set(plan.skipped) - skipped_in(model)):
+        raise BadInput(f"the plan takes whole blocks too ({', '.join(blocks)}), which are there yet; use remove_")
     groups = trace_groups(model, adapter)
     check_groups(groups, plan)
     return removed_channels(groups, plan.removed_units())

@@ -48,12 +48,25 @@ class Pruned:
         tensors, facts = read(folder / WEIGHTS)
         with torch.random.fork_rng(devices=[]):  # the dense model's first weights are drawn, and replaced
             model = cls.from_config(json.loads((folder / "config.json").read_text()))
+        for name, wrapped in json.loads(facts.get("skipped", "{}")).items():
+            model.set_submodule(name, Skip(wrapped))
         resize(model, tensors, json.loads(facts["heads"]))
         device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map or "cpu"
         return nn.Module.to(model, device, dtype or torch_dtype or torch.float32).eval()
 
     def save_pretrained(self, *_, **__):
         raise ValueError(f"{type(self).__name__} was loaded without {PACKAGE}; install that to save it")
+
+
+class Skip(nn.Module):
+    """In the place of a block that is gone: what goes in comes out, in a tuple where the block returned one."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, stream, *_, **__):
+        return (stream,) if self.wrapped else stream
 
 
 def read(path):

@@ -20,7 +20,7 @@ def stock_twin(model: Any) -> Any:
     """A model of diffusers' own class, with a smaller config, that holds a pruned model's tensors; None where no such
     config says the sizes of all of its layers, or it computes anything else, by a bit."""
     adapter, base = find_adapter(model), base_of(type(model))
-    if adapter.narrower is None or not base.__module__.startswith("diffusers."):
+    if adapter.narrower is None or model.pruning_plan.skipped or not base.__module__.startswith("diffusers."):
         return None
     config = {key: value for key, value in dict(config_of(model)).items() if not key.startswith("_")}
     training, inputs = model.training, adapter.trace_inputs(model)

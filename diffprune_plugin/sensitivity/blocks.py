@@ -39,7 +39,21 @@ def removable(model: nn.Module, adapter: ModelAdapter) -> dict[str, tuple[str, .
                 )
             if place or not row.first_is_read:
                 found[f"{row.path}.{name}"] = row.stream
-    return found
+    return found | {name: (row.stream,) for name, row in adapter.residual_modules(model).items()}
+
+
+def lists_of(model: nn.Module, adapter: ModelAdapter) -> list[tuple[list[str], int]]:
+    """The blocks that may go by the list, or the class, that they are of, and how many that has."""
+    names, rows = list(removable(model, adapter)), adapter.residual_modules(model)
+    lists = [
+        (
+            [name for name in names if name.rpartition(".")[0] == row.path],
+            len(list(model.get_submodule(row.path).children())),
+        )
+        for row in adapter.blocks
+    ]
+    of = {row.owner: [name for name, its in rows.items() if its is row] for row in adapter.residuals}
+    return [*lists, *((mine, len(mine)) for mine in of.values() if mine)]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from diffprune_plugin.planning.plan import TARGETS, BlockChoice
 from diffprune_plugin.planning.planner import material_of
 from diffprune_plugin.planning.target import total
 from diffprune_plugin.plugins import find_adapter, importance
-from diffprune_plugin.sensitivity.blocks import removable
+from diffprune_plugin.sensitivity.blocks import lists_of, removable
 from diffprune_plugin.sensitivity.stored import sensitivity_for
 from diffprune_plugin.utils.distributed import Processes
 
@@ -31,7 +31,7 @@ def check_choosable(config: PruningConfig, model: nn.Module, adapter: ModelAdapt
     if not removable(model, adapter):
         plans = ", ".join(plan.name for plan in adapter.depths)
         remedy = f"name a plan: {plans}" if plans else "drop it"
-        raise BadInput(f"depth: auto chooses among a transformer's blocks, a {adapter.model_class} has none; {remedy}")
+        raise BadInput(f"depth: auto chooses among blocks, a {adapter.model_class} has none that may go; {remedy}")
     if config.data is None or scheduler is None:
         raise BadInput("depth: auto needs 'data' and a pipeline directory as 'model'; add them or name the blocks")
 
@@ -58,8 +58,7 @@ def chosen_blocks(
     if found.blocks.keys() != removable(model, adapter).keys():
         raise BadInput(f"{config.sensitivity}: was measured without the blocks; remove it or name another file")
     material = material_of(config, model, importance("output_error", sensitivity=found), adapter, samples().extra)
-    lists = {row.path: len(list(model.get_submodule(row.path).children())) for row in adapter.blocks}
-    return choose_blocks(material, lists, config.with_wishes_of(criterion), found)
+    return choose_blocks(material, lists_of(model, adapter), config.with_wishes_of(criterion), found)
 
 
 def left_for_widths(

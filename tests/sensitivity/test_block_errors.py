@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.report import plan_text
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.sensitivity.depth import check_choosable
 from diffprune_plugin.sensitivity.linear import Noisy, measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.workflow import frontier_of, prune
@@ -146,11 +148,14 @@ def test_what_does_not_go_with_it_is_refused_by_key(values: Any, changes: dict[s
 
 
 def test_where_there_is_nothing_to_choose_or_to_choose_by_it_is_refused(
-    values: dict[str, Any], dense_dir: Path, tmp_path: Path
+    values: dict[str, Any], tmp_path: Path
 ) -> None:
     given = {**values, "output": str(tmp_path / "out"), "macs_target": 0.5}
+    toy = make("DiT")
+    none = replace(find_adapter(toy), model_class="Toy", blocks=())
+    with pytest.raises(BadInput, match="depth: auto chooses among blocks, a Toy has none that may go; drop it"):
+        check_choosable(PruningConfig(**given), toy, none, DDIMScheduler())
     for changes, words in (
-        ({"model": str(dense_dir)}, "depth: auto chooses among a transformer's blocks, a UNet2DModel has none"),
         ({"data": None}, "depth: auto needs 'data'"),
         ({"macs_target": 0.01}, r"macs_target: 0.01 cannot be reached: macs: 0.010 of .* is below 0\.\d+"),
     ):
