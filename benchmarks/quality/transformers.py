@@ -28,7 +28,8 @@ from shared.results import Store, mean, one_of, over, p_text, paired_p, publish,
 from shared.subject import TRANSFORMERS, Look, Subject
 
 import diffprune_plugin as dp
-from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.pruning.loading import load_pipeline, model_of
+from diffprune_plugin.utils.tensors import weights_hash
 from diffprune_plugin.workflow import prune
 from quality.recover import RECIPES, TAUGHT
 
@@ -80,7 +81,8 @@ def measured(way: str, budget: float, seed: int, steps: int, look: Look, of: Sub
     output, row = made(way, budget, seed, of)
     if steps:
         settings = {**RECIPES[TAUGHT], "teacher": str(of.model)}
-        output = tuned(f"{output.name}-{steps}", output, seed, of, steps=steps, batch_size=32, **settings)
+        same = weights_hash(model_of(load_pipeline(output)))[:12]  # where no block goes, "both" is "width"
+        output = tuned(f"{same}-{seed}-{steps}", output, seed, of, steps=steps, batch_size=32, **settings)
     return {**row, **measure(load_pipeline(output), look, of)}
 
 
@@ -120,8 +122,12 @@ def main(
         places = list(itertools.product(shares, ways.split(";")))
         jobs = {key_of(way, b, seed, steps): partial(measured, way, b, seed, steps, look, of) for b, way in places}
         first = next(iter(jobs))
-        store.fill({first: jobs[first]}, workers)
-        store.fill(jobs, workers)
+        for keys in (
+            [first],
+            [key for key in jobs if not key.startswith("both")],
+            jobs,
+        ):  # none trains what another does
+            store.fill({key: jobs[key] for key in keys}, workers)
     publish(title, text(store, of, look))
 
 
