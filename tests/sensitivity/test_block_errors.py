@@ -147,9 +147,7 @@ def test_what_does_not_go_with_it_is_refused_by_key(values: Any, changes: dict[s
         PruningConfig.make({**values, **changes})
 
 
-def test_where_there_is_nothing_to_choose_or_to_choose_by_it_is_refused(
-    values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_where_there_is_nothing_to_choose_or_to_choose_by_it_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     given = {**values, "output": str(tmp_path / "out"), "macs_target": 0.5}
     toy = make("DiT")
     none = replace(find_adapter(toy), model_class="Toy", blocks=())
