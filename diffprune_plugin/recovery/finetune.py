@@ -25,6 +25,7 @@ from diffprune_plugin.diffusion.batches import settled_dropout
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
@@ -186,7 +187,8 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     pipeline = load_pipeline(Path(config.model))
     check_kept(config.lora, pipeline, denoiser_of(pipeline)[0])
     model = model_of(pipeline)
-    if not isinstance(model, PrunedModelMixin):
+    by_blocks = (Path(config.model) / CONFIG_FILE).is_file()  # blocks alone went, and what is left is a dense model
+    if not isinstance(model, PrunedModelMixin) and not by_blocks:
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
     adapter = find_adapter(model)
     if accelerator.distributed_type != DistributedType.FSDP:  # which takes the parts from where they lie
@@ -207,10 +209,24 @@ def teacher_of(config: FinetuneConfig, model: Any, accelerator: Accelerator) -> 
     if not weights["output"] and not weights["features"]:
         return None
     dense: nn.Module = load(directory)
-    check_architecture(dense, model.pruning_plan, f"teacher: {directory}")
+    plan: PruningPlan | None = getattr(model, "pruning_plan", None)
+    if plan is None or set(plan.depth) - set(plan.skipped):
+        check_same_samples(dense, model, f"teacher: {directory}")
+        if weights["features"]:
+            raise BadInput("feature_weight: whole blocks are gone, and the others have new numbers; leave it out")
+    else:
+        check_architecture(dense, plan, f"teacher: {directory}")
     dense.to(accelerator.device).requires_grad_(False)
-    adapter = find_adapter(dense)
-    return Teacher(dense, kept_features(model, dense, model.pruning_plan, adapter) if weights["features"] else {})
+    kept = kept_features(model, dense, plan, find_adapter(dense)) if plan and weights["features"] else {}
+    return Teacher(dense, kept)
+
+
+def check_same_samples(dense: nn.Module, model: nn.Module, where: str) -> None:
+    """Raises BadInput unless a dense model is of another's class, and takes and gives the same."""
+    adapter, other = find_adapter(dense), find_adapter(model)
+    same = adapter.model_class == other.model_class and adapter.shapes(dense) == other.shapes(model)
+    if isinstance(dense, PrunedModelMixin) or not same or adapter.channels(dense) != other.channels(model):
+        raise BadInput(f"{where} is not the dense model that blocks were taken from; give its directory")
 
 
 def fingerprint(
