@@ -30,7 +30,7 @@ from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.latency.run import check_runtime, check_size, meet_latency, timed_on
 from diffprune_plugin.planning.allocated import LatencyCosts, predicted
 from diffprune_plugin.planning.options import PlanOptions
-from diffprune_plugin.planning.plan import BlockChoice, PruningPlan
+from diffprune_plugin.planning.plan import PLAN_FILE, BlockChoice, PruningPlan
 from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
 from diffprune_plugin.planning.plot import plot_widths
 from diffprune_plugin.planning.presets import filled_in
@@ -332,16 +332,16 @@ def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> Comp
 
     Where nothing but blocks goes, what is left is saved as the dense model that it is.
     """
-    config, loaded, model = job.config, job.loaded, job.model
+    config, loaded, model, stock = job.config, job.loaded, job.model, plan.depth and not (plan.layers or plan.skipped)
     dense = copy.deepcopy(model) if job.compensating and plan.layers else None
-    if plan.layers or plan.skipped or not plan.depth:
+    if not stock:
         remove_(model, plan)
     compensation = (
         None if dense is None else compensate(model, dense, plan, loaded.scheduler, job.samples(), config, progress)
     )
     compensation = joined(job.refit, compensation)
     stored = {key: relative(value) for key, value in job.stated.model_dump(mode="json").items()}
-    extra = {CONFIG_FILE: yaml.safe_dump(stored, sort_keys=False)}
+    extra = {CONFIG_FILE: yaml.safe_dump(stored, sort_keys=False)} | ({PLAN_FILE: plan.as_json(1)} if stock else {})
     if compensation is not None:
         extra[COMPENSATION_FILE] = json.dumps(compensation.as_dict(), indent=1) + "\n"
     save(loaded, Path(config.output), overwrite=overwrite, extra=extra)

@@ -136,33 +136,39 @@ def lines(directory: Path, proofs: dict[str, Any]) -> Iterator[str]:
 
 
 def plan_below(directory: Path) -> PruningPlan | None:
-    """The plan of the pruned component in a pipeline directory; None for a dense one."""
-    found = next((path for path in sorted(directory.glob(f"*/{PLAN_FILE}"))), None)
-    return PruningPlan.read(found) if found else None
+    """The plan of the pruned component in a pipeline directory, beside it where blocks alone went; None for a dense
+    one."""
+    found = [path for path in (directory / PLAN_FILE, *sorted(directory.glob(f"*/{PLAN_FILE}"))) if path.is_file()]
+    return PruningPlan.read(found[0]) if found else None
 
 
 def plan_lines(plan: PruningPlan) -> Iterator[str]:
     asked = ", ".join(f"{key} {value:g}" for key, value in plan.target.items()) or f"ratio {plan.pruning_ratio:g}"
     name = plan.criterion.get("name", "")
     options = ", ".join(f"{key} {value}" for key, value in plan.criterion.items() if key != "name" and plain(value))
-    yield from (
-        f"Its {plan.model_class} was made smaller with diffprune-plugin: channels are gone, none are zeros.",
-        "",
-    )
+    gone = ["channels are gone, none are zeros"] if plan.layers else []
+    gone += [f"whole blocks are gone ({len(plan.depth)})"] if plan.depth else []
+    yield from (f"Its {plan.model_class} was made smaller with diffprune-plugin: {'; '.join(gone)}.", "")
+    whole = plan.blocks or plan.depth == ()
     rows = {
-        "": ("dense", "pruned", "left"),
+        "": ("dense" if whole else "dense, without those blocks", "pruned", "left"),
         "---": ("---", "---", "---"),
-        "parameters": (*map(quantity, plan.params), f"{plan.params[1] / plan.params[0]:.1%}"),
-        "MACs of a pass": (*map(quantity, plan.macs), f"{plan.macs[1] / plan.macs[0]:.1%}"),
+        "parameters": compared(plan.blocks.params if plan.blocks else plan.params[0], plan.params[1]),
+        "MACs of a pass": compared(plan.blocks.macs if plan.blocks else plan.macs[0], plan.macs[1]),
     }
     yield from (f"| {' | '.join((title, *cells))} |" for title, cells in rows.items())
     yield from ("", "| the plan | |", "| --- | --- |")
     facts = {"asked": asked, "criterion": name + (f" ({options})" if options else "")}
     facts |= {"layers changed": len(plan.layers), "coupled groups cut": sum(bool(g.removed) for g in plan.groups)}
     facts |= {"groups of them short of what was asked": len(plan.shortfalls())}
+    facts |= {"blocks gone": ", ".join(plan.depth)} if plan.depth else {}
     facts |= {"attentions that lost whole heads": len(plan.heads)} if plan.heads else {}
     yield from (f"| {key} | {value} |" for key, value in (facts | {"plan (SHA-256)": plan.sha256[:SHORT]}).items())
     yield ""
+
+
+def compared(before: int, after: int) -> tuple[str, str, str]:
+    return quantity(before), quantity(after), f"{after / before:.1%}"
 
 
 def plain(value: Any) -> bool:
@@ -199,7 +205,7 @@ def load_lines(directory: Path, pruned: bool) -> Iterator[str]:
     yield from ("```python", "from diffusers import DiffusionPipeline", "")
     if pruned and any(directory.glob(f"*/{LOADER_FILE}")):
         yield "import diffprune_plugin  # where it is installed; without it pass trust_remote_code=True"
-    elif pruned and not any(directory.glob(f"*/{DENSE_CONFIG}")):
+    elif pruned and not any(directory.glob(f"*/{DENSE_CONFIG}")) and not (directory / PLAN_FILE).is_file():
         yield "import diffprune_plugin"
     yield from ('pipeline = DiffusionPipeline.from_pretrained("DIRECTORY")', "```")
 

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 
 from diffprune_plugin.adapters.state import check_stock
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.plan import PLAN_FILE
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import source_of, write_card
-from diffprune_plugin.pruning.directory import CONFIG_FILE, SOURCE_KEY, read_json, to_json, without_paths
+from diffprune_plugin.pruning.directory import SOURCE_KEY, read_json, to_json, without_paths
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_loadable
 from diffprune_plugin.pruning.stock import as_stock
 from diffprune_plugin.utils.files import new_directory, sync
@@ -40,9 +41,7 @@ def save(
     find_adapter(denoiser)
     check_stock(denoiser)
     check_loadable(denoiser)
-    pruned = isinstance(denoiser, PrunedModelMixin) or CONFIG_FILE in (
-        extra or {}
-    )  # where blocks alone went, it is none
+    pruned = isinstance(denoiser, PrunedModelMixin) or PLAN_FILE in (extra or {})  # where blocks alone went, it is none
     with new_directory(path, overwrite, PRUNED if pruned else DENSE) as temporary:
         try:
             model.save_pretrained(str(temporary), safe_serialization=True)

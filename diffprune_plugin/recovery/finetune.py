@@ -25,7 +25,7 @@ from diffprune_plugin.diffusion.batches import settled_dropout
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
@@ -187,7 +187,7 @@ def prepare(config: FinetuneConfig, accelerator: Accelerator, overwrite: bool) -
     pipeline = load_pipeline(Path(config.model))
     check_kept(config.lora, pipeline, denoiser_of(pipeline)[0])
     model = model_of(pipeline)
-    by_blocks = (Path(config.model) / CONFIG_FILE).is_file()  # blocks alone went, and what is left is a dense model
+    by_blocks = (Path(config.model) / PLAN_FILE).is_file()  # blocks alone went, and what is left is a dense model
     if not isinstance(model, PrunedModelMixin) and not by_blocks:
         raise BadInput(f"model: {config.model} is not pruned; prune it first: diffprune prune CONFIG")
     adapter = find_adapter(model)
@@ -270,7 +270,7 @@ def provenance(config: FinetuneConfig, report: FinetuneReport) -> dict[str, str 
     """The files beside the model: what pruning left there, the config, the report, the plot."""
     files: dict[str, str | bytes] = {
         name: path.read_bytes()
-        for name in (CONFIG_FILE, COMPENSATION_FILE)
+        for name in (CONFIG_FILE, COMPENSATION_FILE, PLAN_FILE)
         if (path := Path(config.model) / name).exists()
     }
     files[FINETUNE_FILE] = yaml.safe_dump(stored(config), sort_keys=False)

@@ -14,6 +14,7 @@ from tiny_transformers import make
 import diffprune_plugin as dp
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.recovery.finetune import FinetuneReport, finetune
 from diffprune_plugin.workflow import prune
 
@@ -50,6 +51,12 @@ def test_it_learns_from_the_dense_model_and_stays_what_it_is(place: Path, name: 
     assert type(before) is type(after)
     assert (type(after) is DiTTransformer2DModel) == (name == "shallow")
     assert not torch.equal(before.proj_out_2.weight, after.proj_out_2.weight)
+    assert read_plan(place / "tuned") == read_plan(place / name)
+    assert read_plan(place / name).depth == ("transformer_blocks.1",)
+    card = (place / "tuned" / "README.md").read_text()
+    assert "| blocks gone | transformer_blocks.1 |" in card
+    assert "dense, without those blocks" in card
+    assert ("import diffprune_plugin" in card) == (name == "both")
     again = tune(place, model=str(place / "tuned"), output=str(place / "again"))
     assert again.curve["loss"][0] < report.curve["loss"][0]
 
