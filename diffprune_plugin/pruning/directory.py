@@ -16,6 +16,12 @@ PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LOADER_FILE = "diffprune_plugin.py"  # for diffusers without this package: named as model_index.json names the library
 DENSE_CONFIG = "dense_config.json"  # where config.json says the widths that are left (see `stock`)
+# SHA-256 of every loader that a version of this package wrote; the last is that of now.
+LOADERS = (
+    "d8c93281aa987b748fc8145cc0738a386a799345b7033fca71276d5e6c4aa516",
+    "99f862ac4a6c547117dfc69ca420db87c71a08ccabd2cf3e6e2f470892125faf",
+    "1199e00be7d2bb81196c43d032def2c36692f6669f2939366f83e9411c4ed12b",
+)
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
 SOURCE_KEY = "_name_or_path"  # where diffusers and transformers write down what a config was loaded from

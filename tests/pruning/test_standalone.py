@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,8 @@ from tiny_pipelines import PIPELINES
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.pruning.directory import LOADER_FILE, WEIGHTS
+from diffprune_plugin.pruning import index
+from diffprune_plugin.pruning.directory import LOADER_FILE, LOADERS, WEIGHTS, loader_bytes
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.pruning.pruned_class import PLAN_FILE
 
@@ -97,7 +99,9 @@ def test_changed_weights_or_a_changed_loader_are_refused_and_named_by_their_hash
         loader(folder).PrunedUNet2DModel.from_pretrained(folder)
 
 
-def test_code_in_a_directory_is_ours_to_the_byte_or_the_directory_is_refused(scheduler: Any, tmp_path: Path) -> None:
+def test_code_in_a_directory_is_ours_to_the_byte_or_the_directory_is_refused(
+    scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unet = make_unet()
     dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
     place = dp.save(DDPMPipeline(unet, scheduler), tmp_path / "pruned")
@@ -110,6 +114,15 @@ def test_code_in_a_directory_is_ours_to_the_byte_or_the_directory_is_refused(sch
         file.write("\n")
     with pytest.raises(BadInput, match="would be run in its place"):
         load_pipeline(place)
+    earlier = hashlib.sha256((place / "unet" / LOADER_FILE).read_bytes()).hexdigest()
+    monkeypatch.setattr(index, "LOADERS", (earlier, *LOADERS))  # as if a version of ours had written it
+    assert load_pipeline(place).unet.pruning_plan
+
+
+def test_the_loader_of_now_is_on_record_so_that_a_later_version_takes_its_folders() -> None:
+    """Where this fails the loader was changed: add its hash, and leave the others."""
+    assert hashlib.sha256(loader_bytes()).hexdigest() == LOADERS[-1]
+    assert len(set(LOADERS)) == len(LOADERS)
 
 
 @pytest.mark.slow
