@@ -1,6 +1,6 @@
 """Where channels go: the embedded model at the same MACs by one ratio and by allocation, compensated, nothing trained.
 
-    python benchmarks/bench.py allocation                        # five seeds, two budgets, five ways: hours
+    python benchmarks/bench.py allocation                        # five seeds, two budgets, eight ways: hours
     python benchmarks/bench.py allocation --quick                # one seed, one budget, uniform and linear
     python benchmarks/bench.py allocation --speed                # and how fast ONNX Runtime runs those of seed 0
     python benchmarks/bench.py allocation --ways uniform,linear --seeds 2
@@ -37,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "global_pruning": {"allocation": "uniform", "global_pruning": True},
     "isomorphic": {"allocation": "uniform", "global_pruning": True, "isomorphic": True},
     "linear": {"allocation": "linear"},
+    "linear depth": {"allocation": "linear", "depth": "auto"},
     "measured": {"allocation": "measured"},
     "linear output_error": {"allocation": "linear", "importance": "output_error"},
     "measured output_error": {"allocation": "measured", "importance": "output_error"},
