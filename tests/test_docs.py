@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import typer
+from accelerate.commands.launch import launch_command_parser
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_pipelines import captioned_folder, stable_diffusion
@@ -130,8 +131,12 @@ def check_shell(block: Block, run: Any) -> None:
 
 def parsed(words: list[str]) -> list[str]:
     """What ``diffprune`` has to run, if anything; of other programs what can be known without them is checked."""
+    if words[:2] == ["accelerate", "launch"]:
+        given = launch_command_parser().parse_args(words[2:])
+        assert (given.module, given.training_script) == (True, "diffprune_plugin")
+        words = ["diffprune", *given.training_script_args]
     match words:
-        case ["diffprune", *command] | ["accelerate", "launch", "-m", "diffprune_plugin", *command]:
+        case ["diffprune", *command]:
             COMMANDS[command[0]].make_context(command[0], command[1:])
             return command
         case ["diffprune-export", *options]:
