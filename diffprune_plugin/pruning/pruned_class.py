@@ -201,8 +201,8 @@ def check_loadable(model: Any) -> None:
         )
     if isinstance(model, PrunedModelMixin) and not hasattr(model, "pruning_plan"):
         raise BadInput(f"a {type(model).__name__} without a plan has the dense sizes; use from_pretrained or remove_")
-    known_of = model.pruning_plan.skipped if isinstance(model, PrunedModelMixin) else ()
-    if unknown := sorted(skipped_in(model) - set(known_of)):
+    stated = model.pruning_plan.skipped if isinstance(model, PrunedModelMixin) else ()
+    if unknown := sorted(skipped_in(model) - set(stated)):
         raise BadInput(
             f"{', '.join(unknown)}: gone, but no plan says so, and it could not be loaded again; use remove_"
         )

@@ -231,7 +231,7 @@ class Training:
     def finish_(self) -> None:
         """The UNet with the moving average as its weights, in eval mode, and free of what training put around it."""
         self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
-        self.ema.foreach = False  # which copies no parts
+        self.ema.foreach = False  # torch copies no split tensors so
         self.ema.copy_to(self.parameters)
         self.model.eval()
 
