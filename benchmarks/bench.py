@@ -24,6 +24,7 @@ from quality import (
     at_latency,
     calibration,
     compensate,
+    consistency,
     criteria,
     finetuned,
     onnx_pruned,
@@ -31,6 +32,7 @@ from quality import (
     reference,
     regressions,
     rivals,
+    sensitivity,
     terrain,
     thresholds,
     transformers,
@@ -48,8 +50,10 @@ for module in (
     criteria,
     reference,
     allocation,
+    sensitivity,
     at_latency,
     finetuned,
+    consistency,
     calibration,
     compensate,
     regressions,
@@ -113,9 +117,12 @@ def more() -> None:
     for model in SUBJECTS:
         thresholds.main(model)
         rivals.main(model)
+        consistency.main(model)
+        sensitivity.main(model)
     for model in TRANSFORMERS:
         transformers.main(model)
         transformers.main(model, ways=transformers.SHORT, steps=200)
+        sensitivity.main(model)
     terrain.main()
     onnx_pruned.main()
 

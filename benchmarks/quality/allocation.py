@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from shared.embedded import MODEL, WORK, Row, dense, measure, measure_dense
+from shared.embedded import MODEL, Row, dense, measure, measure_dense
 from shared.results import Store, mean, p_text, paired_p, publish, table
-from shared.subject import Look
+from shared.subject import DIGITS, Look, Subject
 
 import diffprune_plugin as dp
-from diffprune_plugin import demo
 from diffprune_plugin.export import measure as timed
 from diffprune_plugin.export import to_onnx
 from diffprune_plugin.pruning.directory import read_plan
@@ -49,12 +48,13 @@ TESTED = ("loss", "ssim")
 HEAD = ["budget", "way", "seeds", "MACs", "params", "held-out loss", "p", "SSIM", "p", "FD (digits_classifier)"]
 
 
-def made(way: str, budget: float, seed: int) -> Path:
-    """Directory of the embedded model at a share of its MACs; the calibration and the sensitivity are one of a seed."""
-    output = WORK / "models" / f"allocation-{way.replace(' ', '-')}-{budget}-{seed}"
+def made(way: str, budget: float, seed: int, of: Subject = DIGITS, compensate: bool = True) -> Path:
+    """Directory of a model at a share of its MACs; the calibration and the sensitivity are one of a seed."""
+    name = f"allocation-{way.replace(' ', '-')}-{budget}-{seed}"
+    output = of.work / "models" / (name if compensate else f"{name}-as-it-is")
     if not output.exists():
-        values: dict[str, Any] = {"model": str(demo.MODEL), "output": str(output), "data": str(demo.CALIBRATION_IMAGES)}
-        values |= {"macs_target": budget, "seed": seed, **WAYS[way]}
+        values: dict[str, Any] = {"model": str(of.model), "output": str(output), "data": str(of.calibration)}
+        values |= {"macs_target": budget, "seed": seed, "compensate": compensate, **WAYS[way]}
         values |= {key: str(output.parent / f"allocation-{key}-{seed}") for key in ("calibration", "sensitivity")}
         start = time.perf_counter()
         prune(dp.PruningConfig.make(values), progress=False)

@@ -70,13 +70,12 @@ def measure(pipeline: Any, look: Look, of: Subject = DIGITS) -> Row:
     """Held-out loss, also by region of the timesteps, SSIM to the dense model's images from the same noise, Frechet
     distance to real images."""
     images = of.images(pipeline, look)
-    distance = frechet_distance(real_features(of), classifier(of).of((images * 255).round().byte(), 64))
     found, timesteps = losses(denoiser_of(pipeline)[1], look.repeats, look.held_out, of)
     ends = (*REGIONS[1:], 1000)
     inside = [(timesteps >= first) & (timesteps < end) for first, end in zip(REGIONS, ends, strict=True)]
     regions = {f"loss {first}": float(found[rows].mean()) for first, rows in zip(REGIONS, inside, strict=True)}
     ssim = similarity(images, dense_images(look, of))
-    return {"loss": float(found.mean()), **regions, "ssim": ssim, "distance": distance}
+    return {"loss": float(found.mean()), **regions, "ssim": ssim, "distance": distance(images, of)}
 
 
 def measure_dense(look: Look, of: Subject = DIGITS) -> Row:
@@ -93,9 +92,20 @@ def dense_images(look: Look, of: Subject = DIGITS) -> Tensor:
     return drawn(dense(of), look, of)
 
 
+def distance(images: Tensor, of: Subject = DIGITS) -> float:
+    """Frechet distance of images to real ones, in the features of a classifier."""
+    return frechet_distance(real_features(of), classifier(of).of((images * 255).round().byte(), 64))
+
+
 def similarity(images: Tensor, reference: Tensor) -> float:
     """Mean SSIM of pairs of images."""
-    return torch.as_tensor(structural_similarity_index_measure(images, reference, data_range=1.0)).item()
+    return float(similarities(images, reference).mean())
+
+
+def similarities(images: Tensor, reference: Tensor) -> Tensor:
+    """SSIM of pairs of images, shape (count,)."""
+    found = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+    return torch.as_tensor(found)
 
 
 @cache

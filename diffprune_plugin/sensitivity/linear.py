@@ -3,8 +3,8 @@
 A removed channel takes its values x_c from the inputs of the layers behind it. To first order the output y moves by
 dy = -sum J x_c, and for v ~ N(0, 1) of y's shape E[(v . dy)^2] = |dy|^2: one backward pass of v . y gives it for every
 channel at once, as the square of sum_positions (x_c - mean x_c) grad_c. The mean is left out, since in the compensation
-the bias of the layer behind takes it over. Not in it: the changed statistics of norms. The estimator is Hutchinson's
-(Communications in Statistics 18, 1989). What a refit of the layers behind leaves of it: `redundancy`.
+the bias of the layer behind takes it over. The estimator is Hutchinson's (Communications in Statistics 18, 1989). What
+a refit of the layers behind leaves of it: `redundancy`; what norms over fewer channels do to those that stay: `norms`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.ridge import by_position
 from diffprune_plugin.sensitivity.blocks import Branches, removable
+from diffprune_plugin.sensitivity.norms import Norms
 from diffprune_plugin.sensitivity.redundancy import Correlations, in_turn
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.utils.distributed import Processes
@@ -75,7 +76,7 @@ def measure_sensitivity(
     processes = Processes(next(model.parameters()).device)
     groups = trace_groups(model, adapter)
     noisy, blocks = Noisy(data, scheduler, samples, seed, adapter), Branches(model, removable(model, adapter))
-    run = Run(model, adapter, groups, noisy, batch_size, seed, processes, blocks)
+    run = Run(model, adapter, groups, noisy, batch_size, seed, processes, blocks, Norms.of(model, groups))
     if checkpoint is not None:
         facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, probes, batch_size, seed]
         facts += sorted(run.sums)
@@ -85,9 +86,13 @@ def measure_sensitivity(
         run.passes(probes, bar)
     found = run.result(probes)
     run.forget()
+    scores = {group.root: run.in_turn(group, found) for group in groups}
+    alone = {group.root: folded(found[group.root], group) for group in groups}
     return Sensitivity(
-        scores={group.root: tuple(run.in_turn(group, found).tolist()) for group in groups},
-        alone={group.root: tuple(folded(found[group.root], group).tolist()) for group in groups},
+        scores=listed(scores),
+        alone=listed(alone),
+        norms=listed({group.root: run.norms.errors(group, scores[group.root], found) for group in groups}),
+        norms_alone=listed({group.root: run.norms.errors(group, alone[group.root], found, False) for group in groups}),
         blocks={name: float(found[name].sum()) for name in blocks.blocks},
         power=run.power(),
         samples=samples,
@@ -132,6 +137,7 @@ class Run:
     seed: int
     processes: Processes
     blocks: Branches
+    norms: Norms
     sums: dict[str, Tensor] = field(default_factory=dict)
     centres: dict[str, Tensor] = field(default_factory=dict)
     done: int = 0
@@ -147,6 +153,7 @@ class Run:
             names = [by_way_of(group.root, member.layer) for member in group.members if member.side == "in"]
             units |= dict.fromkeys([group.root, *names], group.channels)
         self.sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
+        self.sums |= self.norms.empty(self.noisy.count)
         self.layers = sorted({m.layer for group in self.groups for m in group.members if m.side == "in"})
 
     def rows(self) -> list[range]:
@@ -167,7 +174,7 @@ class Run:
             self.correlations.add(name, by_position(given) - self.centres[name].to(given))
 
         for rows in self.rows():
-            with self.blocks.summing():
+            with self.blocks.summing(), self.norms.noting():
                 output = self.seen(rows, total)
             self.squares.append(float(output.double().square().mean()) * len(rows))
         self.centres = {name: (mean / self.noisy.count).float() for name, mean in totals.items()}
@@ -203,7 +210,11 @@ class Run:
 
     def add(self, rows: range, probes: int) -> None:
         """One forward pass, and a backward pass of its graph for each probe: the squared sums for each unit."""
-        with self.watched() as found:
+
+        def take(norm: str, products: Tensor) -> None:
+            self.sums[norm][rows.start : rows.stop] += products / output[0].numel()
+
+        with self.watched() as found, self.norms.watched(take):
             output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
             for probe in range(probes):
                 noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
@@ -304,6 +315,11 @@ class Run:
     def forget(self) -> None:
         if self.file is not None and self.processes.is_first:
             self.file.unlink(missing_ok=True)
+
+
+def listed(values: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Arrays as tuples."""
+    return {name: tuple(of.tolist()) for name, of in values.items()}
 
 
 def by_way_of(root: str, layer: str) -> str:

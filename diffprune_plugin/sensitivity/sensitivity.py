@@ -15,7 +15,7 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.reading import read_json
 
-LATER = ("blocks", "alone")  # what older files do not have
+LATER = ("blocks", "alone", "norms", "norms_alone")  # what older files do not have
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Sensitivity:
     scores: shape (units,), >= 0: the mean squared change of a value of the model's output, when the unit goes in its
         turn, after those that add less, and the layers behind are refitted (`redundancy.in_turn`).
     alone: the same of its removal alone, after what a bias can mend: for what is not compensated.
+    norms, norms_alone: what the units that stay add with them, since group norms run over fewer channels: with none of
+        each part of the group gone, with one, two ..; shape (units of a part,), none where there is no such norm.
     power: the mean square of a value of the output, to compare with. samples, probes, seed: what it was measured with.
     weights, images: SHA-256 of the model's parameters and of the samples; scheduler: the noise and the prediction.
     """
@@ -39,10 +41,12 @@ class Sensitivity:
     scheduler: dict[str, Any]
     blocks: dict[str, float] = field(default_factory=dict)
     alone: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    norms: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    norms_alone: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def unrefitted(self) -> Sensitivity:
         """The same for a model that is not compensated: each unit's error is that of its removal alone."""
-        return replace(self, scores=self.alone)
+        return replace(self, scores=self.alone, norms=self.norms_alone)
 
     @property
     def most(self) -> float:
@@ -50,8 +54,12 @@ class Sensitivity:
         return 0.75
 
     def error(self, root: str, units: Collection[int]) -> float:
-        """The error of removing these units together: their own added up."""
-        return float(np.asarray(self.scores[root])[list(units)].sum())
+        """The error of removing these units together: their own added up, and what norms do to those that stay."""
+        scores, norms = np.asarray(self.scores[root]), self.norms.get(root, ())
+        told = float(scores[list(units)].sum())
+        if norms:
+            told += float(np.interp(len(units) * len(norms) / len(scores), np.arange(len(norms)), norms))
+        return told
 
     def knows(self, root: str, count: int) -> bool:
         """Whether it says anything of so many units: of any."""
@@ -72,7 +80,7 @@ class Sensitivity:
         try:
             content = read_json(Path(path), "measure again")
             stated = content.pop("sha256")
-            for key in ("scores", "alone"):
+            for key in ("scores", "alone", "norms", "norms_alone"):
                 content[key] = {root: tuple(map(float, values)) for root, values in content.get(key, {}).items()}
             found = cls(**content)
             same = found.sha256 == stated

@@ -92,8 +92,8 @@ def stored_sensitivity(
 ) -> Sensitivity:
     """A sensitivity from disk; raises BadInput if it is not what the config asks for."""
     found = Sensitivity.load(file)
-    if not found.alone:
-        raise BadInput(f"{file}: an older one, which knows of no refit; remove it or name another file")
+    if not (found.alone and found.norms):
+        raise BadInput(f"{file}: an older one, which knows of no refit or no norms; remove it or name another file")
     same = {
         "model": found.weights == weights_hash(model),
         "data": found.images == fitting(samples(), model, find_adapter(model), scheduler).sha256,

@@ -23,6 +23,7 @@ from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.sensitivity import linear
 from diffprune_plugin.sensitivity.blocks import Branches
 from diffprune_plugin.sensitivity.linear import Noisy, Run, measure_sensitivity
+from diffprune_plugin.sensitivity.norms import Norms
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.workflow import prune
 
@@ -59,7 +60,7 @@ def by_hand(unet: Any, samples: Samples) -> dict[str, torch.Tensor]:
     layers = sorted({m.layer for group in groups for m in group.members if m.side == "in"})
     noisy = Noisy(samples, SCHEDULER, COUNT, 0, adapter)
     batches = [noisy.batch([row], unet) for row in range(COUNT)]
-    run = Run(unet, adapter, groups, noisy, 1, 0, None, Branches(unet, {}))  # type: ignore[arg-type]
+    run = Run(unet, adapter, groups, noisy, 1, 0, None, Branches(unet, {}), Norms(unet, ()))  # type: ignore[arg-type]
     seen = [inputs_of_layers(unet, layers, batch) for batch in batches]
     means = {name: sum(channels_first(own[name]).mean(1) for _, own in seen) / COUNT for name in layers}
     score = {group.root: torch.zeros(group.units) for group in groups}
@@ -158,6 +159,9 @@ def test_what_is_not_compensated_is_spent_by_what_no_refit_mends_and_an_older_fi
     found = Sensitivity.load(file)
     assert plan.allocation is not None
     assert plan.allocation.sensitivity == found.unrefitted().sha256 != found.sha256
-    replace(found, alone={}).save(file)
-    with pytest.raises(BadInput, match=r"sensitivity\.json: an older one, which knows of no refit; remove it"):
-        prune(dp.PruningConfig.make(values), dry_run=True, overwrite=True, progress=False)
+    for lacking in ({"alone": {}}, {"norms": {}, "norms_alone": {}}):
+        replace(found, **lacking).save(file)
+        with pytest.raises(
+            BadInput, match=r"sensitivity\.json: an older one, which knows of no refit or no norms; rem"
+        ):
+            prune(dp.PruningConfig.make(values), dry_run=True, overwrite=True, progress=False)
