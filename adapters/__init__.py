@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from diffprune_plugin.adapters.depth import Blocks, DepthPlan, Residual
 from diffprune_plugin.adapters.dit import DIT
 from diffprune_plugin.adapters.flux import FLUX
 from diffprune_plugin.adapters.pixart import PIXART
@@ -14,7 +15,21 @@ from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.hookspecs import hookimpl
 
-__all__ = ["BUILT_IN", "REFUSED", "Heads", "Keep", "Known", "Mirror", "ModelAdapter", "Pairs", "Port", "Refused"]
+__all__ = [
+    "BUILT_IN",
+    "REFUSED",
+    "Blocks",
+    "DepthPlan",
+    "Heads",
+    "Keep",
+    "Known",
+    "Mirror",
+    "ModelAdapter",
+    "Pairs",
+    "Port",
+    "Refused",
+    "Residual",
+]
 BUILT_IN = (UNET_2D, UNET_2D_CONDITION, DIT, PIXART, SD3, FLUX)
 
 LATER = "a transformer without an adapter yet"

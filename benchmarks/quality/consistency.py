@@ -95,7 +95,7 @@ def histogram(store: Store, path: Path) -> None:
             values = np.concatenate([run["ssims"] for run in runs])
             axes.hist(values, np.linspace(-0.2, 1, 49), density=True, histtype="step", color=colour, label=way)
     axes.set(xlabel="SSIM of an image to the dense model's from the same noise", ylabel="density")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center")
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
