@@ -72,7 +72,7 @@ class Norms:
         """After a backward of a forward inside ``take`` is given each norm's products, (batch, channels, 3)."""
 
         def watch(name: str) -> Any:
-            def hook(norm: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
+            def hook(norm: Any, _: tuple[Any, ...], output: Any) -> Any:
                 seen = output if output.requires_grad else output.detach().requires_grad_(True)
                 bias = 0.0 if norm.bias is None else norm.bias.detach()[:, None]
                 free = output.detach().flatten(2) - bias
