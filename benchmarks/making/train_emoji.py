@@ -105,7 +105,7 @@ class Loss:
         dropped = torch.rand(len(rows), generator=generator) < CONDITION_DROPOUT
         labels = torch.where(dropped, NULL, labels)
         noisy = self.scheduler.add_noise(images, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        # Not in bfloat16: a CPU that only emulates it takes ten times as long.
+        # Not in bfloat16: a CPU that only emulates it took nine times as long.
         predicted = self.unet(noisy, timesteps, class_labels=labels).sample
         return (self.weights[timesteps] * (predicted - noise).square().mean((1, 2, 3))).mean()
 

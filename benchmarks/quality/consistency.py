@@ -1,6 +1,6 @@
 """Same noise, same picture (the paper's Fig. 2): how like the dense model's images a small model's are, one by one.
 
-    python benchmarks/bench.py consistency                          # digits, three seeds: half an hour on one core
+    python benchmarks/bench.py consistency                          # digits, three seeds
     python benchmarks/bench.py consistency --model emoji            # after: make models
     python benchmarks/bench.py consistency --ways "removed;compensated" --seeds 1
 
@@ -58,17 +58,20 @@ def measured(way: str, seed: int, of: Subject) -> dict[str, Any]:
     """Share of the MACs, held-out loss, Frechet distance, and the SSIM of each image."""
     output = model(way, seed, of)
     pipeline, plan = load_pipeline(output), read_plan(output)
-    images, count = drawn(pipeline, LOOK, of), min(LOOK.held_out, len(samples_of(of.held_out)))
-    loss = float(losses(model_of(pipeline), LOOK.repeats, count, of)[0].mean())
+    images, share = drawn(pipeline, LOOK, of), plan.macs[1] / plan.macs[0]
     ssims = similarities(images, dense_images(LOOK, of)).tolist()
-    return {"macs": plan.macs[1] / plan.macs[0], "loss": loss, "distance": distance(images, of), "ssims": ssims}
+    return {"macs": share, "loss": loss_of(pipeline, of), "distance": distance(images, of), "ssims": ssims}
 
 
 def whole(of: Subject) -> dict[str, float]:
     """The dense model's loss and Frechet distance."""
+    return {"loss": loss_of(dense(of), of), "distance": distance(dense_images(LOOK, of), of)}
+
+
+def loss_of(pipeline: Any, of: Subject) -> float:
+    """On as many held-out images as there are."""
     count = min(LOOK.held_out, len(samples_of(of.held_out)))
-    loss = float(losses(model_of(dense(of)), LOOK.repeats, count, of)[0].mean())
-    return {"loss": loss, "distance": distance(dense_images(LOOK, of), of)}
+    return float(losses(model_of(pipeline), LOOK.repeats, count, of)[0].mean())
 
 
 def runs_of(store: Store, way: str) -> list[dict[str, Any]]:
