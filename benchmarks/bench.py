@@ -37,12 +37,12 @@ from quality import (
     thresholds,
     transformers,
 )
+from shared.results import Seeds, Workers
 from shared.subject import SUBJECTS, TRANSFORMERS
 from size import export_sd15, gpu, latency, pipeline_sd15, scale, targets, variants, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Quick = Annotated[bool, typer.Option("--quick", help="fewer seeds, steps and images")]
-Workers = Annotated[int, typer.Option(help="processes, of one thread each")]
 LARGE_BATCH = ("random", "magnitude", "taylor", criteria.PAPER, criteria.SCRATCH)
 
 for module in (
@@ -77,7 +77,7 @@ for module in (
 
 
 @app.command()
-def policies(quick: Quick = False, seeds: int = 3, workers: Workers = 2) -> None:
+def policies(quick: Quick = False, seeds: Seeds = 3, workers: Workers = 2) -> None:
     """What is accumulated over timesteps, and with which weights: further criteria, at 25 % of the MACs."""
     names = (criteria.PAPER, "taylor", *criteria.FURTHER)
     title, seeds, budget = ("policies_quick", 2, criteria.QUICK) if quick else ("policies", seeds, criteria.FULL)
@@ -85,7 +85,7 @@ def policies(quick: Quick = False, seeds: int = 3, workers: Workers = 2) -> None
 
 
 @app.command()
-def batches(quick: Quick = False, seeds: int = 3, workers: Workers = 2) -> None:
+def batches(quick: Quick = False, seeds: Seeds = 3, workers: Workers = 2) -> None:
     """More images a step than `make bench` has time for: criteria at half the MACs with 16, recover with 32.
 
     Half an hour on two cores, on slow ones more than one.

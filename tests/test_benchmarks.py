@@ -155,3 +155,25 @@ def test_a_size_on_a_gpu_says_what_memory_it_took_there(gpu: Any, monkeypatch: A
     row = gpu.sizes(gpu.Place("cuda", False), "plan", "sd15")
     assert row == {"seconds": 1.0, "on": "cuda", "GPU memory, GiB": 3.0, "passed": True}
     assert "GPU memory, GiB" not in gpu.sizes(gpu.Place("cpu", False), "plan", "sd15")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["allocation", "--ways", "linear,optimal"], "'optimal' is none of uniform, global_pruning,"),
+        (["finetuned", "--ways", "uniform;optimal"], "'optimal' is none of uniform; linear;"),
+        (["allocation", "--budgets", "0.4,half"], "'half' is no number above 0 and below 1"),
+        (["rivals", "--ratios", "36"], "'36' is no number above 0 and below 1"),
+        (["thresholds", "--thresholds", "0,0.02"], "0.05 is compared with: add it to 0,0.02"),
+        (["scale", "--only", "speed"], "'speed' is none of plan, ratios,"),
+        (["criteria", "--seeds", "0"], "Invalid value for '--seeds'"),
+    ],
+)
+def test_a_word_that_a_suite_does_not_know_is_one_line_and_exit_code_2(arguments, told, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(bench.app, arguments)
+    assert done.exit_code == 2
+    assert told in " ".join(done.output.replace("│", " ").split())

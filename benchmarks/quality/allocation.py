@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import MODEL, Row, dense, measure, measure_dense
-from shared.results import Store, mean, p_text, paired_p, publish, table
+from shared.results import Seeds, Store, Workers, mean, p_text, paired_p, publish, some_of, some_shares, table
 from shared.subject import DIGITS, Look, Subject
 
 import diffprune_plugin as dp
@@ -101,11 +101,11 @@ def speed(store: Store, budget: float) -> list[str]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget, uniform and linear")] = False,
-    seeds: int = 5,
-    ways: Annotated[str, typer.Option(help="separated by commas")] = ",".join(WAYS),
-    budgets: Annotated[str, typer.Option(help="shares of the MACs, separated by commas")] = "0.46,0.25",
+    seeds: Seeds = 5,
+    ways: Annotated[str, typer.Option(**some_of(WAYS))] = ",".join(WAYS),
+    budgets: Annotated[str, typer.Option(**some_shares("of the MACs"))] = "0.46,0.25",
     speeds: Annotated[bool, typer.Option("--speed", help="time the first seed's models in ONNX Runtime too")] = False,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     title = "allocation_quick" if quick else "allocation"

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import Row, measure, measure_dense
-from shared.results import RESULTS, RUNS, Store, mean, one_of, p_text, paired_p, publish, table
+from shared.results import RESULTS, RUNS, Seeds, Store, mean, one_of, p_text, paired_p, publish, table
 from shared.subject import DIGITS, SUBJECTS, Look, Subject, samples_of
 
 import diffprune_plugin as dp
@@ -147,7 +147,7 @@ def picture(store: Store, path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(**one_of(SUBJECTS))] = DIGITS.name,
-    seeds: int = 5,
+    seeds: Seeds = 5,
     target: Annotated[list[float], typer.Option(help="share of the dense latency; may be repeated")] = [0.6],  # noqa: B006
     workers: Annotated[int, typer.Option(help="processes, of one thread each; timed by the thread's own clock")] = 1,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import MODEL, Row, agreement, calibrated, calibration, dense
-from shared.results import Store, mean, publish, table
+from shared.results import Seeds, Store, Workers, mean, publish, table
 
 import diffprune_plugin as dp
 
@@ -35,8 +35,8 @@ def measured(seed: int, options: dict[str, Any], yardstick: dict[str, Any]) -> R
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, small budgets, a yardstick of 4096 samples")] = False,
-    seeds: int = 3,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 3,
+    workers: Workers = 2,
 ) -> None:
     """Print the table and keep it in benchmarks/results/calibration.md."""
     yardstick = {**YARDSTICK, "samples": 4096} if quick else YARDSTICK

@@ -18,7 +18,7 @@ import torch
 import typer
 from making.train_demo import digits, noise_loss, to_sample
 from shared.embedded import MODEL, calibrated, calibration, dense, dense_images, drawn, held_out_loss, similarity
-from shared.results import RESULTS, Store, mean, publish, standard_error, table
+from shared.results import RESULTS, Seeds, Store, Workers, mean, publish, standard_error, table
 from shared.subject import Look
 
 import diffprune_plugin as dp
@@ -181,8 +181,8 @@ def plot(rows: dict[str, Row], path: Path) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, diff_taylor, two ratios, 20 steps")] = False,
-    seeds: int = 5,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 5,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plot."""
     seeds, steps, criteria = (1, STEPS[:4], CRITERIA[-1:]) if quick else (seeds, STEPS, CRITERIA)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from shared.embedded import classifier, dense, dense_images, distance, drawn, losses, similarities, tuned
-from shared.results import RESULTS, Store, mean, one_of, over, publish, table
+from shared.results import RESULTS, Seeds, Store, Workers, mean, one_of, over, publish, some_of, table
 from shared.subject import SUBJECTS, Look, Subject, samples_of
 
 from diffprune_plugin.pruning.directory import read_plan
@@ -114,9 +114,9 @@ def picture(ways: list[str], of: Subject, path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(**one_of(SUBJECTS))] = "digits",
-    seeds: int = 3,
-    ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 3,
+    ways: Annotated[str, typer.Option(**some_of(WAYS, ";"))] = ";".join(WAYS),
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table and draw the pictures."""
     of, title, chosen = SUBJECTS[model], f"consistency_{model}", ways.split(";")

@@ -36,7 +36,20 @@ from shared.embedded import (
     sensitivity,
     tuned,
 )
-from shared.results import RESULTS, Store, holm, mean, over, p_text, paired_p, publish, standard_error, table
+from shared.results import (
+    RESULTS,
+    Seeds,
+    Store,
+    Workers,
+    holm,
+    mean,
+    over,
+    p_text,
+    paired_p,
+    publish,
+    standard_error,
+    table,
+)
 from shared.subject import DIGITS, Look, Subject
 
 import diffprune_plugin as dp
@@ -270,8 +283,8 @@ def compare(
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one ratio, two seeds, 30 steps")] = False,
-    seeds: int = 5,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 5,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plot."""
     names = (*CRITERIA, SCRATCH)

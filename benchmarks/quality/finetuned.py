@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import MODEL, Row, classifier, measure, measure_dense, tuned
-from shared.results import Store, mean, p_text, paired_p, publish, table
+from shared.results import Seeds, Store, Workers, mean, p_text, paired_p, publish, some_of, table
 
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -65,10 +65,10 @@ def row(store: Store, way: str, seeds: int) -> list[str]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps, fewer images")] = False,
-    seeds: int = 5,
-    ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
+    seeds: Seeds = 5,
+    ways: Annotated[str, typer.Option(**some_of(WAYS, ";"))] = ";".join(WAYS),
     batch_size: Annotated[int, typer.Option(help="of a step; the dense model was trained with 32")] = FULL.batch_size,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     other = "" if batch_size == FULL.batch_size else f"_batch_{batch_size}"

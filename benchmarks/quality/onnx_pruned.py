@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 import typer
 from shared.embedded import dense
-from shared.results import publish, table
+from shared.results import publish, some_shares, table
 
 from diffprune_plugin.export import to_onnx
 
@@ -49,7 +49,7 @@ def output(model: onnx.ModelProto) -> np.ndarray:
     return found
 
 
-def main(ratios: Annotated[str, typer.Option(help="separated by commas")] = "0.3,0.5") -> None:
+def main(ratios: Annotated[str, typer.Option(**some_shares("pruning ratios"))] = "0.3,0.5") -> None:
     """Print the table."""
     import onnxsim
 

@@ -32,7 +32,7 @@ from shared.embedded import (
     measure_dense,
     tuned,
 )
-from shared.results import RESULTS, Store, mean, over, publish, table
+from shared.results import RESULTS, Seeds, Store, Workers, mean, over, publish, table
 from shared.subject import Look
 
 import diffprune_plugin as dp
@@ -134,8 +134,8 @@ def recover(title: str, seeds: int, scale: Scale, workers: int) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps, fewer images")] = False,
-    seeds: int = 2,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 2,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     if quick:

@@ -22,7 +22,7 @@ import torch
 import torch_pruning as tp
 import typer
 from shared.embedded import HALF, MODEL, Row, agreement, calibration, dense, measure, pruned
-from shared.results import Store, mean, over, p_text, paired_p, publish, table
+from shared.results import Seeds, Store, Workers, mean, over, p_text, paired_p, publish, table
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
@@ -133,8 +133,8 @@ def same_selection(seed: int, budget: Budget) -> float:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, 30 steps")] = False,
-    seeds: int = 3,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 3,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     seeds, budget = (1, QUICK) if quick else (seeds, FULL)

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from shared.architectures import build
 from shared.embedded import MODEL, dense
 from shared.plain_ridge import PLAIN
-from shared.results import Store, mean, publish, table
+from shared.results import Store, Workers, mean, publish, table
 from size.scale import samples_of
 
 import diffprune_plugin as dp
@@ -57,7 +57,7 @@ def pair(size: str, number: int) -> dict[str, Any]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one pair of the embedded model")] = False,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 1,
+    workers: Workers = 1,
 ) -> None:
     """Measure what is missing, then print the table."""
     pairs = {"embedded": 1} if quick else {"embedded": 4, "ddpm-cifar10-32": 2}

@@ -21,7 +21,21 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import HALF, Row, dense, measure, measure_dense
-from shared.results import RESULTS, Store, holm, mean, one_of, over, p_text, paired_p, publish, table
+from shared.results import (
+    RESULTS,
+    Seeds,
+    Store,
+    Workers,
+    holm,
+    mean,
+    one_of,
+    over,
+    p_text,
+    paired_p,
+    publish,
+    some_shares,
+    table,
+)
 from shared.rivals import WAYS
 from shared.subject import SUBJECTS, Look
 
@@ -99,9 +113,9 @@ def picture(ratio: float, budget: Budget, path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(**one_of(SUBJECTS))] = "digits",
-    seeds: int = 5,
-    ratios: Annotated[str, typer.Option(help="separated by commas")] = ",".join(map(str, RATIOS)),
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 5,
+    ratios: Annotated[str, typer.Option(**some_shares("pruning ratios"))] = ",".join(map(str, RATIOS)),
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table and draw the picture."""
     title, budget, chosen = f"rivals_{model}", budget_of(model, FULL.batch_size), [float(r) for r in ratios.split(",")]

@@ -20,7 +20,7 @@ import numpy as np
 import typer
 from scipy.stats import spearmanr
 from shared.embedded import dense, sensitivity
-from shared.results import RESULTS, Store, mean, one_of, over, publish, table
+from shared.results import RESULTS, Seeds, Store, Workers, mean, one_of, over, publish, table
 from shared.subject import SUBJECTS, TRANSFORMERS, Subject
 
 import diffprune_plugin as dp
@@ -113,8 +113,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(**one_of(EVERY))] = "digits",
-    seeds: int = 3,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    seeds: Seeds = 3,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table and draw the plot."""
     of, title = EVERY[model], f"sensitivity_{model}"

@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
-from shared.results import RESULTS, RUNS, mean, publish, table
+from shared.results import RESULTS, RUNS, mean, publish, some_shares, table
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffprune_plugin import load
@@ -94,7 +94,7 @@ def shaded(terrain: Heights) -> Image.Image:
 
 
 def main(
-    ratios: Annotated[str, typer.Option(help="separated by commas")] = "0.3",
+    ratios: Annotated[str, typer.Option(**some_shares("pruning ratios"))] = "0.3",
     count: Annotated[int, typer.Option(help="terrains, of difficulties from 1 to 100")] = 24,
 ) -> None:
     """Make what is missing, then print the table and draw the picture."""

@@ -17,7 +17,20 @@ from typing import Annotated
 import numpy as np
 import typer
 from shared.embedded import HALF, REGIONS
-from shared.results import RESULTS, holm, mean, one_of, p_text, paired_p, publish, table
+from shared.results import (
+    RESULTS,
+    Seeds,
+    Workers,
+    holm,
+    mean,
+    one_of,
+    p_text,
+    paired_p,
+    publish,
+    some_of,
+    some_shares,
+    table,
+)
 from shared.subject import SUBJECTS, Look
 
 from diffprune_plugin.utils.files import new_file
@@ -92,11 +105,11 @@ def plot(cells: Cells, path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(**one_of(SUBJECTS))] = "digits",
-    seeds: int = 5,
-    thresholds: Annotated[str, typer.Option(help="separated by commas; 0 and 0.05 among them")] = ALL,
-    ratios: Annotated[str, typer.Option(help="separated by commas")] = ",".join(map(str, RATIOS)),
+    seeds: Seeds = 5,
+    thresholds: Annotated[str, typer.Option(**some_of(NAMES, needed=("0", "0.05")))] = ALL,
+    ratios: Annotated[str, typer.Option(**some_shares("pruning ratios"))] = ",".join(map(str, RATIOS)),
     batch_size: Annotated[int, typer.Option(help="images in a step of the fine-tune")] = 1,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plots."""
     chosen, budget, title = [float(r) for r in ratios.split(",")], budget_of(model, batch_size), f"thresholds_{model}"

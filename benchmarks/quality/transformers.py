@@ -24,7 +24,20 @@ from typing import Annotated, Any
 
 import typer
 from shared.embedded import Row, classifier, measure, measure_dense, tuned
-from shared.results import Store, mean, one_of, over, p_text, paired_p, publish, table
+from shared.results import (
+    Seeds,
+    Store,
+    Workers,
+    mean,
+    one_of,
+    over,
+    p_text,
+    paired_p,
+    publish,
+    some_of,
+    some_shares,
+    table,
+)
 from shared.subject import TRANSFORMERS, Look, Subject
 
 import diffprune_plugin as dp
@@ -105,11 +118,11 @@ def key_of(way: str, budget: float, seed: int, steps: int) -> str:
 def main(
     model: Annotated[str, typer.Option(**one_of(TRANSFORMERS))] = "dit",
     quick: Annotated[bool, typer.Option("--quick", help="one seed, one budget, width and depth, few images")] = False,
-    seeds: int = 3,
-    ways: Annotated[str, typer.Option(help="separated by semicolons")] = ";".join(WAYS),
-    budgets: Annotated[str, typer.Option(help="shares of the MACs, separated by commas; two unless given")] = "",
+    seeds: Seeds = 3,
+    ways: Annotated[str, typer.Option(**some_of(WAYS, ";"))] = ";".join(WAYS),
+    budgets: Annotated[str, typer.Option(**some_shares("of the MACs; two unless given"))] = "",
     steps: Annotated[int, typer.Option(help="of a fine-tune of each, batch 32")] = 0,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 2,
+    workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     of, (most, least) = TRANSFORMERS[model], BUDGETS[model]

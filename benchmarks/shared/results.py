@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,15 +30,50 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")  # that show tabl
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
 
+Seeds = Annotated[int, typer.Option(min=1)]
+Workers = Annotated[int, typer.Option(min=1, help="processes, of one thread each")]
+
+
 def one_of(names: Iterable[str]) -> dict[str, Any]:
     """Of an option of typer: which words it takes, and that no other is taken."""
 
-    def checked(value: str) -> str:
-        if value not in names:
-            raise typer.BadParameter(f"{value} is none of {', '.join(names)}")
+    def checked(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(names)}")
         return value
 
     return {"help": " or ".join(names), "callback": checked}
+
+
+def some_of(names: Iterable[str], separator: str = ",", needed: Iterable[str] = ()) -> dict[str, Any]:
+    """Of an option of typer: words with a separator between them, each of which is known and the needed among them."""
+
+    def checked(value: str) -> str:
+        words = value.split(separator)
+        for word in words:
+            if word not in names:
+                raise typer.BadParameter(f"{word!r} is none of {f'{separator} '.join(names)}")
+        if missing := [name for name in needed if name not in words]:
+            raise typer.BadParameter(f"{missing[0]} is compared with: add it to {value}")
+        return value
+
+    return {"help": f"separated by {separator!r}, of: {f'{separator} '.join(names)}", "callback": checked}
+
+
+def some_shares(what: str) -> dict[str, Any]:
+    """Of an option of typer: shares of a whole, separated by commas; none where the option may be empty."""
+
+    def checked(value: str) -> str:
+        for word in value.split(",") if value else []:
+            try:
+                inside = 0 < float(word) < 1
+            except ValueError:
+                inside = False
+            if not inside:
+                raise typer.BadParameter(f"{word!r} is no number above 0 and below 1")
+        return value
+
+    return {"help": f"{what}, separated by commas", "callback": checked}
 
 
 @cache

@@ -25,7 +25,7 @@ import torch
 import typer
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from shared.architectures import NAMES, build
-from shared.results import RESULTS
+from shared.results import RESULTS, one_of
 
 import diffprune_plugin as dp
 from diffprune_plugin.data.samples import Samples
@@ -304,8 +304,8 @@ def plot(rows: dict[str, Row], path: Path) -> None:
 
 def main(
     result: Annotated[Path, typer.Option("--output", help="where scale.json, .md and .png go")] = RESULTS,
-    only: Annotated[str | None, typer.Option(help=f"one of {', '.join(KINDS)}")] = None,
-    name: Annotated[str | None, typer.Option("--model", help=f"one of {', '.join(NAMES)}")] = None,
+    only: Annotated[str | None, typer.Option(**one_of(KINDS))] = None,
+    name: Annotated[str | None, typer.Option("--model", **one_of(NAMES))] = None,
     child: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plot."""

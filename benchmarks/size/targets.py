@@ -22,7 +22,7 @@ import numpy as np
 import typer
 from diffusers import DDPMPipeline, DDPMScheduler
 from shared.architectures import build
-from shared.results import RESULTS, RUNS, Store, publish, table
+from shared.results import RESULTS, RUNS, Store, publish, some_of, some_shares, table
 
 import diffprune_plugin as dp
 from diffprune_plugin import demo
@@ -172,8 +172,8 @@ def random_rows(store: Store) -> dict[str, list[Row]]:
 
 
 def main(
-    models: Annotated[str, typer.Option(help="separated by commas")] = ",".join(MODELS),
-    targets: Annotated[str, typer.Option(help="shares of the latency, separated by commas")] = "0.75,0.6,0.45",
+    models: Annotated[str, typer.Option(**some_of(MODELS))] = ",".join(MODELS),
+    targets: Annotated[str, typer.Option(**some_shares("of the latency"))] = "0.75,0.6,0.45",
     plans: Annotated[int, typer.Option(help="random ones, to see what is predicted; 0: none")] = 20,
     threads: int = 1,
 ) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import diffusers
 import torch
 import typer
-from shared.results import ROOT, Store, publish, table
+from shared.results import ROOT, Store, Workers, publish, table
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
@@ -91,7 +91,7 @@ def told(row: Row) -> str:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="without ONNX")] = False,
-    workers: Annotated[int, typer.Option(help="processes, of one thread each")] = 1,
+    workers: Workers = 1,
 ) -> None:
     name = "variants_quick" if quick else "variants"
     facts = {"diffusers": diffusers.__version__, "torch": torch.__version__, "ratio": RATIO}
