@@ -42,6 +42,7 @@ bench-quick: $(READY)
 models: $(READY)
 	$(BIN)/python benchmarks/making/train_emoji.py
 	$(BIN)/python benchmarks/making/train_classifier.py emoji
+	$(BIN)/python benchmarks/making/train_captions.py
 	$(BIN)/python benchmarks/making/train_transformer.py dit
 	$(BIN)/python benchmarks/making/train_transformer.py sd3
 

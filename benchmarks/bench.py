@@ -114,11 +114,12 @@ def more() -> None:
     calibration.main()
     compensate.main()
     regressions.main()
-    for model in SUBJECTS:
+    for model in ("digits", "emoji"):
         thresholds.main(model)
         rivals.main(model)
-        consistency.main(model)
         sensitivity.main(model)
+    for model in SUBJECTS:
+        consistency.main(model)
     for model in TRANSFORMERS:
         transformers.main(model)
         transformers.main(model, ways=transformers.SHORT, steps=200)

@@ -12,6 +12,7 @@ import json
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ CATEGORIES = {
     "Symbols": "symbols",
     "Flags": "flags",
 }
+TONES = {
+    "1F3FB": "light skin",
+    "1F3FC": "medium-light skin",
+    "1F3FD": "medium skin",
+    "1F3FE": "medium-dark skin",
+    "1F3FF": "dark skin",
+}
 SUBCATEGORIES = {"heart": "symbols", "emotion": "symbols", "body-parts": "hands"}  # not as their category
 
 
@@ -58,42 +66,61 @@ def fetched() -> Path:
     return file
 
 
-def pictures(package: tarfile.TarFile) -> Iterator[tuple[int, str, str]]:
-    """Of each picture: the number of the one that it is a variant of (or its own), its class, its file."""
+@dataclass(frozen=True)
+class Picture:
+    """``base``: the number of the picture that it is a variant of, or its own; ``file``: a PNG of the package."""
+
+    base: int
+    label: str
+    caption: str
+    file: str
+
+    def pixels(self, package: tarfile.TarFile, size: int) -> npt.NDArray[np.uint8]:
+        """uint8 (size, size, 3): 64x64 with transparency, composed on white first, then averaged over squares."""
+        data = package.extractfile(f"package/img/google/64/{self.file}")
+        assert data is not None
+        image = Image.open(io.BytesIO(data.read())).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return np.asarray(Image.alpha_composite(white, image).convert("RGB").reduce(image.width // size))
+
+
+def caption_of(entry: dict[str, Any], label: str, tones: str) -> str:
+    """What it is and is called, and the skin tones of a variant: "hands: waving hand, dark skin"."""
+    names = [TONES[tone] for tone in tones.split("-") if tone in TONES]
+    return ", ".join([f"{label}: {entry['name'].lower().replace('flag: ', '')}", *dict.fromkeys(names)])
+
+
+def pictures(package: tarfile.TarFile) -> Iterator[Picture]:
+    """Those with a class, in the package's order."""
     listing = package.extractfile("package/emoji.json")
     assert listing is not None
     for number, entry in enumerate(json.load(listing)):
-        name = class_of(entry)
-        for each in (entry, *entry.get("skin_variations", {}).values()):
-            if name and each["has_img_google"]:
-                yield number, name, each["image"]
+        label = class_of(entry)
+        for tones, each in {"": entry, **entry.get("skin_variations", {})}.items():
+            if label and each["has_img_google"]:
+                yield Picture(number, label, caption_of(entry, label, tones), each["image"])
 
 
-def on_white(data: bytes) -> npt.NDArray[np.uint8]:
-    """uint8 (32, 32, 3) of a 64x64 PNG with transparency: composed first, then every four pixels averaged."""
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB").reduce(image.width // SIZE))
+def held_out(found: list[Picture]) -> npt.NDArray[np.bool_]:
+    """Which of them are not trained on."""
+    bases = np.array([picture.base for picture in found])
+    known = np.unique(bases)
+    return np.isin(bases, np.random.default_rng(0).permutation(known)[: round(HELD_OUT * len(known))])
 
 
 def make() -> tuple[Path, Path]:
     """The files of the pictures to train on and of those held out: ``images``, ``class_labels`` and the null label."""
-    train, held_out = PLACE / "train.npz", PLACE / "held_out.npz"
-    if train.exists() and held_out.exists():
-        return train, held_out
+    train, unseen = PLACE / "train.npz", PLACE / "held_out.npz"
+    if train.exists() and unseen.exists():
+        return train, unseen
     with tarfile.open(fetched()) as package:
-        listed = list(pictures(package))
-        folder = "package/img/google/64/"
-        data = {m.name.removeprefix(folder): m for m in package.getmembers() if m.name.startswith(folder)}
-        images = np.stack([on_white(package.extractfile(data[file]).read()) for _, _, file in listed])  # type: ignore[union-attr]
-    bases = np.array([number for number, _, _ in listed])
-    labels = np.array([CLASSES.index(name) for _, name, _ in listed])
-    known = np.unique(bases)
-    out = np.random.default_rng(0).permutation(known)[: round(HELD_OUT * len(known))]
-    for file, rows in ((train, ~np.isin(bases, out)), (held_out, np.isin(bases, out))):
+        found = list(pictures(package))
+        images = np.stack([picture.pixels(package, SIZE) for picture in found])
+    labels, out = np.array([CLASSES.index(picture.label) for picture in found]), held_out(found)
+    for file, rows in ((train, ~out), (unseen, out)):
         with new_file(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, images=images[rows], class_labels=labels[rows], null_class_labels=np.array([NULL]))
-    return train, held_out
+    return train, unseen
 
 
 if __name__ == "__main__":

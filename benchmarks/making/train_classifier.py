@@ -24,6 +24,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from shared.results import one_of
+
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.export.graphs import quiet, strip_
 from diffprune_plugin.utils.files import new_file, write_text
@@ -143,7 +145,7 @@ def export(model: Classifier, path: Path) -> str:
 
 @torch.no_grad()
 def main(
-    what: Annotated[str, typer.Argument(help="digits or emoji")] = "digits",
+    what: Annotated[str, typer.Argument(**one_of(SETS))] = "digits",
     output: Annotated[Path | None, typer.Option(help="the ONNX file; the facts go beside it, as .json")] = None,
     epochs: int = 30,
     seed: int = 0,

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Training:
     """
 
     def __init__(
-        self, make: Callable[[], ModelMixin], schedule: Schedule, lr: float, seed: int, decay: float = 0.9995
+        self, make: Callable[[], nn.Module], schedule: Schedule, lr: float, seed: int, decay: float = 0.9995
     ) -> None:
         torch.manual_seed(seed)
         self.seed, self.step = seed, 0

@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py consistency                          # digits, three seeds
     python benchmarks/bench.py consistency --model emoji            # after: make models
+    python benchmarks/bench.py consistency --model captions         # a text-to-image pipeline, after: make models
     python benchmarks/bench.py consistency --ways "removed;compensated" --seeds 1
 
 All ways leave 46 % of the MACs: removed by one ratio and nothing repaired, compensated, the budget allocated and
@@ -18,9 +19,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from shared.embedded import classifier, dense, dense_images, distance, drawn, losses, similarities, tuned
+from shared.embedded import classifier, dense, dense_images, distance, drawn, losses, recognised, similarities, tuned
 from shared.results import RESULTS, Seeds, Store, Workers, mean, one_of, over, publish, some_of, table
 from shared.subject import SUBJECTS, Look, Subject, samples_of
+from torch import Tensor
 
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline, model_of
@@ -55,17 +57,23 @@ def model(way: str, seed: int, of: Subject) -> Path:
 
 
 def measured(way: str, seed: int, of: Subject) -> dict[str, Any]:
-    """Share of the MACs, held-out loss, Frechet distance, and the SSIM of each image."""
+    """Share of the MACs, the SSIM of each image, and what `judged` says."""
     output = model(way, seed, of)
     pipeline, plan = load_pipeline(output), read_plan(output)
     images, share = drawn(pipeline, LOOK, of), plan.macs[1] / plan.macs[0]
     ssims = similarities(images, dense_images(LOOK, of)).tolist()
-    return {"macs": share, "loss": loss_of(pipeline, of), "distance": distance(images, of), "ssims": ssims}
+    return {"macs": share, "ssims": ssims, **judged(pipeline, images, of)}
+
+
+def judged(pipeline: Any, images: Tensor, of: Subject) -> dict[str, float]:
+    """Held-out loss, Frechet distance of the images, and the share that are what was asked, of a model of classes."""
+    found = {"loss": loss_of(pipeline, of), "distance": distance(images, of)}
+    return found | ({"recognised": recognised(images, of)} if of.classes else {})
 
 
 def whole(of: Subject) -> dict[str, float]:
-    """The dense model's loss and Frechet distance."""
-    return {"loss": loss_of(dense(of), of), "distance": distance(dense_images(LOOK, of), of)}
+    """The dense model."""
+    return judged(dense(of), dense_images(LOOK, of), of)
 
 
 def loss_of(pipeline: Any, of: Subject) -> float:
@@ -86,6 +94,7 @@ def row(way: str, runs: list[dict[str, Any]]) -> list[str]:
     return [
         *(way, str(len(runs)), mean([run["macs"] for run in runs], 3), mean([run["loss"] for run in runs], 4)),
         *(*cells, mean([run["distance"] for run in runs], 0)),
+        *([mean([run["recognised"] for run in runs], 2)] if "recognised" in runs[0] else []),
     ]
 
 
@@ -127,12 +136,18 @@ def main(
     known = [way for way in WAYS if runs_of(store, way)]
     histogram(store, RESULTS / f"{title}_histogram.png")
     picture(known, of, RESULTS / f"{title}.png")
-    loss, far = store.values["dense"]["loss"], store.values["dense"]["distance"]
+    of_dense = store.values["dense"]
     intro = (
         f"{over(max(len(runs_of(store, way)) for way in known))} of calibration and training; {LOOK.count} images of "
         f"{LOOK.steps} DDIM steps a seed, each compared with the dense model's from the same noise. diff_taylor. Fine-"
         f"tuned: {of.steps // 10} steps of batch {FULL.batch_size}, the dense model as teacher. Dense: loss "
-        f"{loss:.4f}, FD {far:.0f}."
+        f"{of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
     )
     head = ["way", "seeds", "MACs", "held-out loss", "SSIM", *(f"{q:.0%} quantile" for q in QUANTILES)]
-    publish(title, [intro, "", *table([*head, classifier(of).frechet], [row(w, runs_of(store, w)) for w in known])])
+    head.append(classifier(of).frechet)
+    if of.classes:
+        intro += (
+            f" As asked: the share that the classifier takes for what was asked; dense {of_dense['recognised']:.2f}."
+        )
+        head.append("as asked")
+    publish(title, [intro, "", *table(head, [row(w, runs_of(store, w)) for w in known])])

@@ -12,8 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
+from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import diffprune_plugin as dp
@@ -94,7 +97,19 @@ def dense_images(look: Look, of: Subject = DIGITS) -> Tensor:
 
 def distance(images: Tensor, of: Subject = DIGITS) -> float:
     """Frechet distance of images to real ones, in the features of a classifier."""
-    return frechet_distance(real_features(of), classifier(of).of((images * 255).round().byte(), 64))
+    return frechet_distance(real_features(of), classifier(of).of(as_real(images, of), 64))
+
+
+def recognised(images: Tensor, of: Subject) -> float:
+    """Share of the images that the classifier takes for what was asked: of the model's classes one after another."""
+    session = InferenceSession(of.features, providers=["CPUExecutionProvider"])
+    [logits] = session.run(["logits"], {"image": as_real(images, of).float().numpy() / 255})
+    return float((logits.argmax(1) == np.arange(len(images)) % of.classes).mean())
+
+
+def as_real(images: Tensor, of: Subject) -> Tensor:
+    """uint8, as large as the real images: averaged where they are larger."""
+    return (functional.adaptive_avg_pool2d(images, of.real().shape[-2:]) * 255).round().byte()
 
 
 def similarity(images: Tensor, reference: Tensor) -> float:

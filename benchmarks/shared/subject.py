@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from making import train_transformer
+from making import train_captions, train_transformer
 from making.emoji import CLASSES, MODELS, PLACE
 from making.train_demo import digits
 from making.train_emoji import draw
@@ -45,7 +45,7 @@ class Subject:
 
     ``train``: the file to fine-tune on, made if it is not there; ``features``: the net of the Frechet distance, and
     ``real``: the images that it compares with; ``images``: those that a pipeline draws, float (count, channels, height,
-    width) in [0, 1].
+    width) in [0, 1]; ``classes``: how many they are asked of in turn, which the features' net knows, or 0.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Subject:
     features: Path
     real: Callable[[], Tensor]
     images: Callable[[Any, Look], Tensor]
+    classes: int = 0
 
     def __str__(self) -> str:  # of a result: results of another model are never mixed in
         return f"{self.name} {self.training['sha256']}"
@@ -91,6 +92,11 @@ def digit_images(pipeline: Any, look: Look) -> Tensor:
 def emoji_images(pipeline: Any, look: Look) -> Tensor:
     """From fixed noise, of each class as many."""
     return draw(pipeline.unet, torch.arange(look.count) % len(CLASSES), steps=look.steps)
+
+
+def captioned_images(pipeline: Any, look: Look) -> Tensor:
+    """From fixed noise, of captions that were not trained on, of each class as many."""
+    return train_captions.draw(pipeline, train_captions.captions_held_out(look.count), look.steps)
 
 
 def labelled_digits(name: str, pipeline: Any, look: Look) -> Tensor:
@@ -131,6 +137,10 @@ def training_emoji() -> Path:
     return PLACE / "train.npz"
 
 
+def training_captions() -> Path:
+    return train_captions.PLACE / "train.safetensors"
+
+
 def training_labelled_digits(name: str) -> Path:
     return train_transformer.data(name)[0]
 
@@ -156,8 +166,21 @@ EMOJI = Subject(
     PLACE / "emoji_classifier.onnx",
     real_emoji,
     emoji_images,
+    len(CLASSES),
 )
-SUBJECTS = {subject.name: subject for subject in (DIGITS, EMOJI)}
+CAPTIONS = Subject(
+    "captions",
+    train_captions.PLACE / "model",
+    train_captions.PLACE / "training.json",
+    train_captions.PLACE / "train.safetensors",
+    train_captions.PLACE / "held_out.safetensors",
+    training_captions,
+    PLACE / "emoji_classifier.onnx",
+    real_emoji,
+    captioned_images,
+    len(CLASSES),
+)
+SUBJECTS = {subject.name: subject for subject in (DIGITS, EMOJI, CAPTIONS)}
 
 
 def transformer(name: str) -> Subject:
@@ -173,6 +196,7 @@ def transformer(name: str) -> Subject:
         MAKING / "digits_classifier.onnx",
         real_digits,
         partial(labelled_digits, name),
+        train_transformer.NULL,
     )
 
 
