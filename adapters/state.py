@@ -33,6 +33,16 @@ def check_unquantized(model: nn.Module) -> None:
                 raise BadInput(f"{name}: quantized ({kind.__name__} of {package}), its channels cannot be cut: {ORDER}")
 
 
+def check_loaded(model: nn.Module) -> None:
+    """Raises BadInput for a model with parameters on torch's meta device, which hold no numbers."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise BadInput(
+                f"{name} is on torch's meta device, its numbers are elsewhere or nowhere: load the weights first, and "
+                "call enable_sequential_cpu_offload() afterwards"
+            )
+
+
 def check_stock(model: nn.Module) -> None:
     """Raises BadInput for a model that is masked, or that was and still has masked layers."""
     check_hooks(model)

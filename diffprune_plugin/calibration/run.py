@@ -23,6 +23,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.schedulers import trained_for
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.utils.device import say_if_emulated
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.memory import checkpointing
 from diffprune_plugin.utils.modes import evaluating
@@ -83,6 +84,8 @@ def calibrate(
         )
     )
     state = Progress.start(settings)
+    if autocast and state.processes.is_first:
+        say_if_emulated(settings.parameter.device.type, "autocast: true")
     fingerprint = settings.fingerprint()
     if not state.processes.same(int(fingerprint[:15], 16)):
         raise BadInput("calibration: the model, the data or the settings are not the same for all processes")

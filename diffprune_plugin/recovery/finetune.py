@@ -37,6 +37,7 @@ from diffprune_plugin.recovery.lora import check_kept
 from diffprune_plugin.recovery.plot import loss_plot
 from diffprune_plugin.recovery.sharded import whole
 from diffprune_plugin.recovery.training import GRADIENT_NORM, Teacher, Training
+from diffprune_plugin.utils.device import say_if_emulated
 from diffprune_plugin.utils.distributed import Processes, check_parallel
 from diffprune_plugin.utils.files import check_absent, check_apart, disk_errors, relative
 from diffprune_plugin.utils.hashes import json_hash
@@ -155,6 +156,8 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         )
     except ValueError as error:
         raise BadInput(f"mixed_precision: {config.mixed_precision}: {first_line(error)}") from None
+    if accelerator.mixed_precision == "bf16" and accelerator.is_main_process:
+        say_if_emulated(accelerator.device.type, "mixed_precision: bf16")
     check_parallel(accelerator, splitting=True)
     if accelerator.distributed_type == DistributedType.FSDP:
         if config.lora:

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
@@ -40,6 +41,7 @@ from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_lo
 from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.plugins import weights_of_timesteps
+from diffprune_plugin.sensitivity.linear import measure_sensitivity
 
 
 def same_bits(first: Calibration, second: Calibration) -> bool:
@@ -360,3 +362,22 @@ def test_strata_and_shares_cover_every_timestep_once() -> None:
     kept = np.arange(10)
     assert np.concatenate([share(kept, i, 5) for i in range(5)]).tolist() == list(range(10))
     assert [share(kept, i, 20).tolist() for i in range(4)] == [[0], [0], [1], [1]]
+
+
+@pytest.mark.parametrize("away", ["never loaded", "offloaded"])
+def test_a_model_whose_numbers_are_not_there_is_refused_in_one_line(away, scheduler, images, tmp_path) -> None:
+    unet = make_unet()
+    if away == "offloaded":
+        cpu_offload(unet, torch.device("cpu"))
+    else:
+        unet.to("meta")
+    options = {"samples": 2, "progress": False}
+    for call in (
+        lambda: dp.make_plan(unet, "magnitude", pruning_ratio=0.3),
+        lambda: dp.calibrate(unet, scheduler, images, SMALL, **FAST),
+        lambda: measure_sensitivity(unet, scheduler, images, **options),
+        lambda: dp.save(unet, tmp_path / "model"),
+    ):
+        with pytest.raises(BadInput, match=r"conv_in.weight is on torch's meta device.*load the weights first"):
+            call()
+    assert not list(tmp_path.iterdir())

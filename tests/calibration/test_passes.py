@@ -18,6 +18,7 @@ from diffprune_plugin.calibration.gradients import GradientSums
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.utils import device
 from diffprune_plugin.utils.memory import Passes, checkpointing, free_memory, of_container, out_of_memory
 
 SWEEPS = {
@@ -179,11 +180,27 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory_and_is_switched_o
         pass
 
 
-def test_autocast_computes_in_bfloat16_and_sums_in_float32(images) -> None:
+@pytest.mark.parametrize(("capability", "said"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
+def test_bfloat16_that_the_cpu_would_emulate_is_said_on_standard_error(capability, said, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    device.say_if_emulated("cpu", "autocast: true")
+    line = "autocast: true: this CPU has no AVX-512, so bfloat16 is emulated"
+    assert (line in capsys.readouterr().err) is said
+    device.say_if_emulated("cuda", "autocast: true")
+    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
+    device.say_if_emulated("cpu", "autocast: true")
+    assert capsys.readouterr().err == ""
+
+
+def test_autocast_computes_in_bfloat16_and_sums_in_float32(images, monkeypatch, capsys) -> None:
     unet = make_unet()
     seen = set()
     unet.mid_block.resnets[0].conv1.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(device.platform, "machine", lambda: "AMD64")
     calibration = calibrated(unet, images, autocast=True)
+    assert capsys.readouterr().err.count("autocast: true: this CPU has no AVX-512") == 1
     assert seen == {torch.bfloat16}
     assert calibration.autocast
     assert {gradient.dtype for gradient in calibration.gradients.values()} == {torch.float32}

@@ -39,6 +39,7 @@ from diffprune_plugin.plugins import weights_of_timesteps
 from diffprune_plugin.recovery import training
 from diffprune_plugin.recovery.distillation import feature_error, kept_features, watched
 from diffprune_plugin.recovery.finetune import FinetuneReport, finetune
+from diffprune_plugin.utils import device
 
 STEPS, BATCH, RATE, DECAY = 6, 4, 3e-3, 0.9
 
@@ -450,12 +451,15 @@ def test_class_labels_are_trained_with_and_dropped_for_guidance(images, schedule
         tune(values, condition_dropout=0.5)
 
 
-def test_half_precision_and_the_curve_for_tensorboard(values, tmp_path) -> None:
+def test_half_precision_and_the_curve_for_tensorboard(values, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("tensorboard")
     AcceleratorState._reset_state(reset_partial_state=True)
     exact = tune(values)
     AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
     report = tune(values, mixed_precision="bf16", tracker="tensorboard")
+    assert capsys.readouterr().err.count("mixed_precision: bf16: this CPU has no AVX-512") == 1
     AcceleratorState._reset_state(reset_partial_state=True)
     assert report.mixed_precision == "bf16"
     assert report.curve != exact.curve
