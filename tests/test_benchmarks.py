@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -177,3 +178,53 @@ def test_a_word_that_a_suite_does_not_know_is_one_line_and_exit_code_2(arguments
     done = CliRunner().invoke(bench.app, arguments)
     assert done.exit_code == 2
     assert told in " ".join(done.output.replace("│", " ").split())
+
+
+def test_an_image_is_what_was_asked_where_the_classifier_says_so(tmp_path, monkeypatch) -> None:
+    """Of images twice as large as the real ones, by a classifier that tells white (0) from black (1)."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from dataclasses import replace
+
+    from shared import embedded
+    from shared.subject import DIGITS
+
+    class Brightness(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            light = image.mean((1, 2, 3))[:, None]
+            return light, torch.cat([light, 1 - light], 1)
+
+    names = {"input_names": ["image"], "output_names": ["features", "logits"]}
+    shapes = {"dynamo": True, "dynamic_shapes": ({0: "batch"},), "verbose": False}
+    torch.onnx.export(Brightness().eval(), (torch.rand(2, 1, 32, 32),), tmp_path / "net.onnx", **names, **shapes)
+    of = replace(DIGITS, features=tmp_path / "net.onnx", classes=2)
+    images = torch.tensor([1.0, 0, 1, 0]).reshape(4, 1, 1, 1).expand(-1, -1, 64, 64)
+    assert embedded.recognised(images, of) == 1
+    assert embedded.recognised(images.roll(1, 0), of) == 0
+    assert embedded.recognised(images[:1].expand(4, -1, -1, -1), of) == 0.5
+
+
+def test_a_caption_says_what_it_is_its_name_and_the_tones_of_skin(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from making.emoji import caption_of
+
+    assert caption_of({"name": "CAT FACE"}, "animals", "") == "animals: cat face"
+    assert (
+        caption_of({"name": "KISS: MAN, MAN"}, "people", "1F3FB-1F3FF")
+        == "people: kiss: man, man, light skin, dark skin"
+    )
+    assert caption_of({"name": "HANDSHAKE"}, "hands", "1F3FD-1F3FD") == "hands: handshake, medium skin"
+
+
+def test_the_tokenizer_of_the_captions_knows_their_words_and_any_other_letters(monkeypatch, tmp_path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from making.train_captions import WORDS, make_tokenizer, tokens_of
+
+    captions = ["hands: waving hand, dark skin", "animals: cat face"]
+    tokenizer = make_tokenizer(captions, tmp_path)
+    assert tokenizer.tokenize("dark cat") == ["dark</w>", "cat</w>"]
+    found = tokens_of(tokenizer, [*captions, "", "Zebra"])
+    assert found.shape == (4, WORDS)
+    assert found[:, 0].eq(0).all()
+    assert found[2, 1:].eq(1).all(), "nothing but ends"
+    assert len(found.unique(dim=0)) == 4
+    assert tokens_of(tokenizer, ["ZEBRA"]).equal(found[3:])
