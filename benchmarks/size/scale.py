@@ -35,6 +35,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.tensors import weights_hash
 
 BENCH = Path(__file__).parents[1] / "bench.py"
@@ -169,28 +170,39 @@ def allocate(name: str) -> Row:
     """Half of the MACs by the linear sensitivity and by one ratio, both compensated; CPU seconds of each step."""
     dense = model(name)
     samples, fresh = samples_of(dense, IMAGES), inputs_of(dense, seed=1) | {"timestep": torch.tensor([500])}
-    wanted, scheduler = output(dense, fresh), DDPMScheduler()
-    row, start = {"loaded": high_water()}, time.process_time()
+    wanted, row = output(dense, fresh), {"loaded": high_water()}
+    found, row["sensitivity"] = sensitivity_of(dense, samples)
+    row["peak of sensitivity"] = high_water()
+    for way in ("linear", "uniform"):
+        row |= {f"{way} {key}": value for key, value in spent(way, dense, found, samples, fresh, wanted).items()}
+    return row | {"params": [sum(p.numel() for p in dense.parameters())]}
+
+
+def sensitivity_of(dense: Any, samples: Samples) -> tuple[Sensitivity, float]:
+    """It and its CPU seconds, which are kept with it."""
     options = kept(dense)
-    file = options["checkpoint"] / "sensitivity.json"
-    if not file.exists():
-        found = measure_sensitivity(dense, scheduler, samples, probes=PROBES, **options | {"batch_size": 1})
+    file, seconds = (options["checkpoint"] / f"sensitivity.{end}" for end in ("json", "seconds"))
+    if not seconds.exists():
+        start = time.process_time()
+        found = measure_sensitivity(dense, DDPMScheduler(), samples, probes=PROBES, **options | {"batch_size": 1})
         file.parent.mkdir(parents=True, exist_ok=True)
         found.save(file)
-    found = Sensitivity.load(file)
-    row |= {"sensitivity": time.process_time() - start, "peak of sensitivity": high_water()}
-    for way in ("linear", "uniform"):
-        start = time.process_time()
-        made = dp.make_plan(dense, "magnitude", macs_target=0.5, allocation=way, sensitivity=found)
-        unet = copy.deepcopy(dense)
-        dp.remove_(unet, made)
-        row[f"{way} plan"] = time.process_time() - start
-        row |= {f"{way} macs": made.macs[1] / made.macs[0], f"{way} params": made.params[1] / made.params[0]}
-        row[f"{way} removed"], start = relative(output(unet, fresh), wanted), time.process_time()
-        compensate_(unet, dense, made, scheduler, samples, **kept(unet))
-        row[f"{way} compensation"] = time.process_time() - start
-        row[f"{way} compensated"] = relative(output(unet, fresh), wanted)
-    return row | {"params": made.params}
+        write_text(seconds, f"{time.process_time() - start:.0f}")
+    return Sensitivity.load(file), float(seconds.read_text())
+
+
+def spent(way: str, dense: Any, found: Sensitivity, samples: Samples, fresh: Row, wanted: torch.Tensor) -> Row:
+    """One way to spend the MACs: what is left, and the error of the output before and after the compensation."""
+    start = time.process_time()
+    made = dp.make_plan(dense, "magnitude", macs_target=0.5, allocation=way, sensitivity=found)
+    unet = copy.deepcopy(dense)
+    dp.remove_(unet, made)
+    row = {"plan": time.process_time() - start}
+    row |= {"macs": made.macs[1] / made.macs[0], "params": made.params[1] / made.params[0]}
+    row["removed"], start = relative(output(unet, fresh), wanted), time.process_time()
+    compensate_(unet, dense, made, DDPMScheduler(), samples, **kept(unet))
+    row["compensation"] = time.process_time() - start
+    return row | {"compensated": relative(output(unet, fresh), wanted)}
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
