@@ -37,10 +37,21 @@ def check_loaded(model: nn.Module) -> None:
     """Raises BadInput for a model with parameters on torch's meta device, which hold no numbers."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise BadInput(
-                f"{name} is on torch's meta device, its numbers are elsewhere or nowhere: load the weights first, and "
-                "call enable_sequential_cpu_offload() afterwards"
-            )
+            raise not_loaded(name)
+
+
+def check_here(model: nn.Module) -> None:
+    """Raises BadInput for a model whose weights Accelerate has offloaded: its hooks run no copy of it."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise not_loaded(name)
+
+
+def not_loaded(name: str) -> BadInput:
+    return BadInput(
+        f"{name} is on torch's meta device, its numbers are elsewhere or nowhere: load the weights first, and call "
+        "enable_sequential_cpu_offload() afterwards"
+    )
 
 
 def check_stock(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from diffprune_plugin.adapters.state import check_loaded
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.graph.costs import LayerCost, layer_costs
@@ -87,7 +86,6 @@ def material_of(
 ) -> Material:
     """The groups with what the options ask of each, scored by the criterion; costs are for prompts like ``extra``'s."""
     adapter = adapter or find_adapter(model)
-    check_loaded(model)
     if isinstance(criterion, str):
         criterion = importance(criterion)
     options.with_wishes_of(criterion)  # wrong ones are told before anything is scored

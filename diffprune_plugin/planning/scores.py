@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from diffprune_plugin.adapters.state import not_loaded
 from diffprune_plugin.errors import CheckFailed, DiffPruneError, first_line
 from diffprune_plugin.graph.groups import CoupledGroup
 from diffprune_plugin.hookspecs import Criterion
@@ -29,7 +30,8 @@ def unit_scores(group: CoupledGroup, criterion: Criterion) -> Scores:
 def channel_scores(criterion: Criterion, group: Any) -> Tensor:
     """The criterion's score of each channel of a torch-pruning group, shape (channels,), float64.
 
-    Raises CheckFailed, which names the criterion, where it fails or gives anything but finite real numbers >= 0.
+    Raises CheckFailed, which names the criterion, where it fails or gives anything but finite real numbers >= 0;
+    BadInput for one that reads weights which are not loaded.
     """
     root, count = group._DG._module2name[group[0].dep.target.module], len(group[0].idxs)
     try:
@@ -45,6 +47,8 @@ def channel_scores(criterion: Criterion, group: Any) -> Tensor:
     if score is None or tuple(score.shape) != (count,):
         shape = None if score is None else tuple(score.shape)
         raise CheckFailed(f"{name_of(criterion)} scored {root} with shape {shape}, not ({count},)")
+    if score.is_meta:
+        raise not_loaded(root)
     if score.is_complex() or not bool(torch.isfinite(score).all()) or bool((score < 0).any()):
         raise CheckFailed(f"{name_of(criterion)} gave {root} a score that is complex, negative or not finite")
     return score.detach().double().cpu()

@@ -378,6 +378,6 @@ def test_a_model_whose_numbers_are_not_there_is_refused_in_one_line(away, schedu
         lambda: measure_sensitivity(unet, scheduler, images, **options),
         lambda: dp.save(unet, tmp_path / "model"),
     ):
-        with pytest.raises(BadInput, match=r"conv_in.weight is on torch's meta device.*load the weights first"):
+        with pytest.raises(BadInput, match=r"^\S+ is on torch's meta device.*load the weights first"):
             call()
     assert not list(tmp_path.iterdir())
