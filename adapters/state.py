@@ -40,17 +40,26 @@ def check_loaded(model: nn.Module) -> None:
             raise not_loaded(name)
 
 
-def check_here(model: nn.Module) -> None:
-    """Raises BadInput for a model whose weights Accelerate has offloaded: its hooks run no copy of it."""
+def check_unhooked(model: nn.Module) -> None:
+    """Raises BadInput for a model that Accelerate or diffusers moves, casts or skips parts of: a copy would not run."""
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
-            raise not_loaded(name)
+        here = name or type(model).__name__
+        if hasattr(module, "_hf_hook"):
+            raise BadInput(
+                f"{here} carries Accelerate's {type(module._hf_hook).__name__}, of offloading or a device_map: call "
+                "pipeline.remove_all_hooks() first, and offload again afterwards"
+            )
+        if hooks := getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+            raise BadInput(
+                f"{here} carries diffusers' {', '.join(hooks)}: load the model without it (enable_layerwise_casting, "
+                "enable_group_offload, enable_cache), and enable it again afterwards"
+            )
 
 
 def not_loaded(name: str) -> BadInput:
     return BadInput(
-        f"{name} is on torch's meta device, its numbers are elsewhere or nowhere: load the weights first, and call "
-        "enable_sequential_cpu_offload() afterwards"
+        f"{name} is on torch's meta device, without its numbers: load the weights first (of an offloaded pipeline: "
+        "pipeline.remove_all_hooks())"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.ports import Port, config_of
-from diffprune_plugin.adapters.state import check_loaded
+from diffprune_plugin.adapters.state import check_loaded, check_unhooked
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
@@ -24,8 +24,9 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
     """The samples with just the further inputs that the UNet takes, and how many of their channels are noised.
 
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs, and for a model
-    whose weights are not there.
+    whose weights are not there or that is hooked.
     """
+    check_unhooked(model)
     check_loaded(model)
     check_objective(scheduler, adapter)
     check_timesteps(model, adapter, scheduler)

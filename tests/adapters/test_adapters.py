@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
 from tiny import make_unet, output_of
 
@@ -185,3 +187,28 @@ def test_rows_of_the_model_itself_name_its_layers_also_after_pruning() -> None:
 def test_a_unet_without_an_adapter_is_refused_with_those_known() -> None:
     with pytest.raises(BadInput, match=r"no adapter for Linear; have .*UNet2DModel"):
         dp.make_plan(torch.nn.Linear(2, 2), "magnitude")
+
+
+HOOKED = {
+    "enable_model_cpu_offload": lambda unet: cpu_offload_with_hook(unet, execution_device="cpu"),
+    "enable_sequential_cpu_offload": lambda unet: cpu_offload(unet, torch.device("cpu")),
+    "device_map": lambda unet: dispatch_model(unet, {"": "cpu"}, force_hooks=True),
+    "enable_layerwise_casting": lambda unet: unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+    "enable_group_offload": lambda unet: unet.enable_group_offload(*[torch.device("cpu")] * 2, "leaf_level"),
+}
+
+
+@pytest.mark.parametrize("way", HOOKED)
+def test_a_model_that_is_moved_or_cast_by_hooks_is_refused_with_how_to_be_rid_of_them(way: str) -> None:
+    unet = make_unet()
+    HOOKED[way](unet)
+    accelerates = "layerwise" not in way and "group" not in way
+    told = r"Accelerate's \w+.*pipeline\.remove_all_hooks\(\) first" if accelerates else f"diffusers' .*{way}"
+    with pytest.raises(BadInput, match=told):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    if accelerates:
+        remove_hook_from_module(unet, recurse=True)  # what remove_all_hooks calls
+        plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+        assert plan == dp.make_plan(make_unet(), "magnitude", pruning_ratio=0.5)
+        dp.remove_(unet, plan)
+        assert torch.isfinite(output_of(unet)).all()
