@@ -19,6 +19,8 @@ REMEDIES = (
     ("", "call unet.set_default_attn_processor() first"),
 )
 
+# Where torch.nn.utils keeps what a weight is computed from.
+COMPUTED = ("parametrizations", "weight_orig", "bias_orig", "weight_g")
 QUANTIZERS = ("bitsandbytes", "nunchaku", "torchao", "optimum")  # packages whose layers or tensors hold no weights
 ORDER = "load it unquantized, fuse what LoRA is to stay, prune, compensate and fine-tune it, and quantize last"
 
@@ -40,10 +42,18 @@ def check_loaded(model: nn.Module) -> None:
             raise not_loaded(name)
 
 
-def check_unhooked(model: nn.Module) -> None:
-    """Raises BadInput for a model that Accelerate or diffusers moves, casts or skips parts of: a copy would not run."""
+def check_plain(model: nn.Module) -> None:
+    """Raises BadInput for a model whose layers are not what they seem: compiled, computed from other weights, or moved,
+    cast or skipped by Accelerate and diffusers."""
     for name, module in model.named_modules():
         here = name or type(model).__name__
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise BadInput(f"{here} is compiled: load the model without compile(), and compile the pruned one")
+        if computed := [key for key in COMPUTED if key in module._parameters or key in module._modules]:
+            raise BadInput(
+                f"{here}: its weight is computed ({computed[0]}) by torch.nn.utils.prune, a norm or parametrize: make "
+                "it permanent first (prune.remove, remove_parametrizations ...)"
+            )
         if hasattr(module, "_hf_hook"):
             raise BadInput(
                 f"{here} carries Accelerate's {type(module._hf_hook).__name__}, of offloading or a device_map: call "

@@ -11,6 +11,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
 from tiny import make_unet, output_of
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.table import Heads, ModelAdapter, Pairs
@@ -212,3 +213,29 @@ def test_a_model_that_is_moved_or_cast_by_hooks_is_refused_with_how_to_be_rid_of
         assert plan == dp.make_plan(make_unet(), "magnitude", pruning_ratio=0.5)
         dp.remove_(unet, plan)
         assert torch.isfinite(output_of(unet)).all()
+
+
+COMPUTED: dict[str, tuple[Any, Any]] = {
+    "prune": (lambda conv: prune.l1_unstructured(conv, "weight", 0.5), lambda conv: prune.remove(conv, "weight")),
+    "spectral norm": (torch.nn.utils.spectral_norm, torch.nn.utils.remove_spectral_norm),
+    "parametrize": (parametrizations.weight_norm, lambda conv: parametrize.remove_parametrizations(conv, "weight")),
+}
+
+
+@pytest.mark.parametrize(("computed", "permanent"), COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_computed_from_others_is_refused_until_it_is_permanent(computed: Any, permanent: Any) -> None:
+    unet = make_unet()
+    computed(unet.mid_block.resnets[0].conv1)
+    with pytest.raises(BadInput, match=r"mid_block\.resnets\.0\.conv1: its weight is computed \(.*make it permanent"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    permanent(unet.mid_block.resnets[0].conv1)
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
+    assert torch.isfinite(output_of(unet)).all()
+
+
+@pytest.mark.parametrize("part", ["", "mid_block"])
+def test_a_model_compiled_in_place_is_refused(part: str) -> None:
+    unet = make_unet()
+    unet.get_submodule(part).compile()
+    with pytest.raises(BadInput, match=rf"{part or 'UNet2DModel'} is compiled: load the model without compile\(\)"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
