@@ -43,8 +43,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises BadInput for a model whose layers are not what they seem: compiled, computed from other weights, or moved,
-    cast or skipped by Accelerate and diffusers."""
+    """Raises BadInput for layers that are compiled, or whose weights are computed: what is traced would not be there."""
     for name, module in model.named_modules():
         here = name or type(model).__name__
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -54,6 +53,12 @@ def check_plain(model: nn.Module) -> None:
                 f"{here}: its weight is computed ({computed[0]}) by torch.nn.utils.prune, a norm or parametrize: make "
                 "it permanent first (prune.remove, remove_parametrizations ...)"
             )
+
+
+def check_unhooked(model: nn.Module) -> None:
+    """Raises BadInput for a model that Accelerate or diffusers moves, casts or skips parts of: a copy would not run."""
+    for name, module in model.named_modules():
+        here = name or type(model).__name__
         if hasattr(module, "_hf_hook"):
             raise BadInput(
                 f"{here} carries Accelerate's {type(module._hf_hook).__name__}, of offloading or a device_map: call "

@@ -21,7 +21,7 @@ from diffprune_plugin.adapters.ports import (
     whole_ones,
 )
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
-from diffprune_plugin.adapters.state import REMEDIES, check_plain, check_stock, check_unquantized
+from diffprune_plugin.adapters.state import REMEDIES, check_plain, check_stock, check_unhooked, check_unquantized
 from diffprune_plugin.errors import BadInput
 
 if TYPE_CHECKING:
@@ -275,8 +275,9 @@ class ModelAdapter(AttentionFacts):
 
     def check(self, model: nn.Module) -> None:
         """Raises BadInput, by name, for what the table does not cover: a config value, a processor, a loaded LoRA; and
-        for a model that is masked or hooked."""
+        for a model that is masked, hooked, compiled or quantized."""
         check_stock(model)
+        check_unhooked(model)
         check_plain(model)
         check_unquantized(model)
         for row in self.known:

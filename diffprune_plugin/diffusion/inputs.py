@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.ports import Port, config_of
-from diffprune_plugin.adapters.state import check_loaded, check_plain
+from diffprune_plugin.adapters.state import check_loaded, check_unhooked
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.data.pictures import coloured
 from diffprune_plugin.data.samples import Samples
@@ -26,7 +26,7 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
     Raises BadInput for samples of another size than the UNet takes, or without an input that it needs, and for a model
     whose weights are not there or that is hooked.
     """
-    check_plain(model)
+    check_unhooked(model)
     check_loaded(model)
     check_objective(scheduler, adapter)
     check_timesteps(model, adapter, scheduler)
