@@ -43,7 +43,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises BadInput for layers that are compiled, or whose weights are computed: what is traced would not be there."""
+    """Raises BadInput for layers that are compiled, or whose weights are computed: the trace would not see them."""
     for name, module in model.named_modules():
         here = name or type(model).__name__
         if getattr(module, "_compiled_call_impl", None) is not None:
