@@ -39,7 +39,7 @@ from making.training import Training, averaged, is_there, write_down
 
 WORDS, WIDTH, VOCABULARY = 16, 128, 2048  # tokens of a caption, features of each, kinds of tokens
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 ASKED = ("grinning face", "waving hand, dark skin", "woman, medium skin", "cat face", "green apple", "house", "key", "")
 KINDS = ("faces", "hands", "people", "animals", "food", "places", "objects", "")
 SHOWN = [f"{kind}: {name}" if name else "" for kind, name in zip(KINDS, ASKED, strict=True)]
