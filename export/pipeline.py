@@ -16,7 +16,16 @@ import torch
 
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.export.components import DECODER, LEFT_OUT, MODEL_FILE, PARTS, Piece, part_to_onnx, parts_of
+from diffprune_plugin.export.components import (
+    DECODER,
+    LEFT_OUT,
+    MODEL_FILE,
+    PARTS,
+    SEQUENCE,
+    Piece,
+    part_to_onnx,
+    parts_of,
+)
 from diffprune_plugin.export.convert import IMAGE, ExportReport, model_in, to_onnx
 from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import read_provenance
@@ -60,8 +69,8 @@ def export_parts(model: Path, place: Path, options: Options, provider: str, say:
     ``found`` gets what each export and comparison found, by folder. Raises CheckFailed where one missed.
     """
     parts, denoiser = check_pipeline(model, options), component_in(model)
-    timestep = timestep_kind(model, options, say)
-    keep(found, denoiser, *export_denoiser(model, place / denoiser, replace(options, timestep=timestep), provider), say)
+    options = replace(options, timestep=timestep_kind(model, options, say), dynamic=open_axes(model, options, say))
+    keep(found, denoiser, *export_denoiser(model, place / denoiser, options, provider), say)
     side = read_side(place / denoiser / MODEL_FILE)
     for name, (library, kind) in parts.items():
         if name in (denoiser, *LEFT_OUT):
@@ -97,6 +106,28 @@ def timestep_kind(model: Path, options: Options, say: Say) -> str:
         return options.timestep
     say("timestep: float32, since the pipeline's scheduler steps between whole ones")
     return "float32"
+
+
+def open_axes(model: Path, options: Options, say: Say) -> tuple[str, ...]:
+    """The axes left open: as asked, and ``sequence`` where captions have other than the usual tokens."""
+    parts = read_index(model)
+    conditional, tokens = parts[component_in(model)][1].endswith("UNet2DConditionModel"), tokens_of(model)
+    if not conditional or tokens == SEQUENCE or "sequence" in options.dynamic:
+        return options.dynamic
+    say(f"sequence: left open, since captions have {tokens} tokens and not {SEQUENCE}")
+    return (*options.dynamic, "sequence")
+
+
+def tokens_of(pipeline: Path) -> int:
+    """Of a caption, which is filled up to what the tokenizer says, where it goes into CLIP's text encoder."""
+    file = pipeline / "tokenizer" / "tokenizer_config.json"
+    known = file.is_file() and (pipeline / "text_encoder").is_dir()
+    return int(read_json(file).get("model_max_length", SEQUENCE)) if known else SEQUENCE
+
+
+def open_in(path: Path) -> tuple[str, ...]:
+    """The axes that a file was written with open."""
+    return tuple(word for word in read_provenance(path)["dynamic"].split(",") if word)
 
 
 def timestep_of(path: Path) -> str:

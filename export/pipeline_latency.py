@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 from diffprune_plugin.export.benchmark import AGAIN, DENSE, PRUNED, Latency, interleaved, medians, ratios, row
-from diffprune_plugin.export.components import DECODER, PARTS, TEXT
+from diffprune_plugin.export.components import DECODER, PARTS, SEQUENCE, TEXT
 from diffprune_plugin.export.drawing import draw, guided
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import read_provenance
@@ -19,7 +19,7 @@ from diffprune_plugin.export.options import BenchOptions
 from diffprune_plugin.export.ort_pipeline import assembled
 from diffprune_plugin.export.ort_session import OrtSession
 from diffprune_plugin.export.ort_unet import ORTUNet
-from diffprune_plugin.export.pipeline import denoiser_file
+from diffprune_plugin.export.pipeline import denoiser_file, tokens_of
 from diffprune_plugin.export.proofs import prove
 from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.plugins import components, denoiser_of
@@ -82,6 +82,8 @@ def proved_pipelines(
         denoiser = folder in components() or path == dense
         factor = 2 if double and denoiser else 1
         dims = fixed_dims(path, batch=batch * factor)
+        if dims.get("sequence") == SEQUENCE:  # the usual one
+            dims["sequence"] = tokens_of(place)
         placement, bound = prove(path, result.provider, example_feeds(path, dims), dims, result.threads)
         result.placements[f"{folder}, batch {batch * factor}"] = placement
         opened[folder] = OrtSession(path, result.provider, session=bound.session)

@@ -16,7 +16,7 @@ from diffprune_plugin.export.halves import with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_pipeline import ORTPipeline
-from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, timestep_of
+from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, open_in, timestep_of
 from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
 from diffprune_plugin.export.providers import without_replay
 from diffprune_plugin.export.report import write_page
@@ -132,7 +132,7 @@ def time_both(
         if gated(options):
             raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
         return
-    options = replace(options, timestep=timestep_of(unet))
+    options = replace(options, timestep=timestep_of(unet), dynamic=open_in(unet))
     with dense_file(model, unet, options) as dense:
         alone = verdict.alone = time_files(unet, dense, options, provider=provider)
         verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, without_replay(provider))

@@ -195,6 +195,32 @@ def test_a_tokenizer_as_transformers_5_writes_it_gets_the_files_that_transformer
 
 
 @pytest.mark.slow
+def test_captions_of_other_than_77_tokens_leave_the_sequence_open_and_draw_the_same(tmp_path: Path) -> None:
+    pipe = PIPELINES["stable diffusion"][0](tmp_path / "tokenizer")
+    pipe.tokenizer.model_max_length = 16
+    dp.save(pipe, tmp_path / "dense")
+    dp.remove_(pipe.unet, dp.make_plan(pipe.unet, "magnitude", pruning_ratio=0.3))
+    dp.save(pipe, tmp_path / "pruned")
+    options = Options(steps=3, rounds=5, baseline=tmp_path / "dense")
+    verdict = run_pipeline(tmp_path / "pruned", tmp_path / "onnx", options)
+    assert set(verdict.content["latency"]["shares"]) == {"dense", "pruned"}
+    prompts = {"prompt": ["a bar", "nothing"], "guidance_scale": 7.5}
+    expected = images(DiffusionPipeline.from_pretrained(tmp_path / "pruned"), **prompts)
+    assert differing(images(ORTPipeline(tmp_path / "onnx"), **prompts), expected) == 0
+
+
+def test_the_sequence_stays_as_asked_where_captions_have_77_tokens(tmp_path: Path) -> None:
+    dp.save(PIPELINES["stable diffusion"][0](tmp_path / "tokenizer"), tmp_path / "sd")
+    assert pipeline.open_axes(tmp_path / "sd", Options(), pytest.fail) == ("batch",)
+    config = tmp_path / "sd" / "tokenizer" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("77", "20"))
+    said: list[str] = []
+    assert pipeline.open_axes(tmp_path / "sd", Options(), said.append) == ("batch", "sequence")
+    assert said == ["sequence: left open, since captions have 20 tokens and not 77"]
+    assert pipeline.open_axes(tmp_path / "sd", Options(dynamic=("batch", "sequence")), pytest.fail)[1] == "sequence"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["stable diffusion", "stable diffusion xl", "latent diffusion"])
 def test_every_family_draws_the_same_uint8_images_through_ortpipeline(family: str, opened: Any, tmp_path: Path) -> None:
     pipe = PIPELINES[family][0](tmp_path / "tokenizer")
