@@ -1,6 +1,8 @@
 """The pictures of making/emoji.py at 64x64 with their names, as folders of captioned images.
 
-python benchmarks/making/captions.py     # benchmarks/models/captions/train and held_out; needs npm, once
+    python benchmarks/making/captions.py     # benchmarks/models/captions/train and held_out; needs npm, once
+
+What is held out is what making/emoji.py holds out.
 """
 
 from __future__ import annotations
