@@ -138,9 +138,9 @@ def test_what_was_timed_before_fusing_failed_is_kept_with_the_reason(gpu: Any, m
 
     monkeypatch.setattr(gpu, "files", lambda *_, **__: (Model(), Model(), 0.5))
     monkeypatch.setattr(gpu, "timed_models", lambda *_: {})
-    monkeypatch.setattr(gpu, "timed", lambda place, paths, spec, eager=None: {"spec": spec})
+    monkeypatch.setattr(gpu, "timed", lambda place, case, paths, spec, eager=None: {"spec": spec})
     monkeypatch.setattr(gpu, "written", failing)
-    found = gpu.latency(gpu.Place("cuda", False), "sd15", 0.3, "fp16", {})
+    found = gpu.latency(gpu.Place("cuda", False), gpu.Case("sd15", 0.3, "fp16", (1,), {}))
     assert not found["passed"]
     assert "no kernel for BiasSplitGelu" in found["why"]
     specs = ["cuda", "cuda:prefer_nhwc=1", "cuda:enable_cuda_graph=1", "cuda:enable_cuda_graph=1,prefer_nhwc=1"]

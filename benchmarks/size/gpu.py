@@ -4,10 +4,10 @@
     python benchmarks/bench.py gpu --suite proofs --suite latency --minutes 4
     python benchmarks/bench.py gpu --provider openvino --small   # a rehearsal: a second provider on the CPU
 
-Suites: proofs (a clean run raises no alarm 20 times, each planted fault is caught), latency (dense against pruned with
-the provider's options on and off, PyTorch eager and torch.compile in the same rounds), sizes (Stable Diffusion's
-calibration, plan, removal, compensation: seconds, peak memory), plan (the embedded model's plan is the CPU's) and
-target (a plan of the CIFAR-10 size for 0.6 of its latency, measured there).
+Suites: proofs (a clean run raises no alarm 20 times, each planted fault is caught), plan (the embedded model's plan is
+the CPU's), target (a plan of the CIFAR-10 size for 0.6 of its latency, measured there), latency (dense against pruned
+with the provider's options on and off, PyTorch eager and torch.compile in the same rounds) and sizes (Stable
+Diffusion's calibration, plan, removal, compensation: seconds, peak memory).
 Ends with exit code 3 and one line where the provider is not there, with 1 where a part failed.
 """
 
@@ -50,7 +50,7 @@ from size import scale
 BENCH = Path(__file__).parents[1] / "bench.py"
 NARROW = 5  # divides the widths of a rehearsal
 SMALL = "ddpm-cifar10-32"  # stands for the sizes in a rehearsal
-MOST = {"target": 120}  # seconds of a part, of a suite that could go on for long
+MOST = {"target": 90, "latency": 150}  # seconds of a part, of a suite that could go on for long
 Row = dict[str, Any]
 
 
@@ -107,32 +107,55 @@ def on_small_file(check: Callable[..., Row], place: Place) -> Row:
         return check(place.provider, *small_file(place, Path(folder)))
 
 
-def latency(place: Place, name: str, ratio: float, dtype: str, options: Row) -> Row:
-    """Dense against pruned on the provider, plain and with each option that it has, then fused; PyTorch in the plain
-    rounds."""
+@dataclass(frozen=True)
+class Case:
+    """What a part of the suite of latency times. ``whole``: with each option of the provider, fused, and compiled by
+    PyTorch too; else plain and with all options at once."""
+
+    model: str
+    ratio: float
+    dtype: str
+    batches: tuple[int, ...]
+    options: Row
+    whole: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.ratio} {self.dtype}{' round_to auto' if self.options else ''}"
+
+    def specs(self, provider: str) -> list[str]:
+        found = combinations(provider)
+        return found if self.whole else list(dict.fromkeys((found[0], found[-1])))
+
+
+def latency(place: Place, case: Case) -> Row:
+    """Dense against pruned on the provider, plain, with its options, then fused; PyTorch in the plain rounds. What is
+    there so far is printed, for whoever ends it early."""
     rows: Row = {}
+    found: Row = {"measured": rows, "passed": True}
     with tempfile.TemporaryDirectory() as folder:
-        dense, pruned, macs = files(place, name, ratio, dtype, Path(folder), **options)
+        dense, pruned, found["macs"] = files(place, case.model, case.ratio, case.dtype, Path(folder), **case.options)
         paths = Path(folder) / "pruned.onnx", Path(folder) / "dense.onnx"
-        for spec in combinations(place.provider):
-            eager = timed_models(place, dense, pruned, dtype) if spec == place.provider else None
-            rows[spec] = timed(place, paths, spec, eager)
-        found = {"macs": macs, "measured": rows, "passed": True}
-        if place.provider in FUSES:
+        for spec in case.specs(place.provider):
+            eager = timed_models(place, case, dense, pruned) if spec == place.provider else None
+            rows[spec] = timed(place, case, paths, spec, eager)
+            print(json.dumps(found), flush=True)
+        if place.provider in FUSES and case.whole:
             try:
-                paths = written(dense.cpu(), pruned.cpu(), dtype, Path(folder), place.provider)
-                rows |= {f"{spec} fused": timed(place, paths, spec) for spec in combinations(place.provider)}
+                paths = written(dense.cpu(), pruned.cpu(), case.dtype, Path(folder), place.provider)
+                for spec in combinations(place.provider):
+                    rows[f"{spec} fused"] = timed(place, case, paths, spec)
+                    print(json.dumps(found), flush=True)
             except Exception:  # what was timed before is kept
                 found |= {"passed": False, "why": f"fused: {traceback.format_exc()[-1500:]}"}
     return found
 
 
-def timed(place: Place, paths: tuple[Path, Path], spec: str, eager: Row | None = None) -> Row:
+def timed(place: Place, case: Case, paths: tuple[Path, Path], spec: str, eager: Row | None = None) -> Row:
     """Pruned and dense file in shuffled rounds."""
     found = measure(
         *paths,
         provider=spec,
-        batches=(1,) if place.small else (1, 8),
+        batches=(1,) if place.small else case.batches,
         rounds=5 if place.small else None,
         budget=5,
         eager=eager,
@@ -153,11 +176,11 @@ def combinations(provider: str) -> list[str]:
     return [spec_of(provider, cuda_graph=graph, nhwc=nhwc) for graph, nhwc in wanted]
 
 
-def timed_models(place: Place, dense: Any, pruned: Any, dtype: str) -> Row:
+def timed_models(place: Place, case: Case, dense: Any, pruned: Any) -> Row:
     """The PyTorch models, eager and compiled, on the provider's device in the file's type."""
-    models = {"dense": dense, "pruned": pruned}
-    models = {n: m.to(place.device, {"fp32": torch.float32, "fp16": torch.float16}[dtype]) for n, m in models.items()}
-    if place.small:
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[case.dtype]
+    models = {"dense": dense.to(place.device, dtype), "pruned": pruned.to(place.device, dtype)}
+    if place.small or not case.whole:
         return models
     compiled = {f"compiled {name}": copy.deepcopy(model) for name, model in models.items()}
     for model in compiled.values():
@@ -209,42 +232,36 @@ def target(place: Place) -> Row:
     return row | {"plans": made.latency.attempts, "passed": not told} | ({"why": told[0]} if told else {})
 
 
-MODELS = (
-    ("ddpm-cifar10-32", 0.3, "fp32", {}),
-    ("ddpm-cifar10-32", 0.3, "fp16", {"round_to": "cuda-fp16"}),
-    ("sd15", 0.3, "fp16", {}),
-    ("sd15", 0.3, "fp16", {"round_to": "cuda-fp16"}),
-    ("sd15", 0.5, "fp16", {"round_to": "cuda-fp16"}),
+CASES = (
+    Case("ddpm-cifar10-32", 0.3, "fp32", (1, 8), {}),
+    Case("ddpm-cifar10-32", 0.3, "fp16", (1, 8), {"round_to": "cuda-fp16"}),
+    Case("sd15", 0.3, "fp16", (2,), {}, whole=False),  # one image with guidance is a batch of 2
+    Case("sd15", 0.3, "fp16", (2,), {"round_to": "cuda-fp16"}),
+    Case("sd15", 0.5, "fp16", (2,), {"round_to": "cuda-fp16"}, whole=False),
 )
 
 
 def parts(place: Place) -> dict[str, dict[str, Callable[[], Row]]]:
     """What each suite consists of, by name; a rehearsal has one architecture, in fp32."""
-    models = MODELS[:1] if place.small else MODELS
     return {
         "proofs": {
             name: partial(on_small_file, check, place) for name, check in (("clean", clean), ("faults", faults))
         },
-        "latency": {
-            f"{name} {ratio} {dtype}{' round_to auto' if options else ''}": partial(
-                latency, place, name, ratio, dtype, options
-            )
-            for name, ratio, dtype, options in models
-        },
+        "plan": {"embedded": partial(plan, place)},
+        "target": {"ddpm-cifar10-32 0.6": partial(target, place)},
+        "latency": {str(case): partial(latency, place, case) for case in (CASES[:1] if place.small else CASES)},
         "sizes": {
             f"{kind} {name}": partial(sizes, place, kind, name)
             for name in ((SMALL,) if place.small else ("sd15", "sdxl-base"))
             for kind in ("plan", "calibrate", "compensate")
             if name in scale.KINDS[kind][1]
         },
-        "plan": {"embedded": partial(plan, place)},
-        "target": {"ddpm-cifar10-32 0.6": partial(target, place)},
     }
 
 
 def main(
     provider: Annotated[str, typer.Option(help="cuda, tensorrt; openvino or cpu rehearse on a CPU")] = "cuda",
-    suite: Annotated[list[str] | None, typer.Option(help="proofs, latency, sizes, plan, target; default: all")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="proofs, plan, target, latency, sizes; default: all")] = None,
     minutes: Annotated[float, typer.Option(help="no part begins after, and none goes on")] = 8,
     small: Annotated[bool, typer.Option("--small", help="a rehearsal: narrow models, few rounds")] = False,
     child: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -287,7 +304,8 @@ def in_process(part: str, place: Place, seconds: float) -> Row:
         )
         lines = done.stdout.splitlines()
         row = json.loads(lines[-1]) if done.returncode == 0 and lines else {"passed": False, "why": done.stderr[-1500:]}
-    except subprocess.TimeoutExpired:
-        row = {"passed": False, "why": f"not done in {seconds:.0f} s"}
+    except subprocess.TimeoutExpired as stopped:
+        lines = (stopped.stdout or b"").decode().splitlines()
+        row = (json.loads(lines[-1]) if lines else {}) | {"passed": False, "why": f"not done in {seconds:.0f} s"}
     print(f"{part}: {'passed' if row['passed'] else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)
     return row | {"seconds": time.monotonic() - start}
