@@ -56,8 +56,9 @@ bench-more: $(READY) models
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/bench.py sizes
 
-# Proofs and latency on an NVIDIA GPU, in 8 minutes; without one: exit code 3.
+# On an NVIDIA GPU: the tests that need one, then proofs and latency in 8 minutes; without one: exit code 3.
 gpu: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -m gpu tests/test_gpu.py
 	$(BIN)/python benchmarks/bench.py gpu
 
 # What a release uploads, checked as the index does.

@@ -78,7 +78,8 @@ def written(
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Of PACKAGES; torch's own says which build it is (+cu130), which an index may leave out."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {"torch": torch.__version__}
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def test_a_part_that_no_time_was_left_for_stands_in_the_report(common: Any, monk
 def test_without_a_gpu_its_suites_end_with_a_line_that_says_what_is_missing() -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / "bench.py", "gpu"], capture_output=True, text=True, check=False)
     assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].startswith("gpu: cuda: this onnxruntime was built with")
+    assert done.stderr.splitlines()[-1].startswith("gpu: cuda: ")
 
 
 @pytest.fixture

