@@ -117,7 +117,7 @@ def test_what_splits_in_another_way_is_refused(tmp_path, monkeypatch) -> None:
         check_parallel(first, splitting=True)
     with pytest.raises(BadInput, match="DEEPSPEED splits the model; use multi-GPU or FSDP 2"):
         check_parallel(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED), splitting=True)
-    second = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    second = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, mixed_precision="no")
     check_parallel(second, splitting=True)
     monkeypatch.setattr("diffprune_plugin.recovery.finetune.Accelerator", lambda **_: second)
     with pytest.raises(BadInput, match="lora: is not split over processes"):
