@@ -166,6 +166,8 @@ def measure(
         for number in range(opened):
             runs = sessions(result, files, batch, dims[batch], back=number % 2 == 1)
             for name, model in (eager or {}).items():
+                from diffprune_plugin.export.eager import eager_run  # with torch, which sessions alone do not need
+
                 runs[f"eager {name}"] = eager_run(model, files[PRUNED], dims[batch][PRUNED], threads)
             least, most = (math.ceil(count / opened) for count in (result.rounds, rounds or result.rounds * PATIENCE))
             times, warm_ups = interleaved(runs, least, most, budget, wanted.warm_up, clock)
@@ -201,27 +203,6 @@ def sessions(
         result.placements[f"{name}, batch {batch}"] = placement
         runs[name] = bound.run
     return runs
-
-
-def eager_run(model: Any, path: Path, dims: Mapping[str, int], threads: int) -> Run:
-    """One PyTorch forward on the same inputs; sets PyTorch's threads for the process."""
-    import torch
-
-    from diffprune_plugin.plugins import find_adapter
-
-    torch.set_num_threads(threads)
-    adapter = find_adapter(model)
-    parameter = next(model.parameters())
-    inputs = {name: torch.from_numpy(value).to(parameter.device) for name, value in example_feeds(path, dims).items()}
-    inputs = {name: v.to(parameter.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
-
-    def run() -> None:
-        with torch.inference_mode():
-            adapter.denoise(model, inputs)
-            if parameter.device.type == "cuda":
-                torch.cuda.synchronize()
-
-    return run
 
 
 def interleaved(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -148,6 +150,25 @@ class Piece(nn.Module):
             return dict(zip(self.names, self(*inputs.values()), strict=True))
 
 
+@contextlib.contextmanager
+def first_greatest_in_floats() -> Iterator[None]:
+    """Inside it ``argmax`` of integers is one of floats: CUDA has no kernel for integers, and CLIP looks for the end of
+    the text by it. Of equal ones the first counts, which no provider promises: so each place has a number of its own,
+    exact below 2 ** 24."""
+    whole = torch.Tensor.argmax
+
+    def argmax(values: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
+        if dim is None or values.is_floating_point():
+            return whole(values, dim, keepdim)
+        last = values.movedim(dim, -1)
+        count = last.shape[-1]
+        found = whole(last.float() * count + torch.arange(count, 0, -1, device=values.device), -1)
+        return found.unsqueeze(dim) if keepdim else found
+
+    with mock.patch.object(torch.Tensor, "argmax", argmax):
+        yield
+
+
 def part_to_onnx(piece: Piece, path: Path, *, opset: int, dynamic: Sequence[str], dtype: str) -> ExportReport:
     """Write one part as an ONNX file with its manifest and where it came from; raises as `to_onnx` does."""
     start = time.perf_counter()
@@ -159,7 +180,8 @@ def part_to_onnx(piece: Piece, path: Path, *, opset: int, dynamic: Sequence[str]
     sides = {word: odd_multiple(piece.sizes[word], step) for word in IMAGE if word in dynamic and word in piece.sizes}
     inputs = piece.example(**({"batch": 2} if "batch" in dynamic else {}), **sides)
     kind = type(model).__name__
-    program = exported(piece, inputs, open_axes, piece.names, opset, kind)
+    with first_greatest_in_floats():
+        program = exported(piece, inputs, open_axes, piece.names, opset, kind)
     example = piece.example()
     config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
     facts = {

@@ -23,8 +23,8 @@ from diffprune_plugin.export.providers import (
     gpu,
     known_provider,
     open_session,
+    opened_with,
     prepare,
-    provider_options,
     versions,
     without_replay,
 )
@@ -115,7 +115,7 @@ def prove(
     """
     wanted = known_provider(provider)
     distribution = check_distribution()
-    placement = Placement(provider, versions=versions(distribution), options=provider_options(wanted, threads))
+    placement = Placement(provider, versions=versions(distribution), options=opened_with(wanted, threads, Path(path)))
 
     def held(proof: Proof) -> None:
         placement.proofs.append(proof)

@@ -27,9 +27,10 @@ class Provider:
     """An execution provider as a row: all that sets it apart from the others.
 
     names: ONNX Runtime's for it; a second one is the same provider as a plug-in. memory: that it computes in.
-    install: what brings it. options: what it is opened with; threads_option: the one for its own threads; takes: those
-        that a user may set. graph_option, nhwc_option: those that replay a captured graph, and that lay channels last.
-        tuned: those that are worth trying, with their values. caches: folders of what is built for one file.
+    install: what brings it. options: what it is opened with; in_fp32: what else for a file without halves, unless it is
+        among them; threads_option: the one for its own threads; takes: those that a user may set. graph_option,
+        nhwc_option: those that replay a captured graph, and that lay channels last. tuned: those that are worth trying,
+        with their values. caches: folders of what is built for one file.
     environment: variables set before it is loaded. preload: modules that bring libraries it needs.
     dtypes: what it computes in their own type.
     rounds: of a benchmark, at least; warm_up: runs before them, at least. kernels: file with its table of kernels.
@@ -40,6 +41,7 @@ class Provider:
     memory: str
     install: str
     options: Mapping[str, str] = field(default_factory=dict)
+    in_fp32: Mapping[str, str] = field(default_factory=dict)
     threads_option: str = ""
     takes: tuple[str, ...] = ()
     graph_option: str = ""
@@ -83,12 +85,14 @@ GPU_INSTALL = (
     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 )
 # TF32 off, so that a GPU's fp32 is fp32 in the check and in the timing alike; TensorRT has no option for it and reads
-# the variable once, when it is loaded.
+# the variable once, when it is loaded. CUDA's option, switched off, takes the tensor cores from convolutions in halves
+# too (ONNX Runtime 1.31, core/providers/cuda/nn/conv.cc), so that it is said of fp32 files alone.
 CUDA = Provider(
     ("CUDAExecutionProvider", "CudaPluginExecutionProvider"),
     "cuda",
     GPU_INSTALL,
-    options={"device_id": "0", "use_tf32": "0"},
+    options={"device_id": "0"},
+    in_fp32={"use_tf32": "0"},
     takes=(
         "arena_extend_strategy",
         "cudnn_conv_algo_search",
@@ -119,8 +123,9 @@ CUDA = Provider(
 TENSORRT = replace(
     CUDA,
     names=("TensorrtExecutionProvider",),
-    install=GPU_INSTALL + " tensorrt",
+    install=GPU_INSTALL + " 'tensorrt-cu13<11'",  # libnvinfer.so.10 is what ONNX Runtime 1.31 loads
     options={},
+    in_fp32={},
     takes=(
         "trt_auxiliary_streams",
         "trt_builder_optimization_level",
@@ -292,14 +297,27 @@ def built_in(wanted: Provider) -> list[str]:
     return [name for name in wanted.names if name in available]
 
 
-def provider_options(wanted: Provider, threads: int) -> dict[str, str]:
-    """What the provider is opened with."""
-    return dict(wanted.options) | ({wanted.threads_option: str(threads)} if wanted.threads_option else {})
+def provider_options(wanted: Provider, threads: int, halves: bool = False) -> dict[str, str]:
+    """What the provider is opened with, for a file that holds ``halves`` or none."""
+    given = {**({} if halves else wanted.in_fp32), **wanted.options}
+    return given | ({wanted.threads_option: str(threads)} if wanted.threads_option else {})
+
+
+def opened_with(wanted: Provider, threads: int, path: Path) -> dict[str, str]:
+    """The same for a file."""
+    return provider_options(wanted, threads, bool(wanted.in_fp32) and has_halves(path))
+
+
+def has_halves(path: Path) -> bool:
+    """Whether some weight of an ONNX file is a float16."""
+    onnx = need("onnx")
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
 
 
 def of_file(wanted: Provider, threads: int, path: Path) -> dict[str, str]:
-    """The same for one file: what is built for it, a TensorRT engine say, is kept in a folder of its own."""
-    given = provider_options(wanted, threads)
+    """The same, and what is built for the file, a TensorRT engine say, is kept in a folder of its own."""
+    given = opened_with(wanted, threads, path)
     kept = [key for key in wanted.caches if key in given]
     of = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if kept else ""
     return given | {key: str(Path(given[key]) / of) for key in kept}

@@ -12,7 +12,7 @@ from diffprune_plugin.export.convert import IMAGE
 from diffprune_plugin.export.feeds import input_shapes
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.ort_session import OrtSession, RunFailed
-from diffprune_plugin.export.verify import BATCHES, TOLERANCES, Case, Tolerance, Verification, failed, judged
+from diffprune_plugin.export.verify import BATCHES, Case, Tolerance, Verification, failed, judged, tolerance_of
 
 IMAGE_BATCHES = (1, 2)  # of autoencoders, whose images are large
 
@@ -20,7 +20,7 @@ IMAGE_BATCHES = (1, 2)  # of autoencoders, whose images are large
 def verify_part(path: Path, piece: Piece, *, provider: str = "cpu", threads: int = 1) -> Verification:
     """Compare every output of a part's file with PyTorch's; raises BadInput for a damaged file."""
     dtype = check_files(path)["dtype"]
-    result = Verification(provider, dtype, TOLERANCES[dtype])
+    result = Verification(provider, dtype, tolerance_of(provider, dtype))
     session = OrtSession(path, provider, threads)
     if missing := sorted(set(piece.names) ^ set(session.names) | set(piece.example()) ^ set(session.types)):
         result.cases.append(failed(f"{', '.join(missing)} only in the graph or only in the model"))

@@ -137,14 +137,14 @@ def test_what_was_timed_before_fusing_failed_is_kept_with_the_reason(gpu: Any, m
         raise RuntimeError("no kernel for BiasSplitGelu")
 
     monkeypatch.setattr(gpu, "files", lambda *_, **__: (Model(), Model(), 0.5))
-    monkeypatch.setattr(gpu, "timed_models", lambda *_: {})
+    monkeypatch.setattr(gpu, "on_device", lambda *_: {})
     monkeypatch.setattr(gpu, "timed", lambda place, case, paths, spec, eager=None: {"spec": spec})
     monkeypatch.setattr(gpu, "written", failing)
     found = gpu.latency(gpu.Place("cuda", False), gpu.Case("sd15", 0.3, "fp16", (1,), {}))
     assert not found["passed"]
     assert "no kernel for BiasSplitGelu" in found["why"]
     specs = ["cuda", "cuda:prefer_nhwc=1", "cuda:enable_cuda_graph=1", "cuda:enable_cuda_graph=1,prefer_nhwc=1"]
-    assert list(found["measured"]) == specs
+    assert list(found["measured"]) == [*specs, "compiled"]
 
 
 def test_a_size_on_a_gpu_says_what_memory_it_took_there(gpu: Any, monkeypatch: Any) -> None:

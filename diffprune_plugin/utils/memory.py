@@ -20,7 +20,8 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 # As torch, its devices, ONNX Runtime and C++ say it.
 MEMORY = re.compile(
     r"allocate memory|failed to allocate|not enough memory|out of memory|bad.?alloc"
-    r"|CUDNN_STATUS_NOT_SUPPORTED|DEVMEM Allocation failed",
+    r"|CUDNN_STATUS_NOT_SUPPORTED|DEVMEM Allocation failed"
+    r"|unable to find an engine to execute|_STATUS_ALLOC_FAILED|ERROR_OUT_OF_MEMORY",
     re.IGNORECASE,
 )
 

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+
 import onnx_ir
 import pytest
+import torch
+from tiny_pipelines import PIPELINES
 
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.export import components
+from diffprune_plugin.export.components import Piece, first_greatest_in_floats, part_to_onnx
 from diffprune_plugin.export.kernels import (
     kernel,
     kernel_table,
@@ -23,6 +29,27 @@ def node(operator: str, kind: onnx_ir.DataType = onnx_ir.DataType.FLOAT) -> onnx
 def test_every_node_of_the_opset_20_graph_has_a_cuda_kernel(models, mixed_onnx):
     assert without_kernel(models.pruned_onnx) == []
     assert without_kernel(mixed_onnx) == []
+
+
+def test_every_node_of_a_text_encoder_and_an_autoencoder_has_a_cuda_kernel(tmp_path, monkeypatch):
+    pipeline = PIPELINES["stable diffusion"][0](tmp_path)
+    pieces = [(components.TEXT, pipeline.text_encoder), (components.ENCODER, pipeline.vae)]
+    for part, model in [*pieces, (components.DECODER, pipeline.vae)]:
+        path = tmp_path / f"{part.ending or 'text'}.onnx"
+        part_to_onnx(Piece(part, model, (8, 8)), path, opset=20, dynamic=("batch", "sequence"), dtype="fp32")
+        assert without_kernel(path) == []
+    monkeypatch.setattr(components, "first_greatest_in_floats", contextlib.nullcontext)
+    part_to_onnx(Piece(*pieces[0], (8, 8)), tmp_path / "whole.onnx", opset=20, dynamic=("batch",), dtype="fp32")
+    assert [miss.operator for miss in without_kernel(tmp_path / "whole.onnx")] == ["ArgMax"]
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_the_first_greatest_integer_is_that_of_torch(dim):
+    values = torch.randint(0, 3, (7, 9), generator=torch.Generator().manual_seed(0))
+    expected = values.argmax(dim), values.argmax(dim, keepdim=True), values.argmax()
+    with first_greatest_in_floats():
+        found = values.argmax(dim), values.argmax(dim, keepdim=True), values.argmax()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_group_normalization_has_no_cuda_kernel():

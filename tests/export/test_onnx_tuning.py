@@ -24,7 +24,7 @@ PLAYED = {"takes": ("a", "b"), "tuned": {"a": ("0", "1"), "b": ("x", "y")}}
 def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU plays a provider with two options, which it is opened without."""
     monkeypatch.setitem(providers.PROVIDERS, "cpu", replace(providers.CPU, **PLAYED))
-    monkeypatch.setattr(providers, "provider_options", lambda wanted, threads: {})
+    monkeypatch.setattr(providers, "provider_options", lambda wanted, threads, halves=False: {})
 
 
 def test_all_combinations_of_what_is_not_given() -> None:

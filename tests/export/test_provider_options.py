@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import onnx
 import pytest
 import typer
 
@@ -20,6 +21,7 @@ from diffprune_plugin.export.providers import (
     PROVIDERS,
     known_provider,
     open_session,
+    opened_with,
     provider_options,
     spec_of,
     without_replay,
@@ -39,7 +41,19 @@ def test_options_are_passed_through_beside_the_providers_own() -> None:
         "cudnn_conv_algo_search": "HEURISTIC",
         "prefer_nhwc": "1",
     }
-    assert PROVIDERS["cuda"].options == {"device_id": "0", "use_tf32": "0"}
+    assert PROVIDERS["cuda"].options == {"device_id": "0"}
+
+
+def test_tf32_is_switched_off_for_files_without_halves_alone_since_it_takes_their_tensor_cores(tmp_path) -> None:
+    for dtype, given in ((np.float32, {"use_tf32": "0"}), (np.float16, {})):
+        weight = onnx.numpy_helper.from_array(np.ones(2, dtype), "w")
+        value = onnx.helper.make_tensor_value_info("x", weight.data_type, [2])
+        out = onnx.helper.make_tensor_value_info("y", weight.data_type, [2])
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", [value], [out], [weight])
+        onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+        assert opened_with(known_provider("cuda"), 1, tmp_path / "m.onnx") == {"device_id": "0", **given}
+        asked = opened_with(known_provider("cuda:use_tf32=1"), 1, tmp_path / "m.onnx")
+        assert asked == {"device_id": "0", "use_tf32": "1"}
 
 
 def test_tf32_is_taken_on_both_sides_or_on_none() -> None:
