@@ -12,7 +12,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ class Passes:
     """``size``: how many samples go through the UNet at once; halved, and said so, whenever memory runs out."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.said = size, ""
 
     def over(
         self,
@@ -70,6 +70,7 @@ class Passes:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            self.said = f"{type(error).__name__}: {first_line(error)}"  # in words that may stand for other troubles too
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return False, []
@@ -77,8 +78,8 @@ class Passes:
     def halve(self, failed: int) -> None:
         if failed == 1:
             raise BadInput(
-                "out of memory at batch size 1; set gradient_checkpointing: true, autocast: true or, to calibrate, "
-                "blocks_at_once: 1, free memory, or use another device"
+                f"out of memory at batch size 1 ({self.said}); set gradient_checkpointing: true, autocast: true or, to "
+                "calibrate, blocks_at_once: 1, free memory, or use another device"
             )
         self.size = failed // 2
         Console(stderr=True).print(

@@ -116,7 +116,7 @@ def test_without_the_account_of_what_was_counted_a_failed_pass_counts_twice(imag
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_too_little_memory_for_one_sample_is_one_line_with_the_remedy(where, images) -> None:
     unet = short_of_memory(make_unet(), where, limit=0)
-    with pytest.raises(BadInput, match="out of memory at batch size 1; set gradient_checkpointing: true"):
+    with pytest.raises(BadInput, match=r"out of memory at batch size 1 \(\w+: .*\); set gradient_checkpointing: true"):
         calibrated(unet, images)
     assert all(parameter.grad is None for parameter in unet.parameters())
 
@@ -126,6 +126,8 @@ def test_only_what_says_that_memory_ran_out_is_taken_for_it() -> None:
     assert out_of_memory(MemoryError())
     assert out_of_memory(RuntimeError(FULL))
     assert out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. not enough memory: you tried"))
+    assert out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         Passes(4).over([1, 2], lambda _: (_ for _ in ()).throw(RuntimeError("shapes")))
