@@ -74,7 +74,8 @@ def main(
     other = "" if batch_size == FULL.batch_size else f"_batch_{batch_size}"
     title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", replace(FULL, batch_size=batch_size))
     seeds = 1 if quick else seeds
-    store = Store(title, [MODEL, RECIPES, WAYS, BUDGET, str(scale)])
+    recipe = {key: value for key, value in RECIPES[TAUGHT].items() if key != "teacher"}  # a path; MODEL says which
+    store = Store(title, [MODEL, recipe, WAYS, BUDGET, str(scale)])
     jobs = {f"{way} {seed}": partial(measured, way, seed, scale) for seed in range(seeds) for way in ways.split(";")}
     store.fill({"dense": partial(measure_dense, scale.look)} | jobs, workers)
     most = max(int(key.rpartition(" ")[2]) for key in store.values if key != "dense") + 1
