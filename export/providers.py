@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, HardwareUnproved, nearest
+from diffprune_plugin.export.integrity import parse
 from diffprune_plugin.utils.optional import need
 
 
@@ -310,9 +311,8 @@ def opened_with(wanted: Provider, threads: int, path: Path) -> dict[str, str]:
 
 def has_halves(path: Path) -> bool:
     """Whether some weight of an ONNX file is a float16."""
-    onnx = need("onnx")
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+    half = need("onnx").TensorProto.FLOAT16
+    return any(tensor.data_type == half for tensor in parse(path).graph.initializer)
 
 
 def of_file(wanted: Provider, threads: int, path: Path) -> dict[str, str]:
