@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import CheckFailed
-from diffprune_plugin.graph.patterns import layer_names, matching
+from diffprune_plugin.graph.patterns import layer_names, matching, outermost
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TRIED = 50  # timesteps, half of them from each end
@@ -42,12 +42,6 @@ def mixed(model: nn.Module, dtype: str, patterns: Sequence[str]) -> tuple[nn.Mod
         module.register_forward_pre_hook(taking(torch.float32), with_kwargs=True, prepend=True)
         module.register_forward_hook(giving(DTYPES[dtype]))
     return half.eval(), kept
-
-
-def outermost(names: Iterable[str]) -> list[str]:
-    """The names that lie inside no other, in their order."""
-    found = list(dict.fromkeys(names))
-    return [name for name in found if not within(name, [other for other in found if other != name])]
 
 
 def within(name: str, outer: Iterable[str]) -> bool:

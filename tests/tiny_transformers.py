@@ -1,12 +1,22 @@
-"""Tiny random transformers of every class that has an adapter, their biases and norms away from zeros and ones."""
+"""Tiny random transformers of every class that has an adapter, their biases and norms away from zeros and ones; noise
+for any model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 
+from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.testing.tiny import unsettled_
 
 SIZES: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
@@ -37,3 +47,16 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
     model = cls(**{**config, **changes})
     model.register_to_config(sample_size=8)  # Flux has none of its own
     return unsettled_(model).eval()
+
+
+COUNT = 4
+
+
+def samples_for(model: Any) -> tuple[Samples, Any]:
+    """Noise with all that the model takes beside it, and a scheduler."""
+    adapter, words = find_adapter(model), {"sequence": 5}
+    given = adapter.flat_inputs(model, batch=COUNT, words=words)
+    values = torch.randn(COUNT, *adapter.sample_shape(model), generator=torch.Generator().manual_seed(0))
+    flow = adapter.objective == "flow_matching"
+    extra = {port.name: given[port.name] for port in adapter.further_ports(model)}
+    return Samples(values, extra=extra), FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler()

@@ -26,6 +26,18 @@ def layer_names(model: Any) -> dict[str, tuple[str, ...]]:
     return {name: also_called(name, modules) for name in modules if name}
 
 
+def around(name: str) -> list[str]:
+    """The names of the modules around one, the innermost first; the model itself has the empty name."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """The names that lie inside no other, in their order."""
+    found = dict.fromkeys(names)
+    return [name for name in found if not any(each in found for each in around(name))]
+
+
 def also_called(name: str, modules: Mapping[str, Any]) -> tuple[str, ...]:
     """A layer's name, NNCF 2's names of its node (wrapped and not), and ``{strided}`` if its stride is above 1."""
     kind = type(modules[name]).__name__

@@ -93,6 +93,8 @@ class Refit:
             if self.passes == "layer":
                 raise Stop
             self.finish(system, bar, task)
+            if not self.open():
+                raise Stop
             return self.rerun(module, args, kwargs)
 
         for part in system.parts:

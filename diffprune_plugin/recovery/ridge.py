@@ -19,7 +19,10 @@ CLOSED = 1e-3  # of a row's mean squared gate: what a channel's own has to be ab
 
 
 def refusal(layer: nn.Module, output: Tensor) -> str:
-    """Why a layer, which gave ``output``, is not a matrix times rows of its input as laid out here; empty if it is."""
+    """Why a layer, which gave ``output`` of one sample, is not a matrix times rows of its input as laid out here; empty
+    if it is."""
+    if len(output) != 1:  # PixArt's embedders of height and width take both as one batch
+        return f"run on {len(output)} values of a sample as if they were samples"
     if isinstance(layer, nn.Linear):
         return "" if output.ndim < 4 else f"a linear layer on {output.ndim - 1} axes"
     if not isinstance(layer, nn.Conv2d):
@@ -85,7 +88,8 @@ class Repair:
     """One ridge regression: which layers it refits, to which module's output, and what that brought.
 
     before, after: squared error of the kept channels against the dense UNet's, on held-out images, as a share of the
-        variance of the dense ones; equal where nothing on the grid helped, and then the layers keep their weights.
+        variance of the dense ones (of their square where all are the same); equal where nothing on the grid helped,
+        and then the layers keep their weights.
     strength: of the ridge, as a share of the mean diagonal of the Gram matrix; 0 where the weights were kept.
     """
 
@@ -206,7 +210,8 @@ class System:
         """Solve, and update the layers if that lowers the held-out error."""
         assert self.equations is not None
         wanted = self.targets[held_out].flatten(0, 1).double() / (self.coupling or 1.0)
-        spread = max(float((wanted - wanted.mean(0)).square().sum()), 1e-30)
+        power, variance = float(wanted.square().sum()), float((wanted - wanted.mean(0)).square().sum())
+        spread = max(variance if variance > 1e-9 * power else power, 1e-30)
         before = self.equations[1].error()
         self.equations[0].close()
         update, strength, after = best_update(*self.equations, strengths, self.written)

@@ -21,7 +21,7 @@ from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.sensitivity.measured import Question, Search
-from diffprune_plugin.sensitivity.trials import Trials
+from diffprune_plugin.sensitivity.trials import Base, Trials
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.progress import progress_bar
@@ -92,7 +92,7 @@ class Answers:
     processes: Processes
     file: Path | None
     known: dict[str, float] = field(default_factory=dict)
-    bases: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # of the last questions
+    bases: dict[str, Base] = field(default_factory=dict)  # of the last questions
 
     def take_up(self) -> None:
         """What is stored; raises BadInput for a file that is damaged."""
@@ -133,23 +133,18 @@ class Answers:
 
     def error(self, asked: Question, place: int) -> float:
         """Of the plan itself at place 0, else of a change; raises CheckFailed if it is not finite."""
-        trials = self.trials
-        model, start = self.base(asked)
-        if place > 0:
-            root, units = asked.changes[place - 1]
-            model = trials.refitted(start, {**asked.removed, root: units}, asked.heads, trials.touched(root))
-        found = trials.look.error(model)
+        base = self.base(asked)
+        found = self.trials.look.error(base.model) if place == 0 else self.trials.error(base, *asked.changes[place - 1])
         if not math.isfinite(found):
             raise CheckFailed("allocation: a pruned model's output is not finite; check the weights and the images")
         return found
 
-    def base(self, asked: Question) -> tuple[nn.Module, nn.Module]:
-        """The compensated model of the plan itself, and the same in the dense shape, made once."""
+    def base(self, asked: Question) -> Base:
+        """The compensated model of the plan itself, made once."""
         key = asked.key()
         if key not in self.bases:
-            model = self.trials.refitted(self.trials.dense, asked.removed, asked.heads)
             self.bases = dict([*self.bases.items()][1 - KEPT :])
-            self.bases[key] = model, self.trials.extended(model, asked.removed)
+            self.bases[key] = self.trials.base(asked.removed, asked.heads)
         return self.bases[key]
 
     def add(self, keys: Sequence[str], values: Sequence[float]) -> None:

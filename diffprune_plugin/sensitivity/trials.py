@@ -1,7 +1,8 @@
 """What a change of one group does to the output of a pruned and compensated model: tried, not estimated.
 
 Every trial starts from the compensated weights of the plan around which it looks, takes its units away, or gives them
-back with their dense weights, and refits only the layers that the group touches. Nothing is traced twice.
+back with their dense weights, and refits only the layers that the group touches. Nothing is traced twice, and what
+comes before these layers is not computed again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from diffprune_plugin.recovery.residual import unpacked
 from diffprune_plugin.recovery.ridge import System, by_position, rows_at
 from diffprune_plugin.recovery.systems import Layout, layout_of, softmax_factors, systems_of
 from diffprune_plugin.sensitivity.linear import Noisy
+from diffprune_plugin.sensitivity.prefix import ended_before, recorded, served
 from diffprune_plugin.utils.modes import evaluating
 from diffprune_plugin.utils.progress import progress_bar
 
@@ -50,6 +53,18 @@ class Look:
         """The mean squared difference from the dense model's output."""
         found = self.adapter.denoise(model.eval(), self.inputs).double()
         return float((found - self.wanted).square().mean())
+
+
+@dataclass
+class Base:
+    """A plan that trials look around: its compensated model, the same in the dense shape, and what its modules give
+    where trials begin, in a pass over the draws and in one over the samples looked at."""
+
+    units: Units
+    heads: Mapping[str, tuple[int, int]]
+    model: nn.Module
+    start: nn.Module
+    outputs: tuple[dict[str, Any], dict[str, Any]] | None = None
 
 
 @dataclass
@@ -113,6 +128,36 @@ class Trials:
         """The layers whose inputs or outputs belong to a group."""
         return {member.layer for group in self.groups if group.root == root for member in group.members}
 
+    @cached_property
+    def before(self) -> dict[str, list[str]]:
+        """By root layer the modules that have ended when the first layer of a group begins."""
+        return {group.root: ended_before(self.layout.order, self.touched(group.root)) for group in self.groups}
+
+    def base(self, units: Units, heads: Mapping[str, tuple[int, int]]) -> Base:
+        """The plan that loses these units, compensated."""
+        model = self.refitted(self.dense, units, heads)
+        return Base(units, heads, model, self.extended(model, units))
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the modules before every group give, in a pass over the draws and in one over the samples looked at."""
+        names = {name for names in self.before.values() for name in names}
+        with evaluating(model):
+            with recorded(model, names) as fitted:
+                self.draws.forward(model, slice(0, len(self.draws.noisy)))
+            with recorded(model, names) as looked:
+                self.look.error(model)
+        return fitted, looked
+
+    def error(self, base: Base, root: str, units: Sequence[int]) -> float:
+        """Of the plan with other units of one group gone: what it is with all passes begun at the model's inputs."""
+        if base.outputs is None:
+            base.outputs = self.outputs(base.model)
+        fitted, looked = ({n: each[n] for n in self.before[root] if n in each} for each in base.outputs)
+        model = self.refitted(base.start, {**base.units, root: units}, base.heads, self.touched(root), fitted)
+        with served(model, looked):
+            return self.look.error(model)
+
     @torch.no_grad()
     def refitted(
         self,
@@ -120,10 +165,12 @@ class Trials:
         units: Units,
         heads: Mapping[str, tuple[int, int]],
         only: Collection[str] | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """A model of the dense shape, without these units, refitted; ``only``: these layers alone, from dense weights.
 
-        So a layer that lost inputs at the start and loses none any more is the dense one again.
+        So a layer that lost inputs at the start and loses none any more is the dense one again. ``given``: what
+        modules before the first of them give.
         """
         model, gone = copy.deepcopy(start), self.gone(units)
         for name in only or ():
@@ -134,7 +181,7 @@ class Trials:
             for system in systems:
                 self.give_target(system)
             size = len(self.draws.noisy)
-            with progress_bar(False) as bar:
+            with progress_bar(False) as bar, served(model, given or {}):
                 Refit(model, self.dense, systems, self.draws, size, 0, STRENGTHS, "one", None).run(bar)
         return model
 

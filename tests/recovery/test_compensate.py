@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from tiny import make_unet, output_of
+from tiny_transformers import make as make_transformer
+from tiny_transformers import samples_for
 from torch import Tensor, nn
 
 import diffprune_plugin as dp
@@ -41,7 +43,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ridge, "ROWS", 4096)
 
 
-def pruned(unet: UNet2DModel, criterion: Any = "magnitude", ratio: float = 0.5) -> tuple[Any, PruningPlan]:
+def pruned(unet: nn.Module, criterion: Any = "magnitude", ratio: float = 0.5) -> tuple[Any, PruningPlan]:
     plan = dp.make_plan(unet, criterion, pruning_ratio=ratio)
     smaller = copy.deepcopy(unet)
     dp.remove_(smaller, plan)
@@ -251,6 +253,20 @@ def test_where_no_strength_helps_the_weights_stay(images: np.ndarray) -> None:
     report = repair(unet, dense, plan, images, strengths=())
     assert not any(result.refitted or result.strength for result in report.repairs)
     assert weights_hash(unet) == before
+
+
+def test_what_runs_on_the_numbers_of_a_sample_is_left_and_what_is_the_same_for_all_is_measured_by_its_size() -> None:
+    """PixArt alpha is told height and width, as one batch, and the aspect ratio, here the same for all."""
+    dense = make_transformer("PixArt alpha")
+    samples, scheduler = samples_for(dense)
+    samples.extra["aspect_ratio"] = torch.ones_like(samples.extra["aspect_ratio"])
+    smaller, plan = pruned(dense)
+    report = compensate_(smaller, dense, plan, scheduler, samples, samples=16, progress=False)
+    embedder = "adaln_single.emb.{}_embedder.linear_2"
+    assert report.left == {embedder.format("resolution"): "run on 2 values of a sample as if they were samples"}
+    repairs = {one.layers[0]: one for one in report.repairs}
+    assert 0 <= repairs[embedder.format("aspect_ratio")].after < repairs[embedder.format("aspect_ratio")].before < 10
+    assert len(repairs) > 3
 
 
 def test_the_dense_unet_is_left_untouched(images: np.ndarray) -> None:

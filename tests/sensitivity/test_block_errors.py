@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from tiny_transformers import make
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from tiny_transformers import COUNT, make, samples_for
 from torch import nn
 
 import diffprune_plugin as dp
 from diffprune_plugin.config.pruning import PruningConfig
-from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.report import plan_text
 from diffprune_plugin.plugins import find_adapter
@@ -23,19 +22,6 @@ from diffprune_plugin.sensitivity.depth import check_choosable
 from diffprune_plugin.sensitivity.linear import Noisy, measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.workflow import frontier_of, prune
-
-COUNT = 4
-
-
-def samples_for(model: Any) -> tuple[Samples, Any]:
-    """Noise with all that the model takes beside it, and a scheduler."""
-    adapter, words = find_adapter(model), {"sequence": 5}
-    given = adapter.flat_inputs(model, batch=COUNT, words=words)
-    values = torch.randn(COUNT, *adapter.sample_shape(model), generator=torch.Generator().manual_seed(0))
-    flow = adapter.objective == "flow_matching"
-    extra = {port.name: given[port.name] for port in adapter.further_ports(model)}
-    return Samples(values, extra=extra), FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler()
-
 
 LAST = "transformer_blocks.2"  # of SD 3: it gives no text
 ONE_OF_EACH = [("DiT", "transformer_blocks.1"), ("Flux", "transformer_blocks.0"), ("SD 3", LAST)]
