@@ -3,6 +3,7 @@
     python benchmarks/bench.py thresholds                    # digits: an hour on two cores
     python benchmarks/bench.py thresholds --model emoji      # after: make models
     python benchmarks/bench.py thresholds --thresholds 0,0.05 --ratios 0.36 --seeds 3
+    python benchmarks/bench.py thresholds --share 0.2        # a fine-tune of a fifth of the dense model's steps
 
 As criteria.py compares, nothing repaired before the fine-tune. Results are kept by model; interrupted, it goes on where
 it was, and further thresholds, ratios and seeds add to it.
@@ -40,14 +41,15 @@ from quality.criteria import FULL, PAPER, THRESHOLDS, Budget, Cells, opened
 NAMES = {"0": "taylor", "0.05": PAPER} | {name.partition(", ")[2]: name for name in THRESHOLDS}  # by threshold
 RATIOS = (0.2, HALF, 0.5)
 SAMPLES = 256
+TENTH = 0.1
 ALL = ",".join(sorted(NAMES, key=float))
 
 
-def budget_of(model: str, batch_size: int) -> Budget:
-    """A tenth of the dense model's steps."""
+def budget_of(model: str, batch_size: int, share: float) -> Budget:
+    """A share of the dense model's steps."""
     subject = SUBJECTS[model]
-    look = Look(held_out=250, repeats=2, count=66, steps=10)
-    return replace(FULL, samples=SAMPLES, steps=subject.steps // 10, batch_size=batch_size, look=look, of=subject)
+    look, steps = Look(held_out=250, repeats=2, count=66, steps=10), round(share * subject.steps)
+    return replace(FULL, samples=SAMPLES, steps=steps, batch_size=batch_size, look=look, of=subject)
 
 
 def regions(cells: Cells) -> list[str]:
@@ -109,10 +111,12 @@ def main(
     thresholds: Annotated[str, typer.Option(**some_of(NAMES, needed=("0", "0.05")))] = ALL,
     ratios: Annotated[str, typer.Option(**some_shares("pruning ratios"))] = ",".join(map(str, RATIOS)),
     batch_size: Annotated[int, typer.Option(help="images in a step of the fine-tune")] = 1,
+    share: Annotated[float, typer.Option(min=0.001, max=1.0, help="of the dense model's steps")] = TENTH,
     workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the tables and draw the plots."""
-    chosen, budget, title = [float(r) for r in ratios.split(",")], budget_of(model, batch_size), f"thresholds_{model}"
+    chosen, budget = [float(r) for r in ratios.split(",")], budget_of(model, batch_size, share)
+    title = f"thresholds_{model}" if share == TENTH else f"thresholds_{model}_{budget.steps}_steps"
     names = [NAMES[threshold] for threshold in sorted(thresholds.split(","), key=float)]
     cells = Cells(opened(title, list(NAMES.values()), budget), names, chosen, seeds, budget)
     cells.publish(title, workers)

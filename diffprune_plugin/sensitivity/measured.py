@@ -2,9 +2,9 @@
 
 Cuts interact, which no sum of single errors knows: so the first plan, made by the linear sensitivity, is compensated,
 and what a step of each group changes there is measured (`trials`). The knapsack chooses again among these widths, with
-more and less trust that the gains add up; the plan of the least error, compensated, is taken if that is lower. So on
-with smaller steps: a coordinate search with a trust region, whose general form is in Numerical Optimization (Nocedal
-and Wright, 2006), chapters 4 and 9.
+more and less trust that the gains add up; the plan of the least error, compensated, is taken if that is lower, and
+looked around once more: a coordinate search with a trust region, whose general form is in Numerical Optimization
+(Nocedal and Wright, 2006), chapters 4 and 9.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import Allocation, GroupPlan, PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from
 
-FRACTIONS = (0.25, 0.125, 0.125)  # of a group's units that a round's step is, at least one step of the group
+ROUNDS = 2
+FRACTION = 0.125  # of a group's units that a step is, at least one step of the group
 TRUSTS = (1.0, 0.5, 0.25)  # in what single steps promise together, all of which are tried
 
 
@@ -97,8 +98,8 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     (error,) = yield Question.of(best)
     tried, reasons = [error], {group.root: group.reason for group in best.groups}
     asked = [best.removed_units()]
-    for fraction in FRACTIONS:
-        steps = near(best, material, options, fraction)
+    for _ in range(ROUNDS):
+        steps = near(best, material, options)
         answers = yield Question.of(best, steps)
         changes: dict[str, dict[int, float]] = {group.root: {len(group.removed): 0.0} for group in best.groups}
         for group, answer in zip(steps, answers[1:], strict=True):
@@ -115,7 +116,7 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
             if found < error:
                 reasons = {group.root: around.reason(group, start[1]) for group in proposed.groups}
                 best, error = proposed, found
-        if best is start[0] and fraction == FRACTIONS[-1]:
+        if best is start[0]:
             break
     errors = {group.root: sensitivity.error(group.root, group.removed) for group in best.groups}
     allocation = Allocation(
@@ -125,7 +126,7 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     return best.model_copy(update={"groups": groups, "allocation": allocation})
 
 
-def near(plan: PruningPlan, material: Material, options: PlanOptions, fraction: float) -> list[GroupPlan]:
+def near(plan: PruningPlan, material: Material, options: PlanOptions) -> list[GroupPlan]:
     """For each group the widths a step below and above that of the plan, as far as there are any; heads stay."""
     found = []
     every = choices(material.items, options, Around.most)
@@ -133,7 +134,7 @@ def near(plan: PruningPlan, material: Material, options: PlanOptions, fraction: 
         if item.heads:  # their number is an attribute of the attention, which a trial leaves as it is
             continue
         now = len(group.removed)
-        step = max(int(fraction * group.units), 1)
+        step = max(int(FRACTION * group.units), 1)
         fewer = [count for count in of if count < now]
         more = [count for count in of if count > now]
         places = [min(some, key=lambda count: abs(abs(count - now) - step)) for some in (fewer, more) if some]
