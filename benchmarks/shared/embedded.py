@@ -30,6 +30,7 @@ from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.utils.hashes import json_hash
 from shared.subject import DIGITS, Look, Subject, samples_of
 
 Row = dict[str, float]
@@ -200,9 +201,9 @@ def from_scratch(name: str, shape: Path, seed: int, of: Subject = DIGITS) -> Pat
 def tuned(name: str, start: Path, seed: int, of: Subject = DIGITS, **settings: Any) -> Path:
     """Directory of the model that starts from ``start`` after a fine-tune with these settings, on the training images.
 
-    An interrupted training goes on from its last checkpoint.
+    Another recipe gets another directory; an interrupted training goes on from its last checkpoint.
     """
-    output = of.work / "models" / name
+    output = of.work / "models" / f"{name}-{json_hash(settings)[:8]}"
     if not output.exists():
         common = {"timestep_sampling": "stratified", "tracker": "none", "checkpoint_every": 100, "seed": seed}
         values = {"model": str(start), "output": str(output), "data": str(of.train()), **common, **settings}

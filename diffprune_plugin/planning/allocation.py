@@ -153,8 +153,9 @@ class Search:
     def _give_back(self) -> bool:
         """The one change of a single group that lowers the error most and fits; whether there was one."""
         found = []
+        whole = self.size_of(self.removed)
         for place, menu in enumerate(self.menus):
-            sizes = self._sizes(self.removed, place, menu.removed[: self.chosen[place]])
+            sizes = self._sizes(self.removed, whole, place, menu.removed[: self.chosen[place]])
             for other in np.flatnonzero((sizes <= self.limits * ROUNDING).all(1)):
                 found.append((menu.errors[other] - menu.errors[self.chosen[place]], place, int(other)))
         best = min(found, default=(0.0, 0, 0))
@@ -169,30 +170,31 @@ class Search:
             for other in range(max(self.chosen[place] - STEPS, 0), self.chosen[place]):
                 gain = menu.errors[self.chosen[place]] - menu.errors[other]
                 removed = [*self.removed[:place], menu.removed[other], *self.removed[place + 1 :]]
+                whole = self.size_of(removed)
                 for payer, paying in enumerate(self.menus):
                     if payer == place:
                         continue
-                    price = self._price(removed, payer, paying)
+                    price = self._price(removed, whole, payer, paying)
                     if price is not None and price[0] - gain < best - 1e-15:
                         best, moves = price[0] - gain, {place: other, payer: price[1]}
         for place, other in moves.items():
             self.chosen[place] = other
         return bool(moves)
 
-    def _price(self, removed: Sequence[int], place: int, menu: Menu) -> tuple[float, int] | None:
+    def _price(self, removed: Sequence[int], whole: Numbers, place: int, menu: Menu) -> tuple[float, int] | None:
         """The least error that a group adds by losing so much more that the model fits, and the width; None if none."""
         now = self.chosen[place]
-        fits = (self._sizes(removed, place, menu.removed[now + 1 :]) <= self.limits * ROUNDING).all(1)
+        fits = (self._sizes(removed, whole, place, menu.removed[now + 1 :]) <= self.limits * ROUNDING).all(1)
         if not fits.any():
             return None
         chosen = now + 1 + int(np.argmax(fits))
         return menu.errors[chosen] - menu.errors[now], chosen
 
-    def _sizes(self, removed: Sequence[int], place: int, counts: Sequence[int]) -> Numbers:
-        """The columns of the whole model for each count of one group's units, the others as given."""
+    def _sizes(self, removed: Sequence[int], whole: Numbers, place: int, counts: Sequence[int]) -> Numbers:
+        """The columns of the whole model, ``whole`` as it is, for each count of one group's units."""
         parts = self.size_of.choices(removed, place, [*counts, removed[place]])
-        whole: Numbers = self.size_of(removed) + parts[:-1] - parts[-1]
-        return whole
+        found: Numbers = whole + parts[:-1] - parts[-1]
+        return found
 
 
 def allocate(menus: Sequence[Menu], size_of: SizeOf, limits: Mapping[str, float]) -> list[int]:
