@@ -5,7 +5,8 @@
     python benchmarks/bench.py finetuned --batch-size 32 --ways "uniform;linear"       # the dense model's batch
     python benchmarks/bench.py finetuned --quick                       # one seed, 30 steps, fewer images
 
-46 % of the embedded model's MACs, compensated, then 10 % of the dense model's steps with the dense model as teacher;
+46 % of the embedded model's MACs, compensated, then 10 % of the dense model's steps with the dense model as teacher,
+timesteps weighed by min-SNR (arXiv 2303.09556), which brings what is drawn nearer than the recipe of `recover`;
 ``lora`` trains a low-rank adapter of the allocated model for as many. Results are kept in
 benchmarks/results/finetuned.json; interrupted, it goes on where it was, and other ways and seeds add to it.
 """
@@ -27,6 +28,7 @@ from quality.allocation import made
 from quality.recover import FULL, QUICK, RECIPES, TAUGHT, Scale
 
 BUDGET = 0.46
+RECIPE = {**RECIPES[TAUGHT], "snr_gamma": 5.0}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "linear": ("linear", {}),
@@ -40,7 +42,7 @@ def trained(way: str, seed: int, scale: Scale) -> Path:
     """Directory of the fine-tuned model."""
     allocation, changes = WAYS[way]
     name = f"finetuned-{way.replace(', ', '-')}-{seed}-{scale.steps}-of-{scale.batch_size}"
-    settings = {**RECIPES[TAUGHT], **changes}
+    settings = {**RECIPE, **changes}
     return tuned(name, made(allocation, BUDGET, seed), seed, steps=scale.steps, batch_size=scale.batch_size, **settings)
 
 
@@ -74,7 +76,7 @@ def main(
     other = "" if batch_size == FULL.batch_size else f"_batch_{batch_size}"
     title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", replace(FULL, batch_size=batch_size))
     seeds = 1 if quick else seeds
-    recipe = {key: value for key, value in RECIPES[TAUGHT].items() if key != "teacher"}  # a path; MODEL says which
+    recipe = {key: value for key, value in RECIPE.items() if key != "teacher"}  # a path; MODEL says which
     store = Store(title, [MODEL, recipe, WAYS, BUDGET, str(scale)])
     jobs = {f"{way} {seed}": partial(measured, way, seed, scale) for seed in range(seeds) for way in ways.split(";")}
     store.fill({"dense": partial(measure_dense, scale.look)} | jobs, workers)
@@ -82,7 +84,7 @@ def main(
     of_dense = store.values["dense"]
     intro = (
         f"Mean and standard error over seeds. {BUDGET:.0%} of the MACs, compensated, {scale.steps} steps of batch "
-        f"{scale.batch_size}; {scale.look.count} images of {scale.look.steps} DDIM steps. p: paired t-test against "
+        f"{scale.batch_size}, weighed by min-SNR; {scale.look.count} images of {scale.look.steps} DDIM steps. p: paired t-test against "
         f"uniform. Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.1f}."
     )
     head = ["way", "seeds", "params", "held-out loss", "p", "SSIM", "p", classifier().frechet, "p", "of the dense"]

@@ -46,7 +46,7 @@ from diffprune_plugin.workflow import prune
 
 FINE: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}
 DENSE, PRUNED, TAUGHT, SCRATCH = "dense", "pruned and compensated", "fine-tuned", "same shape from scratch, as long"
-RECIPES = {TAUGHT: FINE | {"teacher": str(demo.MODEL), "task_weight": 0.0, "snr_gamma": 5.0}, SCRATCH: FINE}
+RECIPES = {TAUGHT: FINE | {"teacher": str(demo.MODEL), "task_weight": 0.0}, SCRATCH: FINE}
 
 LONG = Look(count=128, steps=25)
 

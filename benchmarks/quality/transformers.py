@@ -93,7 +93,7 @@ def measured(way: str, budget: float, seed: int, steps: int, look: Look, of: Sub
     """What is left, and how good it is, after so many steps of training."""
     output, row = made(way, budget, seed, of)
     if steps:
-        settings = {**RECIPES[TAUGHT], "teacher": str(of.model), "snr_gamma": None}  # not tried here
+        settings = {**RECIPES[TAUGHT], "teacher": str(of.model)}
         same = weights_hash(model_of(load_pipeline(output)))[:12]  # where no block goes, "both" is "width"
         output = tuned(f"{same}-{seed}-{steps}", output, seed, of, steps=steps, batch_size=32, **settings)
     return {**row, **measure(load_pipeline(output), look, of)}
