@@ -139,10 +139,11 @@ def main(
     of_dense = store.values["dense"]
     intro = (
         f"{over(max(len(runs_of(store, way)) for way in known))} of calibration and training; {LOOK.count} images of "
-        f"{LOOK.steps} DDIM steps a seed, each compared with the dense model's from the same noise. diff_taylor. Fine-"
-        f"tuned: {of.steps // 10} steps of batch {FULL.batch_size}, the dense model as teacher. Dense: loss "
-        f"{of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
+        f"{LOOK.steps} DDIM steps a seed, each compared with the dense model's from the same noise. diff_taylor. "
+        f"Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.0f}."
     )
+    if TUNED in known:
+        intro += f" Fine-tuned: {of.steps // 10} steps of batch {FULL.batch_size}, the dense model as teacher."
     head = ["way", "seeds", "MACs", "held-out loss", "SSIM", *(f"{q:.0%} quantile" for q in QUANTILES)]
     head.append(classifier(of).frechet)
     if of.classes:
