@@ -57,7 +57,7 @@ def served(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
     modules = [(model.get_submodule(name), output) for name, output in outputs.items()]
     try:
         for module, output in modules:
-            module.forward = lambda *_, output=output, **__: output  # type: ignore[method-assign]
+            module.forward = lambda *_, output=output, **__: output
         yield
     finally:
         for module, _ in modules:
