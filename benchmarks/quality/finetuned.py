@@ -84,8 +84,8 @@ def main(
     of_dense = store.values["dense"]
     intro = (
         f"Mean and standard error over seeds. {BUDGET:.0%} of the MACs, compensated, {scale.steps} steps of batch "
-        f"{scale.batch_size}, weighed by min-SNR; {scale.look.count} images of {scale.look.steps} DDIM steps. p: paired t-test against "
-        f"uniform. Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.1f}."
+        f"{scale.batch_size}, weighed by min-SNR; {scale.look.count} images of {scale.look.steps} DDIM steps. p: "
+        f"paired t-test against uniform. Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.1f}."
     )
     head = ["way", "seeds", "params", "held-out loss", "p", "SSIM", "p", classifier().frechet, "p", "of the dense"]
     known = [way for way in WAYS if f"{way} 0" in store.values]
