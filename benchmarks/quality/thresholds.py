@@ -5,8 +5,8 @@
     python benchmarks/bench.py thresholds --thresholds 0,0.05 --ratios 0.36 --seeds 3
     python benchmarks/bench.py thresholds --share 0.2        # a fine-tune of a fifth of the dense model's steps
 
-As criteria.py compares, nothing repaired before the fine-tune. Results are kept by model; interrupted, it goes on where
-it was, and further thresholds, ratios and seeds add to it.
+As criteria.py compares, nothing repaired before the fine-tune. Results are kept by model and share; interrupted, it
+goes on where it was, and further thresholds, ratios and seeds add to it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.graph.patterns import around
 from diffprune_plugin.recovery.ridge import by_position
 
 GATED = 0.0  # a coefficient: no one number
@@ -61,8 +62,7 @@ def residual_sum(model: nn.Module, calls: Mapping[str, Call], layer: str, gates:
     The layer itself and 1 where there is none, or where nothing but the layer's output is in the sum.
     """
     found, coefficient = layer, 1.0
-    for depth in range(layer.count("."), 0, -1):
-        block = ".".join(layer.split(".")[:depth])
+    for block in around(layer)[:-1]:
         if block not in calls:  # a list of modules is never called
             continue
         added = coefficient_in(model.get_submodule(block), calls[block], layer[len(block) + 1 :])
