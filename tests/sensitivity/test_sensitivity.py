@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,12 @@ def test_what_is_stored_is_read_back_and_a_changed_digit_refused(images: np.ndar
             Sensitivity.load(path)
 
 
-def test_errors_of_units_add_up(images: np.ndarray) -> None:
-    found = dataclasses.replace(measured(images), scores={"conv": (1.0, 2.0, 4.0)})
-    assert found.error("conv", [0, 2]) == 5.0
+def test_errors_of_units_add_up_and_count_for_more_the_fewer_units_stay(images: np.ndarray) -> None:
+    found = dataclasses.replace(measured(images), scores={"conv": (1.0, 2.0, 4.0, 9.0)})
     assert found.error("conv", []) == 0.0
+    assert found.error("conv", [0]) == pytest.approx(1 / math.sqrt(3 / 4))
+    assert found.error("conv", [0, 1, 2]) == pytest.approx(7 / math.sqrt(1 / 4))
+    assert found.error("conv", range(4)) == pytest.approx(16 / math.sqrt(1 / 4))  # none stays: as if one did
 
 
 @pytest.mark.parametrize("key", ["samples", "probes", "batch_size"])
