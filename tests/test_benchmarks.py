@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,26 @@ def test_a_word_that_a_suite_does_not_know_is_one_line_and_exit_code_2(arguments
     done = CliRunner().invoke(bench.app, arguments)
     assert done.exit_code == 2
     assert told in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_fine_tune_of_another_recipe_is_another_model_and_one_that_is_there_is_not_made_again(
+    monkeypatch, tmp_path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from shared import embedded
+
+    made = list[Any]()
+
+    def finetune(config: Any, progress: bool) -> None:
+        made.append(config.learning_rate)
+        Path(config.output).mkdir(parents=True)
+
+    monkeypatch.setattr(embedded, "finetune", finetune)
+    of = SimpleNamespace(work=tmp_path, train=lambda: tmp_path / "digits.npz")
+    rates = (1e-3, 5e-4, 1e-3)
+    places = [embedded.tuned("small", tmp_path, 0, of, steps=2, learning_rate=rate) for rate in rates]
+    assert places[0] == places[2] != places[1]
+    assert made == [1e-3, 5e-4]
 
 
 def test_an_image_is_what_was_asked_where_the_classifier_says_so(tmp_path, monkeypatch) -> None:

@@ -302,6 +302,19 @@ def test_one_pass_and_a_pass_for_each_layer_agree(images: np.ndarray) -> None:
     assert relative(outputs[0], outputs[1]) < 1e-4
 
 
+def test_a_single_pass_ends_at_the_last_regression(images: np.ndarray) -> None:
+    dense, samples = make_unet(), dict[str, set[int]]()
+    plan = dp.make_plan(dense, "magnitude", pruning_ratio=0.0, pruning_ratio_dict={"mid_block.resnets.0.conv1": 0.5})
+    unet = copy.deepcopy(dense)
+    dp.remove_(unet, plan)
+    for name in ("mid_block.resnets.0", "mid_block.resnets.1", "conv_out"):
+        counts = samples[name] = set()
+        unet.get_submodule(name).register_forward_pre_hook(lambda _, args, counts=counts: counts.add(len(args[0])))
+    assert repair(unet, dense, plan, images, passes="one").repairs
+    # Fewer samples went through the whole of it, to see what its residual sums are.
+    assert [64 in counts for counts in samples.values()] == [True, False, False]
+
+
 def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The blocks that are finished from now on; after so many there is an interrupt."""
     finish, finished = Refit.finish, []
