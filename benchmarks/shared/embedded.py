@@ -26,7 +26,7 @@ from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.evaluation.features import Features, frechet_distance, load_features
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import denoiser_of, find_adapter
-from diffprune_plugin.pruning.loading import load_pipeline
+from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.recovery.finetune import finetune
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
@@ -153,7 +153,7 @@ def calibration(
 def sensitivity(seed: int, samples: int, of: Subject = DIGITS) -> Sensitivity:
     """The linear sensitivity of the channels."""
     options: dict[str, Any] = {"samples": samples, "seed": seed, "progress": False}
-    return measure_sensitivity(dense(of).unet, dense(of).scheduler, of.calibration, **options)
+    return measure_sensitivity(model_of(dense(of)), dense(of).scheduler, of.calibration, **options)
 
 
 def calibration_directory(seed: int, of: Subject = DIGITS, **options: Any) -> Path:
