@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline
+from tiny import make_unet
+from tiny_transformers import make
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -199,6 +202,19 @@ def test_a_fine_tune_of_another_recipe_is_another_model_and_one_that_is_there_is
     places = [embedded.tuned("small", tmp_path, 0, of, steps=2, learning_rate=rate) for rate in rates]
     assert places[0] == places[2] != places[1]
     assert made == [1e-3, 5e-4]
+
+
+def test_the_sensitivity_of_a_subject_is_that_of_its_denoiser_whatever_it_is_called(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from shared import embedded
+
+    asked = list[Any]()
+    monkeypatch.setattr(embedded, "measure_sensitivity", lambda model, *_, **__: asked.append(model))
+    pipelines = [DiTPipeline(make("DiT"), None, DDIMScheduler()), DDPMPipeline(make_unet(), DDIMScheduler())]
+    for pipeline in pipelines:
+        monkeypatch.setattr(embedded, "dense", lambda _, pipeline=pipeline: pipeline)
+        embedded.sensitivity.__wrapped__(0, 1, SimpleNamespace(calibration=""))
+    assert asked == [pipelines[0].transformer, pipelines[1].unet]
 
 
 def test_an_image_is_what_was_asked_where_the_classifier_says_so(tmp_path, monkeypatch) -> None:
