@@ -55,10 +55,10 @@ class Sensitivity:
         return 0.75
 
     def error(self, root: str, units: Collection[int]) -> float:
-        """The error of removing these units together: their own added up, and what norms do to those that stay.
+        """The error of removing these units together, in the units of ``power``: their own added up, and what norms do
+        to those that stay, over the square root of the share of units that stays.
 
-        To first order it falls short, the more the fewer stay: of single cuts that were tried by as much as one over
-        the square root of the share that stays, refitted or not (docs/figures.md), which it is multiplied by.
+        The root is a rule found by trying, not derived: to first order single cuts were low by it (docs/figures.md).
         """
         scores, norms = np.asarray(self.scores[root]), self.norms.get(root, ())
         told = float(scores[list(units)].sum())
