@@ -47,7 +47,7 @@ def call(*command: Any, cwd: Path) -> str:
 def test_olive_run_prunes_and_converts(tmp_path) -> None:
     python = environment(tmp_path / "olive-venv", "olive-ai")
     (tmp_path / "passes.json").write_text(call(python, "-m", "diffprune_plugin.integrations.olive_pass", cwd=tmp_path))
-    script = ROOT / "diffprune_plugin" / "hosts" / "olive_pass.py"
+    script = ROOT / "diffprune_plugin" / "integrations" / "olive_pass.py"
     prune = {"type": "DiffPrune", "importance": "magnitude", "pruning_ratio": 0.5, "compensate": False}
     config = {
         "input_model": {
