@@ -265,3 +265,15 @@ def test_the_tokenizer_of_the_captions_knows_their_words_and_any_other_letters(m
     assert found[2, 1:].eq(1).all(), "nothing but ends"
     assert len(found.unique(dim=0)) == 4
     assert tokens_of(tokenizer, ["ZEBRA"]).equal(found[3:])
+
+
+def test_a_look_from_two_noises_is_the_mean_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from shared import embedded, subject
+
+    look = subject.Look(held_out=10, repeats=1, count=66, steps=1, noises=2)
+    images = [embedded.drawn(embedded.dense(), look, noise=noise) for noise in (0, 1)]
+    assert not torch.equal(*images)
+    found = embedded.measure_dense(look)
+    assert found["distance"] == pytest.approx(sum(map(embedded.distance, images)) / 2)
+    assert found["ssim"] == pytest.approx(1.0)

@@ -167,9 +167,9 @@ def pipeline_of(vae: Any, denoiser: Any, tokenizer: Any) -> StableDiffusionPipel
     return made
 
 
-def draw(pipeline: Any, captions: list[str], steps: int = 25) -> Tensor:
-    """Images in [0, 1], (count, 3, 64, 64), of these captions from fixed noise, a batch of 32 at a time."""
-    noise = torch.randn(len(captions), 4, 16, 16, generator=Generator().manual_seed(0))
+def draw(pipeline: Any, captions: list[str], steps: int = 25, seed: int = 0) -> Tensor:
+    """Images in [0, 1], (count, 3, 64, 64), of these captions, a batch of 32 at a time."""
+    noise = torch.randn(len(captions), 4, 16, 16, generator=Generator().manual_seed(seed))
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
     options |= {"height": 64, "width": 64}

@@ -53,7 +53,8 @@ WORDS, WIDTH = 4, 64  # of the code that stands for the caption of a digit
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, what it learns from, and how images (count, 1, 32, 32) in [0, 1] are drawn of labels in some steps.
+    """A model, what it learns from, and how images (count, 1, 32, 32) in [0, 1] are drawn of labels, in some steps
+    from the noise of a seed.
 
     ``conditions``: of labels its further inputs by name, a row each; ``timesteps``: the training timesteps of a batch.
     """
@@ -62,7 +63,7 @@ class Kind:
     pipeline: Callable[[Any], Any]
     conditions: Callable[[Tensor], dict[str, Tensor]]
     timesteps: Callable[[int, Generator], Tensor]
-    draw: Callable[[Any, Tensor, int], Tensor]
+    draw: Callable[[Any, Tensor, int, int], Tensor]
     lr: float
 
 
@@ -127,11 +128,11 @@ def logit_normal(count: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def draw_flow(model: nn.Module, labels: Tensor, steps: int = 25) -> Tensor:
-    """By Euler steps with classifier-free guidance, from fixed noise."""
+def draw_flow(model: nn.Module, labels: Tensor, steps: int, seed: int) -> Tensor:
+    """By Euler steps with classifier-free guidance."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps)
-    samples = torch.randn(len(labels), 1, 32, 32, generator=Generator().manual_seed(0))
+    samples = torch.randn(len(labels), 1, 32, 32, generator=Generator().manual_seed(seed))
     inputs = codes(torch.cat([labels, torch.full_like(labels, NULL)]))
     for timestep in scheduler.timesteps:
         velocity = model(torch.cat([samples, samples]), timestep=timestep.expand(2 * len(labels)), **inputs).sample
@@ -140,8 +141,8 @@ def draw_flow(model: nn.Module, labels: Tensor, steps: int = 25) -> Tensor:
     return (samples / 2 + 0.5).clamp(0, 1)
 
 
-def draw_dit(model: nn.Module, labels: Tensor, steps: int = 25) -> Tensor:
-    return draw(model, labels, steps=steps, null=NULL, channels=1, schedule=SCHEDULE)
+def draw_dit(model: nn.Module, labels: Tensor, steps: int, seed: int) -> Tensor:
+    return draw(model, labels, seed, steps, null=NULL, channels=1, schedule=SCHEDULE)
 
 
 def dit_pipeline(model: Any) -> DiTPipeline:
@@ -216,7 +217,7 @@ def main(
     def drawn(step: int) -> None:
         if step % 1000 == 0:
             labels = torch.arange(NULL).repeat_interleave(4)
-            grid(kind.draw(averaged(run, kind.make()), labels, 25), 8).save(output / f"{step}.png")
+            grid(kind.draw(averaged(run, kind.make()), labels, 25, 0), 8).save(output / f"{step}.png")
 
     trained = run.go_on(steps, loss, output / "training" / "checkpoint.safetensors", drawn)
     kind.pipeline(averaged(run, kind.make())).save_pretrained(output / "model")

@@ -25,9 +25,10 @@ from shared.results import Seeds, Store, Workers, mean, p_text, paired_p, publis
 from diffprune_plugin.pruning.directory import read_plan
 from diffprune_plugin.pruning.loading import load_pipeline
 from quality.allocation import made
-from quality.recover import FULL, QUICK, RECIPES, TAUGHT, Scale
+from quality.recover import FULL, LONG, QUICK, RECIPES, TAUGHT, Scale
 
 BUDGET = 0.46
+LOOK = replace(LONG, noises=4)
 RECIPE = {**RECIPES[TAUGHT], "snr_gamma": 5.0}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
@@ -74,7 +75,8 @@ def main(
 ) -> None:
     """Measure what is missing, then print the table."""
     other = "" if batch_size == FULL.batch_size else f"_batch_{batch_size}"
-    title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", replace(FULL, batch_size=batch_size))
+    full = replace(FULL, batch_size=batch_size, look=LOOK)
+    title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", full)
     seeds = 1 if quick else seeds
     recipe = {key: value for key, value in RECIPE.items() if key != "teacher"}  # a path; MODEL says which
     store = Store(title, [MODEL, recipe, WAYS, BUDGET, str(scale)])
@@ -84,8 +86,9 @@ def main(
     of_dense = store.values["dense"]
     intro = (
         f"Mean and standard error over seeds. {BUDGET:.0%} of the MACs, compensated, {scale.steps} steps of batch "
-        f"{scale.batch_size}, weighed by min-SNR; {scale.look.count} images of {scale.look.steps} DDIM steps. p: "
-        f"paired t-test against uniform. Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.1f}."
+        f"{scale.batch_size}, weighed by min-SNR; {scale.look.count} images of {scale.look.steps} DDIM steps from each "
+        f"of {scale.look.noises} noises, the mean of them. p: paired t-test against uniform. "
+        f"Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.1f}."
     )
     head = ["way", "seeds", "params", "held-out loss", "p", "SSIM", "p", classifier().frechet, "p", "of the dense"]
     known = [way for way in WAYS if f"{way} 0" in store.values]

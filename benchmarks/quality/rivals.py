@@ -107,7 +107,7 @@ def picture(ratio: float, budget: Budget, path: Path) -> None:
     look = Look(count=18, steps=25)
     rows = {"dense": dense(budget.of)}
     rows |= {way: repaired(way, ratio, 0, budget)[0] for way in (NOTHING, *REPAIRS)}
-    images = {name: budget.of.images(each, look).permute(0, 2, 3, 1).numpy() for name, each in rows.items()}
+    images = {name: budget.of.images(each, look, 0).permute(0, 2, 3, 1).numpy() for name, each in rows.items()}
     save_image(image_grid({name: pil_images(each) for name, each in images.items()}), path)
 
 

@@ -10,6 +10,7 @@ import copy
 import time
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -72,28 +73,31 @@ def losses(unet: nn.Module, repeats: int, count: int, of: Subject = DIGITS) -> t
 
 def measure(pipeline: Any, look: Look, of: Subject = DIGITS) -> Row:
     """Held-out loss, also by region of the timesteps, SSIM to the dense model's images from the same noise, Frechet
-    distance to real images."""
-    images = of.images(pipeline, look)
+    distance to real images: the mean over noises."""
     found, timesteps = losses(denoiser_of(pipeline)[1], look.repeats, look.held_out, of)
     ends = (*REGIONS[1:], 1000)
     inside = [(timesteps >= first) & (timesteps < end) for first, end in zip(REGIONS, ends, strict=True)]
     regions = {f"loss {first}": float(found[rows].mean()) for first, rows in zip(REGIONS, inside, strict=True)}
-    ssim = similarity(images, dense_images(look, of))
-    return {"loss": float(found.mean()), **regions, "ssim": ssim, "distance": distance(images, of)}
+    ssims, distances = [], []
+    for noise in range(look.noises):
+        images = drawn(pipeline, look, of, noise)
+        ssims.append(similarity(images, dense_images(look, of, noise)))
+        distances.append(distance(images, of))
+    return {"loss": float(found.mean()), **regions, "ssim": fmean(ssims), "distance": fmean(distances)}
 
 
 def measure_dense(look: Look, of: Subject = DIGITS) -> Row:
     return measure(dense(of), look, of)
 
 
-def drawn(pipeline: Any, look: Look, of: Subject = DIGITS) -> Tensor:
-    """Images from fixed noise, float (count, channels, height, width) in [0, 1]."""
-    return of.images(pipeline, look)
+def drawn(pipeline: Any, look: Look, of: Subject = DIGITS, noise: int = 0) -> Tensor:
+    """Images from the noise of a seed, float (count, channels, height, width) in [0, 1]."""
+    return of.images(pipeline, look, noise)
 
 
 @cache
-def dense_images(look: Look, of: Subject = DIGITS) -> Tensor:
-    return drawn(dense(of), look, of)
+def dense_images(look: Look, of: Subject = DIGITS, noise: int = 0) -> Tensor:
+    return drawn(dense(of), look, of, noise)
 
 
 def distance(images: Tensor, of: Subject = DIGITS) -> float:

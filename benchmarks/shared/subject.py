@@ -31,12 +31,14 @@ MAKING = Path(__file__).parents[1] / "making"
 
 @dataclass(frozen=True)
 class Look:
-    """How a model is measured: held-out images of the loss and noises for each; images drawn, their DDIM steps."""
+    """How a model is measured: held-out images of the loss and noises for each; images drawn, their DDIM steps, and
+    from how many seeds as many are drawn: a Frechet distance of a hundred images varies by a tenth with them."""
 
     held_out: int = 500
     repeats: int = 4
     count: int = 192
     steps: int = 50
+    noises: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Subject:
     """A pipeline directory; ``facts``: what its training wrote down; ``calibration``, ``held_out``: files of images.
 
     ``train``: the file to fine-tune on, made if it is not there; ``features``: the net of the Frechet distance, and
-    ``real``: the images that it compares with; ``images``: those that a pipeline draws, float (count, channels, height,
-    width) in [0, 1]; ``classes``: how many they are asked of in turn, which the features' net knows, or 0.
+    ``real``: the images that it compares with; ``images``: those that a pipeline draws from the noise of a seed, float
+    (count, channels, height, width) in [0, 1]; ``classes``: how many they are asked of in turn, which the features' net
+    knows, or 0.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Subject:
     train: Callable[[], Path]
     features: Path
     real: Callable[[], Tensor]
-    images: Callable[[Any, Look], Tensor]
+    images: Callable[[Any, Look, int], Tensor]
     classes: int = 0
 
     def __str__(self) -> str:  # of a result: results of another model are never mixed in
@@ -82,27 +85,26 @@ class Subject:
         return RUNS / str(self.training["sha256"])[:12]
 
 
-def digit_images(pipeline: Any, look: Look) -> Tensor:
-    """From fixed noise."""
-    settings = SamplingSettings(count=look.count, seed=0, steps=look.steps, batch_size=32)
+def digit_images(pipeline: Any, look: Look, noise: int) -> Tensor:
+    settings = SamplingSettings(count=look.count, seed=noise, steps=look.steps, batch_size=32)
     images = sample_images(pipeline, settings, progress=False)
     return torch.stack([torch.from_numpy(np.array(image.convert("L"))) for image in images])[:, None] / 255.0
 
 
-def emoji_images(pipeline: Any, look: Look) -> Tensor:
-    """From fixed noise, of each class as many."""
-    return draw(pipeline.unet, torch.arange(look.count) % len(CLASSES), steps=look.steps)
+def emoji_images(pipeline: Any, look: Look, noise: int) -> Tensor:
+    """Of each class as many."""
+    return draw(pipeline.unet, torch.arange(look.count) % len(CLASSES), noise, look.steps)
 
 
-def captioned_images(pipeline: Any, look: Look) -> Tensor:
-    """From fixed noise, of captions that were not trained on, of each class as many."""
-    return train_captions.draw(pipeline, train_captions.captions_held_out(look.count), look.steps)
+def captioned_images(pipeline: Any, look: Look, noise: int) -> Tensor:
+    """Of captions that were not trained on, of each class as many."""
+    return train_captions.draw(pipeline, train_captions.captions_held_out(look.count), look.steps, noise)
 
 
-def labelled_digits(name: str, pipeline: Any, look: Look) -> Tensor:
-    """From fixed noise, of each digit as many."""
+def labelled_digits(name: str, pipeline: Any, look: Look, noise: int) -> Tensor:
+    """Of each digit as many."""
     labels = torch.arange(look.count) % train_transformer.NULL
-    return train_transformer.KINDS[name].draw(pipeline.transformer, labels, look.steps)
+    return train_transformer.KINDS[name].draw(pipeline.transformer, labels, look.steps, noise)
 
 
 @cache
