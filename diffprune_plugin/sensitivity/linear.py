@@ -210,17 +210,17 @@ class Run:
 
     def add(self, rows: range, probes: int) -> None:
         """One forward pass, and a backward pass of its graph for each probe: the squared sums for each unit."""
-
-        def take(norm: str, products: Tensor) -> None:
-            self.sums[norm][rows.start : rows.stop] += products / output[0].numel()
-
-        with self.watched() as found, self.norms.watched(take):
+        with self.watched() as found, self.norms.watched() as products:
             output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
+            values = output[0].numel()
             for probe in range(probes):
                 noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
                 output.backward(noise, retain_graph=probe + 1 < probes)  # type: ignore[no-untyped-call]
-                self.take(found, len(rows), output[0].numel())
+                self.take(found, len(rows), values)
                 found.clear()
+                for norm, of in products.items():
+                    self.sums[norm][rows.start : rows.stop] += of / values
+                products.clear()
 
     def take(self, found: dict[str, Tensor], samples: int, values: int) -> None:
         """Add what one probe found for each layer, over the layers that a unit goes into."""

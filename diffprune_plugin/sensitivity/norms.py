@@ -12,7 +12,7 @@ and s' for every choice of channels without another pass. Channels are taken as 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class Norms:
         return cls(model, tuple(sorted(n for n in layers if isinstance(model.get_submodule(n), nn.GroupNorm))))
 
     def empty(self, samples: int) -> dict[str, Tensor]:
-        """What `watched` adds to: by norm, shape (samples, channels, 3)."""
+        """What the products of `watched` are added to: by norm, shape (samples, channels, 3)."""
         shapes = {name: (samples, self.module(name).num_channels, PRODUCTS) for name in self.names}
         return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
@@ -68,8 +68,12 @@ class Norms:
             yield
 
     @contextlib.contextmanager
-    def watched(self, take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """After a backward of a forward inside ``take`` is given each norm's products, (batch, channels, 3)."""
+    def watched(self) -> Iterator[dict[str, Tensor]]:
+        """For each norm, after a backward of a forward inside: its products, (batch, channels, 3).
+
+        What a hook of the graph refers to must not lead back to the graph: such a ring of C++ and Python is never freed.
+        """
+        found: dict[str, Tensor] = {}
 
         def watch(name: str) -> Any:
             def hook(norm: Any, _: tuple[Any, ...], output: Any) -> Any:
@@ -79,7 +83,8 @@ class Norms:
 
                 def back(gradient: Tensor) -> None:
                     scaled, moved = (free * gradient.flatten(2)).sum(2), gradient.flatten(2).sum(2)
-                    take(name, torch.stack([scaled * scaled, scaled * moved, moved * moved], 2).double().cpu())
+                    product = torch.stack([scaled * scaled, scaled * moved, moved * moved], 2).double().cpu()
+                    found[name] = found[name] + product if name in found else product
 
                 seen.register_hook(back)
                 return seen
@@ -89,7 +94,7 @@ class Norms:
         with contextlib.ExitStack() as hooks:
             for name in self.names:
                 hooks.callback(self.module(name).register_forward_hook(watch(name)).remove)
-            yield
+            yield found
 
     def errors(
         self, group: CoupledGroup, scores: Floats, products: Mapping[str, Floats], refitted: bool = True

@@ -41,12 +41,9 @@ def measured(norm: nn.GroupNorm, x: torch.Tensor, probes: torch.Tensor) -> tuple
             model(batch)
     for rows in torch.arange(SAMPLES).split(4):
         for probe in probes:
-
-            def take(name: str, products: torch.Tensor, rows: torch.Tensor = rows) -> None:
-                sums[name][rows] += products
-
-            with norms.watched(take):
+            with norms.watched() as products:
                 (model(x[rows]) * probe[rows]).sum().backward()
+            sums["norm"][rows] += products["norm"]
     return norms, {name: (total / (SAMPLES * PROBES)).numpy() for name, total in sums.items()}
 
 

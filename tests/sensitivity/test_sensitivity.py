@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_a_score_is_what_the_output_moves_when_the_channel_is_turned_down(images
         centre = float(seen[0][:, channel].mean())
         moved = (turned_down(unet, member.layer, channel, inputs, centre, by) - expected) / by
         assert found.alone[group.root][channel] == pytest.approx(float(moved.square().mean()), rel=0.2)
+
+
+def test_no_batch_leaves_its_graph_behind(images: np.ndarray) -> None:
+    """A hook of the graph that leads back to it makes a ring that nothing frees: as much memory again for each batch."""
+    before = {id(found) for found in graphs()}
+    measured(images)
+    assert not [tuple(found.shape) for found in graphs() if id(found) not in before]
+
+
+def graphs() -> list[torch.Tensor]:
+    """The tensors that are alive and part of a graph."""
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is torch.Tensor and found.grad_fn is not None]
 
 
 def test_the_output_layer_has_no_score_and_the_model_is_left_as_it_was(images: np.ndarray) -> None:
