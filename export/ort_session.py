@@ -16,7 +16,7 @@ from diffprune_plugin.errors import BadInput, CheckFailed, first_line
 from diffprune_plugin.export.feeds import input_types
 from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.providers import known_provider, open_session
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 Tensors = dict[str, torch.Tensor]
 

@@ -28,8 +28,8 @@ from diffprune_plugin.export.providers import (
     versions,
     without_replay,
 )
-from diffprune_plugin.utils.memory import out_of_memory
 from diffprune_plugin.utils.optional import need
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
 

@@ -17,7 +17,7 @@ from diffprune_plugin.export.integrity import still
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.utils.command_options import asked_by
 from diffprune_plugin.utils.files import write_text
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 PLACES = ("overwrite", "verdict", "markdown", "plot", "report")
 

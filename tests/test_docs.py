@@ -117,6 +117,10 @@ def check_yaml(block: Block, run: Any) -> None:
         FinetuneConfig.make(values)
     else:
         settle(translate(values, "page", ()))
+        if values.get("model") == "my-ddpm" and "latency" not in values:
+            Path("page.yaml").write_text(block.text)
+            code, _, error = run("prune", "page.yaml", "--dry-run", *FAST["prune"])
+            assert code == 0, error
 
 
 def check_shell(block: Block, run: Any) -> None:

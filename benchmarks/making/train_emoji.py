@@ -33,7 +33,7 @@ GUIDANCE = 2.0
 
 
 def make_unet() -> UNet2DModel:
-    """3.9 M parameters; attention at 8x8 and 4x4, and a label for no class."""
+    """3.8 M parameters; attention at 8x8 and 4x4, and a label for no class."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,

@@ -84,7 +84,7 @@ def make_dit() -> DiTTransformer2DModel:
 
 
 def make_sd3() -> SD3Transformer2DModel:
-    """3.6 M parameters in 6 joint blocks; each begins as the identity, the output as zero."""
+    """3.5 M parameters in 6 joint blocks; each begins as the identity, the output as zero."""
     model = SD3Transformer2DModel(
         sample_size=32,
         patch_size=4,

@@ -48,7 +48,7 @@ from quality.recover import RECIPES, TAUGHT
 
 # Of the MACs: two and four of the eight blocks are a hair less; two and three of the six.
 BUDGETS = {"dit": (0.76, 0.51), "sd3": (0.67, 0.5)}
-TOLD = {"dit": "A DiT of 2.8 M parameters", "sd3": "SD3's joint streams in 3.6 M parameters, flow matching,"}
+TOLD = {"dit": "A DiT of 2.8 M parameters", "sd3": "SD3's joint streams in 3.5 M parameters, flow matching,"}
 ALONE: dict[str, Any] = {"depth": "auto", "max_pruning_ratio": 0}
 UNIFORM: dict[str, Any] = {"allocation": "uniform"}
 WAYS: dict[str, dict[str, Any]] = {

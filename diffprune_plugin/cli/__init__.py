@@ -30,7 +30,7 @@ COMMANDS: dict[Command, str] = {
 }
 app = typer.Typer(
     name="diffprune",
-    help="Structural pruning of diffusion UNets. Start with: diffprune demo",
+    help="Structural pruning of diffusion UNets and transformers. Start with: diffprune demo",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -42,7 +42,7 @@ for command, example in COMMANDS.items():
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """Structural pruning of diffusion UNets. Start with: diffprune demo"""
+    """Structural pruning of diffusion UNets and transformers. Start with: diffprune demo"""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ ConfigFile = Annotated[
 FromFlags = Annotated[
     str | None, typer.Option("--from-flags", metavar="FLAGS", help="Diff-Pruning's flags, in place of CONFIG.")
 ]
-Model = Annotated[str | None, typer.Option(help="Pipeline or UNet directory; overrides the config's.")]
+Model = Annotated[str | None, typer.Option(help="Directory of a pipeline or a model; overrides the config's.")]
 Data = Annotated[
     str | None, typer.Option(help="Images (folder or .npz) or latents (.safetensors); overrides the config's.")
 ]

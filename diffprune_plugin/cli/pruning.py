@@ -37,7 +37,7 @@ def prune(
     report: Report = None,
     json: Json = False,
 ) -> None:
-    """Prune a UNet by a config, of this tool or another, and write a directory that diffusers loads."""
+    """Prune a UNet or transformer by a config, of this tool or another, and write a directory that diffusers loads."""
     from diffprune_plugin.config.dialects import read, settle
     from diffprune_plugin.utils.distributed import Processes
     from diffprune_plugin.utils.html_report import check_report

@@ -109,9 +109,9 @@ class FinetuneConfig(Checked):
     )
     num_workers: int = Field(default=0, ge=0, le=1024, description="Processes that load data.")
     tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = Field(
-        default="tensorboard",
-        description="Where the loss curve can be followed; tensorboard's files are in OUTPUT.logs, the others keep "
-        "theirs where their own settings say.",
+        default="none",
+        description="Where the loss curve, which the output holds in any case, can be followed; tensorboard's files are "
+        "in OUTPUT.logs, the others keep theirs where their own settings say.",
     )
     seed: Seed = Field(default=0, description="Of all that is drawn at random.")
 

@@ -59,8 +59,8 @@ class PruningConfig(PlanOptions, Subject):
     depth: Depth = Field(
         default=(),
         description="Whole blocks that go first: patterns of their names, or a published plan (bk-sdm-base, "
-        "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets. Or auto: blocks of a "
-        "transformer are weighed against widths, so that a macs_target or params_target of the whole costs least.",
+        "bk-sdm-small, bk-sdm-tiny). What is left is the dense model of the ratios and targets. Or auto: blocks "
+        "are weighed against widths, so that a macs_target or params_target of the whole costs least.",
     )
     max_pruning_ratio: float = Field(
         default=1.0,

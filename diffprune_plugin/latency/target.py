@@ -156,6 +156,6 @@ def checked(measured: Measured) -> Measured:
     if measured.noisy:
         raise CheckFailed(
             f"latency_target: the machine is too noisy: the dense model against itself is [{low:.3f}, {high:.3f}], "
-            f"wider than the {TIMED_WITHIN:.0%} that a latency is met within; stop other work on it and try again"
+            f"wider than the ±{TIMED_WITHIN:.0%} that a latency is met within; stop other work on it and try again"
         )
     return measured

@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffprune_plugin.errors import BadInput, DiffPruneError, first_line
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 
 @contextlib.contextmanager

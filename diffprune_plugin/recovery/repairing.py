@@ -22,7 +22,7 @@ from diffprune_plugin.recovery.compensate import (
     compensate_depth_,
     passes_that_fit,
 )
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 
 def wants_compensation(config: PruningConfig, loaded: Any) -> bool:

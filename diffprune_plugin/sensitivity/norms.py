@@ -71,7 +71,7 @@ class Norms:
     def watched(self) -> Iterator[dict[str, Tensor]]:
         """For each norm, after a backward of a forward inside: its products, (batch, channels, 3).
 
-        What a hook of the graph refers to must not lead back to the graph: such a ring of C++ and Python is never freed.
+        What a hook of the graph refers to must not lead back to the graph: such a ring is never freed.
         """
         found: dict[str, Tensor] = {}
 

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, distributed
 
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved, first_line
-from diffprune_plugin.utils.memory import out_of_memory
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -68,7 +68,7 @@ def outcome(error: BaseException, interrupted: bool) -> tuple[str, int | None]:
 
 
 def memory_ran_out(error: Exception) -> bool:
-    from diffprune_plugin.utils.memory import out_of_memory
+    from diffprune_plugin.utils.out_of_memory import out_of_memory
 
     return out_of_memory(error)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,23 +12,11 @@ import torch
 from rich.console import Console
 
 from diffprune_plugin.errors import BadInput, first_line
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
-# As torch, its devices, ONNX Runtime and C++ say it.
-MEMORY = re.compile(
-    r"allocate memory|failed to allocate|not enough memory|out of memory|bad.?alloc"
-    r"|CUDNN_STATUS_NOT_SUPPORTED|DEVMEM Allocation failed"
-    r"|unable to find an engine to execute|_STATUS_ALLOC_FAILED|ERROR_OUT_OF_MEMORY",
-    re.IGNORECASE,
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether another library's error says that memory ran out, on whatever device; nothing is imported for it."""
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or bool(MEMORY.search(str(error)))
 
 
 class Passes:

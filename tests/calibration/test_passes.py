@@ -19,7 +19,8 @@ from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils import device
-from diffprune_plugin.utils.memory import Passes, checkpointing, free_memory, of_container, out_of_memory
+from diffprune_plugin.utils.memory import Passes, checkpointing, free_memory, of_container
+from diffprune_plugin.utils.out_of_memory import out_of_memory
 
 SWEEPS = {
     "stratified": Sweep(samples=12, curve_samples=2, threshold=0.0),

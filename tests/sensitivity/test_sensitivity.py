@@ -69,7 +69,7 @@ def test_a_score_is_what_the_output_moves_when_the_channel_is_turned_down(images
 
 
 def test_no_batch_leaves_its_graph_behind(images: np.ndarray) -> None:
-    """A hook of the graph that leads back to it makes a ring that nothing frees: as much memory again for each batch."""
+    """A hook of the graph that leads back to it makes a ring that nothing frees: as much memory for each batch."""
     before = {id(found) for found in graphs()}
     measured(images)
     assert not [tuple(found.shape) for found in graphs() if id(found) not in before]
