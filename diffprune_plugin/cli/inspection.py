@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="Directory of a pruned pipeline or model, or an exported .onnx file.")
-    ],
+    path: Annotated[Path, typer.Argument(help="Directory of a pruned pipeline or model, or an exported .onnx file.")],
     json: Json = False,
 ) -> None:
     """Show what was removed from a pruned model and why what stayed stayed, or where an ONNX file comes from."""

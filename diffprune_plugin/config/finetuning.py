@@ -110,8 +110,8 @@ class FinetuneConfig(Checked):
     num_workers: int = Field(default=0, ge=0, le=1024, description="Processes that load data.")
     tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = Field(
         default="none",
-        description="Where the loss curve, which the output holds in any case, can be followed; tensorboard's files are "
-        "in OUTPUT.logs, the others keep theirs where their own settings say.",
+        description="Where the loss curve, which the output holds in any case, can be followed; tensorboard's files "
+        "are in OUTPUT.logs, the others keep theirs where their own settings say.",
     )
     seed: Seed = Field(default=0, description="Of all that is drawn at random.")
 
