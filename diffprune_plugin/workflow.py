@@ -52,7 +52,7 @@ from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.stored import is_allocated, sensitivity_for
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
-from diffprune_plugin.utils.files import check_absent, check_apart, relative
+from diffprune_plugin.utils.files import check_absent, check_apart, check_place, relative
 from diffprune_plugin.utils.files import sweep as sweep_left
 
 
@@ -152,6 +152,14 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
         check_runtime(config.latency)
     if config.chooses_depth:
         raise BadInput("depth: auto has one budget, a frontier many; name the blocks or drop it")
+    if config.timed and not latency:
+        raise BadInput(
+            "latency_target, max_latency_ms: a frontier is of sizes; add --latency (latency=True) or drop it"
+        )
+    if config.global_pruning:
+        raise BadInput("global_pruning: true ranks groups together, a frontier weighs them one by one; drop it")
+    # What a prune of the same output left to go on from is none of a frontier's.
+    config = config.model_copy(update={"output": f"{Path(config.output)}.frontier"})
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
     if latency:
         check_size(config.latency, job.model)
@@ -182,9 +190,8 @@ def measured(
     store: whether they are written where the config says, and what an interrupted call has, beside the output.
     """
     scheduler, sweep = job.scheduler, getattr(job.criterion, "sweep", None)
-    if store and processes.is_first:  # a run that was killed after it had stored one; who reads it sweeps nothing
-        for path in filter(None, (job.config.calibration, job.config.sensitivity)):
-            sweep_left(Path(path))
+    if store:
+        processes.on_all(lambda: check_kept(job.config) if processes.is_first else None)
     kept: dict[str, Any] = {"store": store, "progress_in": progress_directory(job.config.output), "progress": progress}
     given = job.model, scheduler, job.samples, processes
     calibration = calibration_for(job.config, sweep, *given, **kept)
@@ -193,6 +200,15 @@ def measured(
     if hasattr(job.criterion, "sensitivity"):
         job.criterion.sensitivity = found
     return calibration, found if is_allocated(job.config, scheduler) else None
+
+
+def check_kept(config: PruningConfig) -> None:
+    """Raises BadInput where what is measured could not be kept; what killed runs left there goes, since who reads it
+    later sweeps nothing."""
+    for key in ("calibration", "sensitivity"):
+        if path := getattr(config, key):
+            check_place(Path(path), key)
+            sweep_left(Path(path))
 
 
 def config_on(accelerator: Any, config: PruningConfig) -> PruningConfig:

@@ -62,10 +62,6 @@ def prune(
         raise listing.located(error) from None
     if result is None:  # the first process speaks for all
         return
-    if plot:
-        result.plot(plot)
-    if report:
-        write_pruning(report, settled, result)
     show_plan(result.plan, json)
     if result.plan.latency and not json:
         say(latency_line(result.plan.target["latency_target"], result.plan.latency))
@@ -75,8 +71,12 @@ def prune(
         console.print(compensation_line(result.compensation))
         say(f"wrote {settled.output}; load it with: import diffprune_plugin; ", end="")
         say(f"DiffusionPipeline.from_pretrained({settled.output!r})")
-    if plot and not json:
-        say(f"wrote {plot}")
+    if plot:
+        result.plot(plot)
+        if not json:
+            say(f"wrote {plot}")
+    if report:
+        write_pruning(report, settled, result)
 
 
 def frontier(
@@ -119,13 +119,14 @@ def frontier(
 
 
 def check_plot(plot: Path | None, overwrite: bool, drawing: bool = False) -> None:
-    """Raises MissingExtra without matplotlib where something is drawn, BadInput for a file that is there."""
+    """Raises MissingExtra without matplotlib where something is drawn, BadInput for a file that cannot be written."""
+    from diffprune_plugin.utils.files import check_file
     from diffprune_plugin.utils.optional import check_installed
 
     if plot or drawing:
         check_installed("matplotlib")
-    if plot and plot.exists() and not overwrite:
-        raise BadInput(f"{plot} exists; use --overwrite or another file")
+    if plot:
+        check_file(plot, overwrite)
 
 
 def latency_line(asked: float, latency: Latency) -> str:
@@ -190,10 +191,10 @@ def config(
     import yaml
 
     from diffprune_plugin.config.dialects import read, translated
-    from diffprune_plugin.utils.files import write_text
+    from diffprune_plugin.utils.files import check_file, write_text
 
-    if output and output.exists() and not overwrite:
-        raise BadInput(f"{output} exists; use --overwrite or another file")
+    if output:
+        check_file(output, overwrite)
     listing = read(config, flags)
     if json:
         console.print_json(data=listing.as_dict(), default=str)

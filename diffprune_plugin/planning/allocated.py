@@ -21,8 +21,9 @@ from diffprune_plugin.planning.channels import (
     plan_heads,
     select,
 )
-from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.options import LATENCIES, PlanOptions
 from diffprune_plugin.planning.plan import LATENCY, TARGETS, Allocation, GroupPlan
+from diffprune_plugin.planning.target import sizes
 from diffprune_plugin.planning.widths import fit_of
 
 WIDTHS = 64  # of one group at most
@@ -78,10 +79,22 @@ def allocated(
     try:
         removed = allocate([menu for menu, _ in menus], size_of, limits)
     except BadInput as error:
-        key = next(iter(options.target))
-        raise BadInput.of(key, options.target[key], f"cannot be reached: {error}, or say allocation: uniform") from None
+        raise unreachable(error, options, items, costs) from None
     plans = [of[count] for (_, of), count in zip(menus, removed, strict=True)]
     return described(plans, [menu for menu, _ in menus], errors)
+
+
+def unreachable(
+    error: BadInput, options: PlanOptions, items: Sequence[AskedGroup], costs: Mapping[str, LayerCost]
+) -> BadInput:
+    """The error of `allocate` in the words of the config, with one ratio as a remedy where that reaches further."""
+    key = next(key for key in options.target if TARGETS[key] == error.key)
+    share, further = options.target[key], ""
+    if len(options.target) == 1 and key not in LATENCIES:
+        _, dense, least = sizes([item.group for item in items], select(items, 1.0, options), costs)
+        if getattr(least, TARGETS[key]) <= share * getattr(dense, TARGETS[key]):
+            further = ", or say allocation: uniform, which reaches further"
+    return BadInput.of(key, share, f"cannot be reached: it {error.reason}{further}")
 
 
 def size_with(items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], latency: LatencyCosts | None) -> SizeOf:

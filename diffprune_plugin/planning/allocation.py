@@ -211,10 +211,8 @@ def allocate(menus: Sequence[Menu], size_of: SizeOf, limits: Mapping[str, float]
         least, dense = size_of(search.removed), size_of([0] * len(menus))
         key = next(i for i in range(len(bound)) if least[i] > bound[i])
         asked, possible = bound[key] / dense[key], least[key] / dense[key]
-        raise BadInput(
-            f"{size_of.keys[key]}: {asked:.3f} of the dense model's is below {possible:.3f}, all that these settings "
-            "can reach; raise it"
-        )
+        reason = f"is below {possible:.3f} of the dense model's, all that these settings can reach; raise it"
+        raise BadInput.of(size_of.keys[key], round(float(asked), 4), reason)
     starts = [search, *(priced(menus, size_of, bound, weights) for weights in weightings(bound))]
     for start in starts:
         start.refine()

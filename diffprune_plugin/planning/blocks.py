@@ -119,8 +119,8 @@ def choose_blocks(
     try:
         gone, removed = search.run()
     except BadInput as error:
-        key = next(iter(options.target))
-        raise BadInput.of(key, options.target[key], f"cannot be reached: {error}") from None
+        key = next(key for key in options.target if TARGETS[key] == error.key)
+        raise BadInput.of(key, options.target[key], f"cannot be reached: it {error.reason}") from None
     return BlockChoice(
         gone=tuple(name for place, name in enumerate(names) if place in gone),
         errors=dict(errors.blocks),

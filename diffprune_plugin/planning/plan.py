@@ -156,15 +156,27 @@ class PruningPlan(Frozen):
         """A line for each group that could not lose what was asked; for a target only whether that was missed."""
         if not self.target:
             return [f"{g.root}: {len(g.removed)} of {g.requested} went: {g.reason}" for g in self.groups if g.short]
-        lines = []
-        for key, share in self.target.items():
-            if key == "latency_target":
-                lines += [] if self.latency is None else missed(share, self.latency)
-                continue
-            before, after = getattr(self, TARGETS[key])
-            if abs(after - share * before) > WITHIN * share * before:
-                lines.append(f"{key}: asked {share}, got {after / before:.4f}: the groups' steps allow no nearer size")
-        return lines
+        missed = {key: told for key, share in self.target.items() for told in self.missed(key, share)}
+        # Of several targets each is a limit: where another is met, one that is held with room to spare is no miss.
+        held = {key for key in missed if self.left(key) < self.target[key]} if len(missed) < len(self.target) else set()
+        return [told for key, told in missed.items() if key not in held]
+
+    def left(self, key: str) -> float:
+        """The share that is left of what a target is about."""
+        if key == "latency_target":
+            return 0.0 if self.latency is None else self.latency.measured[0]
+        before, after = getattr(self, TARGETS[key])
+        return float(after / before)
+
+    def missed(self, key: str, share: float) -> list[str]:
+        """A line where what is left is not the share that was asked for."""
+        if key == "latency_target":
+            return [] if self.latency is None else missed(share, self.latency)
+        if abs(self.left(key) - share) <= WITHIN * share:
+            return []
+        nearest = "no nearer size below it" if self.allocation else "no nearer size"
+        got = f"asked {share}, got {self.left(key):.4f}"
+        return [f"{key}: {got}: the groups' steps, and ratios that are set, allow {nearest}"]
 
     def removed_units(self) -> dict[str, list[int]]:
         """The units that go, by root layer."""

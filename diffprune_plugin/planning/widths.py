@@ -104,7 +104,7 @@ class Fit:
         """How many of the units may go for what is left to fit, ``most`` at most."""
         if self.listed:
             return sorted(units - each for each in self.listed if 0 <= units - each <= most)
-        return range(0, most + 1, self.step)
+        return range(units % self.step, most + 1, self.step)
 
 
 def fit_of(group: CoupledGroup, round_to: int | str | None) -> Fit:

@@ -17,7 +17,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.allocated import LatencyCosts
 from diffprune_plugin.planning.options import BUDGETS, LATENCIES, PlanOptions
-from diffprune_plugin.planning.plan import PruningPlan
+from diffprune_plugin.planning.plan import TARGETS, WITHIN, PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from, share_of
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.recovery.compensate import compensate_
@@ -53,16 +53,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The points, and the plan of each; dense_ms: the dense model's latency in milliseconds, where it was measured."""
+    """The points, and the plan of each; dense_ms: the dense model's latency in milliseconds, where it was measured;
+    shares: the budgets, also those that cannot be met.
+    """
 
     target: str
     points: tuple[Point, ...]
     plans: tuple[PruningPlan, ...]
     dense_ms: float | None = None
+    shares: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         points = [asdict(point) for point in self.points]
-        return {"target": self.target, "dense_ms": self.dense_ms, "points": points}
+        return {"target": self.target, "shares": list(self.shares), "dense_ms": self.dense_ms, "points": points}
 
     def timed_table(self) -> Table:
         """For a terminal: a row a point, by latency; what was measured stands in brackets."""
@@ -78,14 +81,21 @@ class Frontier:
         return table
 
     def table(self) -> Table:
-        """For a terminal: a row a budget, both ways beside each other."""
+        """For a terminal: a row a budget, both ways beside each other, with the size of one that misses the budget."""
         table = Table(self.target, "MACs", "params", "uniform", "allocated", title="predicted error of the output")
-        for share in dict.fromkeys(point.asked for point in self.points):
+        for share in self.shares:
             of = {point.allocation: point for point in self.points if point.asked == share}
-            sizes = of.get("linear") or of["uniform"]
-            errors = [told(of[way]) if way in of else "cannot" for way in WAYS]
-            table.add_row(f"{share:g}", f"{sizes.macs:.1%}", f"{sizes.params:.1%}", *errors)
+            sizes = of.get("linear") or of.get("uniform")
+            left = (f"{sizes.macs:.1%}", f"{sizes.params:.1%}") if sizes else ("", "")
+            table.add_row(f"{share:g}", *left, *(self.cell(of.get(way)) for way in WAYS))
         return table
+
+    def cell(self, point: Point | None) -> str:
+        """A point's error, and where it misses its budget what it leaves."""
+        if point is None:
+            return "cannot"
+        left = getattr(point, TARGETS[self.target])
+        return told(point) + ("" if abs(left - point.asked) <= WITHIN * point.asked else f" at {left:.1%}")
 
     def plot(self, path: Path) -> None:
         """As PNG: error against the share of the MACs, or against milliseconds where they are known; crosses are
@@ -128,13 +138,14 @@ def frontier(
 ) -> Frontier:
     """The points of these shares of the dense size, for the size that the options have as target, else MACs.
 
-    Budgets that cannot be met have no point. ``options``: their target and allocation are replaced. ``latency``: each
-    point gets its own, and the same shares of the latency are points too.
+    Budgets that cannot be met have no point. ``options``: their target and allocation are replaced, and a budget that
+    the steps of groups miss is no error. ``latency``: each point gets its own, and the same shares of the latency are
+    points too. Raises BadInput where no budget can be met.
     """
     target = next((key for key in options.target if key not in LATENCIES), "macs_target")
-    free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS)}
+    free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS), "strict": False}
     timed = share_of(material.items, material.costs, latency) if latency else None
-    points, plans = [], []
+    points, plans, refused = [], [], ""
     for share, way in itertools.product(shares, (*WAYS, TIMED) if latency else WAYS):
         budget = (
             {"allocation": "linear", "latency_target": share} if way == TIMED else {"allocation": way, target: share}
@@ -142,14 +153,17 @@ def frontier(
         asked = PlanOptions.make({**asked_of(options), **free, **budget}, "frontier")
         try:
             plan = plan_from(material, asked, sensitivity=sensitivity, latency=latency)
-        except BadInput:
+        except BadInput as error:
+            refused = str(error)
             continue
         error = sum(sensitivity.error(group.root, group.removed) for group in plan.groups) / sensitivity.power
         macs, params = (after / before for before, after in (plan.macs, plan.params))
         took = timed([len(group.removed) for group in plan.groups]) if timed else None
         points.append(Point(way, share, macs, params, error, latency=took))
         plans.append(plan)
-    return Frontier(target, tuple(points), tuple(plans))
+    if not points:
+        raise BadInput(f"frontier: no budget can be met, not even {max(shares)}: {refused}")
+    return Frontier(target, tuple(points), tuple(plans), shares=tuple(shares))
 
 
 def asked_of(options: PlanOptions) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class Sensitivity:
 
         The root is a rule found by trying, not derived: to first order single cuts were low by it (docs/figures.md).
         """
+        if root not in self.scores:
+            raise BadInput(f"sensitivity: it says nothing of {root}, as one of another version; measure again")
         scores, norms = np.asarray(self.scores[root]), self.norms.get(root, ())
         told = float(scores[list(units)].sum())
         if norms:
@@ -83,12 +85,15 @@ class Sensitivity:
     def load(cls, path: Path) -> Sensitivity:
         """What `save` wrote; raises BadInput if it is missing, damaged or was altered."""
         try:
-            content = read_json(Path(path), "measure again")
+            content = dict(read_json(Path(path), "measure again"))
             stated = content.pop("sha256")
             for key in ("scores", "alone", "norms", "norms_alone"):
                 content[key] = {root: tuple(map(float, values)) for root, values in content.get(key, {}).items()}
             found = cls(**content)
             same = found.sha256 == stated
+            every = [*found.scores.values(), *found.alone.values(), *found.norms.values(), *found.norms_alone.values()]
+            if not (found.power > 0 and all(0 <= value < math.inf for values in every for value in values)):
+                raise ValueError("an error in it is negative or not finite")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{path}: not a sensitivity, or damaged: {first_line(error)}; measure again") from None
         if not same:

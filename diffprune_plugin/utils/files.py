@@ -220,11 +220,23 @@ def read_list(path: Path) -> tuple[str, dict[str, str] | None]:
         return "", None
 
 
-def check_place(path: Path) -> None:
-    """Raises BadInput unless a file or directory can be made at ``path``."""
+def check_place(path: Path, what: str = "output") -> None:
+    """Raises BadInput unless a file or directory can be made at ``path``; ``what``: what it is called."""
     folder = next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another output")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError:
+        raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another {what}") from None
+
+
+def check_file(path: Path, overwrite: bool = False, what: str = "file") -> None:
+    """Raises BadInput unless a file can be written at ``path``, over what is there only with ``overwrite``."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a directory; choose another {what}")
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} exists; use --overwrite or another {what}")
+    check_place(path, what)
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.utils.files import new_file
+from diffprune_plugin.utils.files import check_file, new_file
 from diffprune_plugin.utils.optional import need
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def markdown_of(table: Table) -> str:
 def check_report(path: Path, overwrite: bool) -> None:
     """Raises BadInput or MissingExtra, before anything is done, if the report could not be written at the end."""
     need("markdown")
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path} exists; use --overwrite or another file")
+    check_file(path, overwrite)
     if not path.parent.is_dir():
         raise BadInput(f"{path}: no directory {path.parent}; make it or choose another file")
 

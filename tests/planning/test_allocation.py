@@ -90,5 +90,5 @@ def test_a_layer_that_does_not_matter_is_emptied_first_and_a_critical_one_stays(
 def test_a_budget_that_no_width_reaches_is_refused_with_the_least() -> None:
     groups, costs = chain(3)
     size_of = SizeOf(groups, costs)
-    with pytest.raises(BadInput, match=r"macs: 0.010 of the dense model's is below 0.\d+, all that these settings"):
+    with pytest.raises(BadInput, match=r"macs: 0.01 is below 0.\d+ of the dense model's, all that these settings"):
         allocate(menus_of(groups, 0), size_of, {"macs": 0.01 * size_of([0] * 3)[1]})

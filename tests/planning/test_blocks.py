@@ -122,5 +122,5 @@ def test_of_a_list_no_more_blocks_are_offered_than_the_errors_hold_for() -> None
 
 def test_a_target_below_all_that_may_go_is_refused_with_the_least() -> None:
     layers = residual(2)
-    with pytest.raises(BadInput, match=r"macs: 0.001 of the dense model's is below 0.\d+"):
+    with pytest.raises(BadInput, match=r"macs: 0.001 is below 0.\d+ of the dense model's"):
         search_of(layers, widths(layers[0], 2), [1.0] * BLOCKS, 0.001).run()

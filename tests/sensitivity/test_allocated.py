@@ -23,6 +23,7 @@ from diffprune_plugin.planning.allocated import choices
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import material_of
+from diffprune_plugin.planning.widths import Fit
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 
@@ -132,8 +133,43 @@ def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str)
 
 
 def test_a_target_below_all_widths_is_refused_with_the_least(sensitivity: Sensitivity) -> None:
-    with pytest.raises(BadInput, match=r"macs_target: 0.01 cannot be reached: macs: 0.010 of .* is below 0\.\d+"):
+    with pytest.raises(BadInput, match=r"macs_target: 0.01 cannot be reached: it is below 0\.\d+ of the dense"):
         dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, macs_target=0.01)
+
+
+def test_the_target_that_cannot_be_reached_is_named_and_one_ratio_only_where_it_helps(sensitivity: Sensitivity) -> None:
+    def refused(**options: Any) -> str:
+        with pytest.raises(BadInput) as error:
+            dp.make_plan(make_unet(), "magnitude", sensitivity=sensitivity, **options)
+        return str(error.value)
+
+    both = refused(macs_target=0.5, params_target=0.01, allocation="linear")
+    assert both.startswith("params_target: 0.01 cannot be reached")
+    assert "uniform" not in both
+    between = 0.127  # of the least by one ratio, 0.126, and that by allocation, 0.128
+    assert refused(macs_target=between).endswith("raise it, or say allocation: uniform, which reaches further")
+    assert dp.make_plan(make_unet(), "magnitude", macs_target=between, allocation="uniform").macs[1]
+    assert "uniform" not in refused(macs_target=0.3, max_pruning_ratio=0.1)
+
+
+def test_of_two_targets_one_that_is_held_with_room_is_no_miss_but_both_missed_are(sensitivity: Sensitivity) -> None:
+    options: dict[str, Any] = {"sensitivity": sensitivity, "allocation": "linear"}
+    plan = dp.make_plan(make_unet(), "magnitude", macs_target=0.6, params_target=0.9, strict=True, **options)
+    assert plan.params[1] < 0.89 * plan.params[0]
+    assert not plan.shortfalls()
+
+    def missed(**target: float) -> list[str]:
+        lines = plan.model_copy(update={"target": target}).shortfalls()
+        assert all("allow no nearer size below it" in line for line in lines)
+        return [line.split(":")[0] for line in lines]
+
+    assert missed(macs_target=0.8, params_target=0.9) == ["macs_target", "params_target"]  # neither is met
+    assert missed(macs_target=0.6, params_target=0.1) == ["params_target"]  # a limit that is not held
+
+
+def test_a_width_that_is_no_multiple_can_come_down_to_every_multiple() -> None:
+    assert list(Fit(8).counts(20, 15)) == [4, 12]  # 16 and 8 are left
+    assert list(Fit(8).counts(16, 12)) == [0, 8]
 
 
 def test_a_config_with_a_target_and_images_is_allocated_and_another_budget_needs_no_new_pass(

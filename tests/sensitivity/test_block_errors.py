@@ -141,7 +141,7 @@ def test_where_there_is_nothing_to_choose_or_to_choose_by_it_is_refused(values: 
         check_choosable(PruningConfig(**given), toy, none, DDIMScheduler())
     for changes, words in (
         ({"data": None}, "depth: auto needs 'data'"),
-        ({"macs_target": 0.01}, r"macs_target: 0.01 cannot be reached: macs: 0.010 of .* is below 0\.\d+"),
+        ({"macs_target": 0.01}, r"macs_target: 0.01 cannot be reached: it is below 0\.\d+ of the dense"),
     ):
         with pytest.raises(BadInput, match=words):
             prune(PruningConfig(**{**given, **changes}), progress=False)

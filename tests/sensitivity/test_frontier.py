@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 
@@ -46,3 +47,65 @@ def test_the_table_shows_both_ways_and_a_plot_that_is_there_is_kept(
     code, _, err = run("frontier", config_file, *few, "--plot", plot)
     assert (code, plot.stat().st_size) == (2, 0)
     assert "exists; use --overwrite" in err
+
+
+FEW = ["--set", "sensitivity_samples=2", "--set", "sensitivity_probes=1", "--set", "importance=magnitude"]
+
+
+def test_what_cannot_be_met_or_is_missed_is_said(run: Any, config_file: Path) -> None:
+    code, out, err = run("frontier", config_file, *FEW, "--set", "max_pruning_ratio=0.3", "--set", "strict=true")
+    assert code == 0, err
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert set(rows) == {"0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2"}
+    assert rows["0.2"].count("cannot") == 2
+    assert "cannot" not in rows["0.8"]
+    code, out, err = run("frontier", config_file, *FEW, "--set", "pruning_ratio_dict={'*': 0.5}")
+    assert code == 0, err
+    assert out.count(" at ") >= 2
+    code, out, err = run("frontier", config_file, *FEW, "--set", "ignored_layers=['*']")
+    assert (code, out) == (2, "")
+    assert "frontier: no budget can be met, not even 0.9: macs_target: 0.2" in err
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            ["global_pruning=true", "allocation=uniform"],
+            "global_pruning: true ranks groups together, a frontier weighs",
+        ),
+        (["latency_target=0.5"], "a frontier is of sizes; add --latency"),
+    ],
+)
+def test_what_a_frontier_does_not_do_is_refused_before_anything_is_measured(
+    run: Any, config_file: Path, keys: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffprune_plugin.workflow.measured", lambda *_, **__: pytest.fail("measured"))
+    code, _, err = run("frontier", config_file, *FEW, *(word for key in keys for word in ("--set", key)))
+    assert code == 2
+    assert words in err
+
+
+def test_what_a_killed_prune_left_to_go_on_from_stays(run: Any, config_file: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".pruned.progress" / "compensate-0.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    code, _, err = run("frontier", config_file, *FEW)
+    assert code == 0, err
+    assert left.exists()
+    assert [path.name for path in tmp_path.glob(".*")] == [".pruned.progress"]
+
+
+@pytest.mark.parametrize("command", ["prune", "frontier"])
+@pytest.mark.parametrize("word", ["--plot", "--report", "--set"])
+def test_a_file_that_could_not_be_written_at_the_end_is_refused_at_the_beginning(
+    run: Any, config_file: Path, tmp_path: Path, command: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffprune_plugin.workflow.calibration_for", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    there = f"{tmp_path / 'file' / 'there'}"
+    given = f"sensitivity={there}" if word == "--set" else there
+    code, out, err = run(command, config_file, *FEW, "--set", "macs_target=0.5", word, given)
+    assert (code, out) == (2, "")
+    assert there in err
+    assert not (tmp_path / "pruned").exists()

@@ -149,3 +149,24 @@ def test_errors_of_units_add_up_and_count_for_more_the_fewer_units_stay(images: 
 def test_nothing_to_measure_with_is_refused(key: str, images: np.ndarray) -> None:
     with pytest.raises(BadInput, match=f"{key} 0"):
         measured(images, **{key: 0})
+
+
+@pytest.mark.parametrize(
+    "change", [{"power": 0.0}, {"scores": {"conv_in": (math.nan,)}}, {"norms": {"conv_in": (-1.0,)}}]
+)
+def test_errors_that_cannot_be_are_refused_whatever_their_hash(
+    images: np.ndarray, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    dataclasses.replace(measured(images), **change).save(tmp_path / "s.json")
+    with pytest.raises(BadInput, match="not a sensitivity, or damaged: an error in it is negative or not finite"):
+        Sensitivity.load(tmp_path / "s.json")
+
+
+def test_a_file_that_is_no_mapping_and_a_group_it_does_not_know_are_one_line(
+    images: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "s.json").write_text("null")
+    with pytest.raises(BadInput, match="not a sensitivity, or damaged"):
+        Sensitivity.load(tmp_path / "s.json")
+    with pytest.raises(BadInput, match="it says nothing of elsewhere, as one of another version; measure again"):
+        measured(images).error("elsewhere", [0])

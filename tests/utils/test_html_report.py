@@ -99,7 +99,7 @@ def test_a_frontier_says_in_its_report_what_it_says_on_the_terminal(
     tmp_path: Path, dense_ms: float | None, told: str
 ) -> None:
     point = Point("linear", 0.5, 0.5, 0.4, 0.01, None, latency=0.6, latency_measured=None)
-    found = Frontier("macs_target", (point,), (), dense_ms)
+    found = Frontier("macs_target", (point,), (), dense_ms, (point.asked,))
     write_frontier(tmp_path / "f.html", found)
     page = (tmp_path / "f.html").read_text()
     assert f"<th>{told}</th>" in page
