@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
@@ -64,7 +65,14 @@ def explain(error: Any, kind: type[BaseModel]) -> str:
         return f"{key}: {error['input']} is outside {interval(stated)}"
     if error["type"] == "literal_error" and "enum" in stated:
         return f"{key}: {error['input']!r} is none of {', '.join(stated['enum'])}"
-    return f"{key}: {error['input']!r}: {message[0].lower()}{message[1:]}"
+    if error["type"] == "tuple_type":
+        return f"{key}: {error['input']!r}: input should be a list, as in [{error['input']!r}]"
+    within = (
+        f" in {interval(stated)}"
+        if re.search("number|integer", message) and LOW.keys() & stated and HIGH.keys() & stated
+        else ""
+    )
+    return f"{key}: {error['input']!r}: {message[0].lower()}{message[1:]}{within}"
 
 
 def facts(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def test_groups_of_one_width_jump_together_but_a_target_lets_only_some_of_them()
         ({"pruning_ratio": 0.3, "macs_target": 0.5}, "pruning_ratio 0.3 and macs_target 0.5 ask for different things"),
         ({"params_target": 0.5, "macs_target": 0.5}, "macs_target 0.5 and params_target 0.5 ask"),
         ({"macs_target": 1.5}, r"macs_target: 1.5 is outside \(0, 1\]"),
+        ({"macs_target": "45%"}, r"macs_target: '45%': input should be a valid number in \(0, 1\]"),
+        ({"ignored_layers": "conv_in"}, r"ignored_layers: 'conv_in': input should be a list, as in \['conv_in'\]"),
         ({"max_pruning_ratio": 0}, "max_pruning_ratio: 0 is outside"),
         ({"head_pruning_ratio": 1.0}, "head_pruning_ratio: 1.0 is outside"),
         ({"isomorphic": True}, "needs global_pruning: true"),
