@@ -17,6 +17,7 @@ from typing import Any, get_args
 import typer
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
+from pydantic import BaseModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -113,6 +114,8 @@ def default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return f"`{{{', '.join(f'{key}: {of}' for key, of in value.model_dump().items() if of)}}}`"
     return "" if value is None or value in ((), {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

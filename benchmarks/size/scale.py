@@ -248,7 +248,13 @@ def table(rows: dict[str, Row]) -> str:
         memory = [f"{row[key] / gib:.1f} GiB" for key in ("loaded", "peak")]
         lines.append(line(name, *sizes, f"{row['plan']:.1f} s", f"{row['removal']:.1f} s", *memory))
     columns = ("model", "ratio", "groups", "steps", "largest miss", "in steps", "too much", "GEGLU", "twice", "reload")
-    lines += ["", "Achieved against requested, in channels; `step`: how many can go at a time.", "", *header(*columns)]
+    lines += [
+        "",
+        "Achieved against requested, in channels. Steps: how many can go at a time; largest miss: the most that a group "
+        "kept of what was asked, also in its steps; too much: groups that lost more; twice: a second plan is the same; "
+        "reload: difference of the output.",
+    ]
+    lines += ["", *header(*columns)]
     for name, row in of_kind(rows, "ratios"):
         for ratio in map(str, RATIOS):
             cell = row[ratio]
