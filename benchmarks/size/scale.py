@@ -250,8 +250,8 @@ def table(rows: dict[str, Row]) -> str:
     columns = ("model", "ratio", "groups", "steps", "largest miss", "in steps", "too much", "GEGLU", "twice", "reload")
     lines += [
         "",
-        "Achieved against requested, in channels. Steps: how many can go at a time; largest miss: the most that a group "
-        "kept of what was asked, also in its steps; too much: groups that lost more; twice: a second plan is the same; "
+        "Achieved against requested, in channels. Steps: how many can go at a time; largest miss: the most that a "
+        "group kept of what was asked, also in its steps; too much: groups that lost more; twice: a second plan is the same; "
         "reload: difference of the output.",
     ]
     lines += ["", *header(*columns)]
