@@ -36,7 +36,7 @@ from diffprune_plugin.planning.plot import plot_widths
 from diffprune_plugin.planning.presets import filled_in
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.depth import Cut, cut_out
-from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
+from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, check_kept, progress_directory
 from diffprune_plugin.pruning.loading import load_model, model_of
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
@@ -46,14 +46,13 @@ from diffprune_plugin.recovery.draws import check_enough
 from diffprune_plugin.recovery.repairing import compensate, compensate_depth, wants_compensation
 from diffprune_plugin.sensitivity.answers import spend_measured
 from diffprune_plugin.sensitivity.depth import check_choosable, chosen_blocks, left_for_widths
-from diffprune_plugin.sensitivity.frontier import Frontier, frontier, verified
+from diffprune_plugin.sensitivity.frontier import Frontier, check_frontier, frontier, verified
 from diffprune_plugin.sensitivity.measured import Search, search
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.stored import is_allocated, sensitivity_for
 from diffprune_plugin.utils.device import device_of
 from diffprune_plugin.utils.distributed import Processes
-from diffprune_plugin.utils.files import check_absent, check_apart, check_place, relative
-from diffprune_plugin.utils.files import sweep as sweep_left
+from diffprune_plugin.utils.files import check_absent, check_apart, relative
 
 
 @dataclass(frozen=True)
@@ -150,14 +149,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
     """
     if latency:
         check_runtime(config.latency)
-    if config.chooses_depth:
-        raise BadInput("depth: auto has one budget, a frontier many; name the blocks or drop it")
-    if config.timed and not latency:
-        raise BadInput(
-            "latency_target, max_latency_ms: a frontier is of sizes; add --latency (latency=True) or drop it"
-        )
-    if config.global_pruning:
-        raise BadInput("global_pruning: true ranks groups together, a frontier weighs them one by one; drop it")
+    check_frontier(config, latency)
     # What a prune of the same output left to go on from is none of a frontier's.
     config = config.model_copy(update={"output": f"{Path(config.output)}.frontier"})
     job = prepare(config.model_copy(update={"allocation": "linear"}), overwrite=False, dry_run=True)
@@ -191,7 +183,8 @@ def measured(
     """
     scheduler, sweep = job.scheduler, getattr(job.criterion, "sweep", None)
     if store:
-        processes.on_all(lambda: check_kept(job.config) if processes.is_first else None)
+        kept_in = job.config.calibration, job.config.sensitivity
+        processes.on_all(lambda: check_kept(*kept_in) if processes.is_first else None)
     kept: dict[str, Any] = {"store": store, "progress_in": progress_directory(job.config.output), "progress": progress}
     given = job.model, scheduler, job.samples, processes
     calibration = calibration_for(job.config, sweep, *given, **kept)
@@ -200,15 +193,6 @@ def measured(
     if hasattr(job.criterion, "sensitivity"):
         job.criterion.sensitivity = found
     return calibration, found if is_allocated(job.config, scheduler) else None
-
-
-def check_kept(config: PruningConfig) -> None:
-    """Raises BadInput where what is measured could not be kept; what killed runs left there goes, since who reads it
-    later sweeps nothing."""
-    for key in ("calibration", "sensitivity"):
-        if path := getattr(config, key):
-            check_place(Path(path), key)
-            sweep_left(Path(path))
 
 
 def config_on(accelerator: Any, config: PruningConfig) -> PruningConfig:

@@ -251,8 +251,8 @@ def table(rows: dict[str, Row]) -> str:
     lines += [
         "",
         "Achieved against requested, in channels. Steps: how many can go at a time; largest miss: the most that a "
-        "group kept of what was asked, also in its steps; too much: groups that lost more; twice: a second plan is the same; "
-        "reload: difference of the output.",
+        "group kept of what was asked, also in its steps; too much: groups that lost more; twice: a second plan is the "
+        "same; reload: difference of the output.",
     ]
     lines += ["", *header(*columns)]
     for name, row in of_kind(rows, "ratios"):

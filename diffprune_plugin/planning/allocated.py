@@ -21,7 +21,7 @@ from diffprune_plugin.planning.channels import (
     plan_heads,
     select,
 )
-from diffprune_plugin.planning.options import LATENCIES, PlanOptions
+from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import LATENCY, TARGETS, Allocation, GroupPlan
 from diffprune_plugin.planning.target import sizes
 from diffprune_plugin.planning.widths import fit_of
@@ -79,22 +79,25 @@ def allocated(
     try:
         removed = allocate([menu for menu, _ in menus], size_of, limits)
     except BadInput as error:
-        raise unreachable(error, options, items, costs) from None
+        raise unreachable(error, options, further(options, items, costs)) from None
     plans = [of[count] for (_, of), count in zip(menus, removed, strict=True)]
     return described(plans, [menu for menu, _ in menus], errors)
 
 
-def unreachable(
-    error: BadInput, options: PlanOptions, items: Sequence[AskedGroup], costs: Mapping[str, LayerCost]
-) -> BadInput:
-    """The error of `allocate` in the words of the config, with one ratio as a remedy where that reaches further."""
+def unreachable(error: BadInput, options: PlanOptions, remedy: str = "") -> BadInput:
+    """The error of `allocate`, which names a column, in the words of the config."""
     key = next(key for key in options.target if TARGETS[key] == error.key)
-    share, further = options.target[key], ""
-    if len(options.target) == 1 and key not in LATENCIES:
-        _, dense, least = sizes([item.group for item in items], select(items, 1.0, options), costs)
-        if getattr(least, TARGETS[key]) <= share * getattr(dense, TARGETS[key]):
-            further = ", or say allocation: uniform, which reaches further"
-    return BadInput.of(key, share, f"cannot be reached: it {error.reason}{further}")
+    return BadInput.of(key, options.target[key], f"cannot be reached: it {error.reason}{remedy}")
+
+
+def further(options: PlanOptions, items: Sequence[AskedGroup], costs: Mapping[str, LayerCost]) -> str:
+    """One ratio as a remedy for a target that no allocation reaches, where it does."""
+    if len(options.target) > 1 or options.timed:
+        return ""
+    ((key, share),) = options.target.items()
+    _, dense, least = sizes([item.group for item in items], select(items, 1.0, options), costs)
+    reached = getattr(least, TARGETS[key]) <= share * getattr(dense, TARGETS[key])
+    return ", or say allocation: uniform, which reaches further" if reached else ""
 
 
 def size_with(items: Sequence[AskedGroup], costs: Mapping[str, LayerCost], latency: LatencyCosts | None) -> SizeOf:

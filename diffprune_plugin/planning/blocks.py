@@ -17,7 +17,7 @@ import numpy as np
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.costs import LayerCost
 from diffprune_plugin.graph.groups import CoupledGroup, Member, Side
-from diffprune_plugin.planning.allocated import Errors, menus_of
+from diffprune_plugin.planning.allocated import Errors, menus_of, unreachable
 from diffprune_plugin.planning.allocation import Menu, SizeOf, allocate, priced, weightings
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, BlockChoice
@@ -119,8 +119,7 @@ def choose_blocks(
     try:
         gone, removed = search.run()
     except BadInput as error:
-        key = next(key for key in options.target if TARGETS[key] == error.key)
-        raise BadInput.of(key, options.target[key], f"cannot be reached: it {error.reason}") from None
+        raise unreachable(error, options) from None
     return BlockChoice(
         gone=tuple(name for place, name in enumerate(names) if place in gone),
         errors=dict(errors.blocks),

@@ -11,6 +11,7 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.plugins import adapters, components, no_adapter, no_denoiser, plugin_manager
 from diffprune_plugin.utils import reading
+from diffprune_plugin.utils.files import check_place, sweep
 
 PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,6 +31,15 @@ SOURCE_KEY = "_name_or_path"  # where diffusers and transformers write down what
 def progress_directory(output: str | Path) -> Path:
     """Where an interrupted run keeps what it needs to go on: beside the output."""
     return Path(output).parent / f".{Path(output).name}.progress"
+
+
+def check_kept(calibration: str | None, sensitivity: str | None) -> None:
+    """Raises BadInput where what is measured could not be kept; what killed runs left there goes, since who reads it
+    later sweeps nothing."""
+    for what, path in (("calibration", calibration), ("sensitivity", sensitivity)):
+        if path:
+            check_place(Path(path), what)
+            sweep(Path(path))
 
 
 def model_folder(directory: Path) -> Path:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
+from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.allocated import LatencyCosts
@@ -164,6 +165,18 @@ def frontier(
     if not points:
         raise BadInput(f"frontier: no budget can be met, not even {max(shares)}: {refused}")
     return Frontier(target, tuple(points), tuple(plans), shares=tuple(shares))
+
+
+def check_frontier(config: PruningConfig, latency: bool) -> None:
+    """Raises BadInput for what a config asks that has no frontier; ``latency``: whether it is one of latencies too."""
+    if config.chooses_depth:
+        raise BadInput("depth: auto has one budget, a frontier many; name the blocks or drop it")
+    if config.timed and not latency:
+        raise BadInput(
+            "latency_target, max_latency_ms: a frontier is of sizes; add --latency (latency=True), or drop it"
+        )
+    if config.global_pruning:
+        raise BadInput("global_pruning: true ranks groups together, a frontier weighs them one by one; drop it")
 
 
 def asked_of(options: PlanOptions) -> dict[str, Any]:
