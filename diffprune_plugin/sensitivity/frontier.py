@@ -154,8 +154,8 @@ def frontier(
         asked = PlanOptions.make({**asked_of(options), **free, **budget}, "frontier")
         try:
             plan = plan_from(material, asked, sensitivity=sensitivity, latency=latency)
-        except BadInput as error:
-            refused = str(error)
+        except BadInput as reason:
+            refused = str(reason)
             continue
         error = sum(sensitivity.error(group.root, group.removed) for group in plan.groups) / sensitivity.power
         macs, params = (after / before for before, after in (plan.macs, plan.params))
