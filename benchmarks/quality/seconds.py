@@ -1,7 +1,7 @@
 """How long `diffprune prune` takes to meet a stated budget, the whole process, nothing kept from an earlier one.
 
-    python benchmarks/bench.py seconds                 # five minutes of an otherwise idle machine
-    python benchmarks/bench.py seconds --rounds 1 --budgets 0.46
+    python benchmarks/bench.py seconds                 # twenty minutes of an otherwise idle machine
+    python benchmarks/bench.py seconds --rounds 1 --budgets 0.46      # five
 
 Calibration, sensitivity, allocation, plan, removal, compensation and the directory, of the embedded model: by one ratio
 and by both allocations, in one process and shared out over two, one after the other in each round. Wall and CPU seconds
