@@ -277,3 +277,32 @@ def test_a_look_from_two_noises_is_the_mean_of_both(monkeypatch: pytest.MonkeyPa
     found = embedded.measure_dense(look)
     assert found["distance"] == pytest.approx(sum(map(embedded.distance, images)) / 2)
     assert found["ssim"] == pytest.approx(1.0)
+
+
+def test_what_a_step_does_to_the_picture_is_that_of_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of predictions that know nothing of the sample, wrong by delta: delta^2 times the squared change of sigma."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from quality import path
+
+    class Constant(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: Any) -> SimpleNamespace:
+            return SimpleNamespace(sample=torch.full_like(sample, self.value))
+
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+    scheduler = DDIMScheduler(clip_sample=False)
+    monkeypatch.setattr(path, "dense", lambda: SimpleNamespace(unet=Constant(0.2), scheduler=scheduler))
+    monkeypatch.setattr(path, "load_pipeline", lambda _: SimpleNamespace(unet=Constant(0.5)))
+    monkeypatch.setattr(path, "place", lambda *_: None)
+    found = path.measured("any", 0)
+    steps = np.array(found["timesteps"])
+    alphas = scheduler.alphas_cumprod.numpy()[steps]
+    sigmas = np.append(np.sqrt((1 - alphas) / alphas), 0)
+    assert len(steps) == path.STEPS
+    assert found["picture"] == pytest.approx(0.3**2 * np.diff(sigmas) ** 2, rel=1e-3)
+    assert found["path"] == found["data"] == pytest.approx([0.3**2] * path.STEPS)
+    high, *_ = path.rows("any", [found])
+    inside = steps >= 800
+    assert float(high[-1]) == pytest.approx((np.diff(sigmas) ** 2)[inside].mean(), rel=0.01)

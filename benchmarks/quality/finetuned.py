@@ -30,6 +30,7 @@ from quality.recover import FULL, LONG, QUICK, RECIPES, TAUGHT, Scale
 BUDGET = 0.46
 LOOK = replace(LONG, noises=4)
 RECIPE = {**RECIPES[TAUGHT], "snr_gamma": 5.0}
+FACTS = {key: value for key, value in RECIPE.items() if key != "teacher"}  # a path; MODEL says which
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "linear": ("linear", {}),
@@ -78,8 +79,7 @@ def main(
     full = replace(FULL, batch_size=batch_size, look=LOOK)
     title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", full)
     seeds = 1 if quick else seeds
-    recipe = {key: value for key, value in RECIPE.items() if key != "teacher"}  # a path; MODEL says which
-    store = Store(title, [MODEL, recipe, WAYS, BUDGET, str(scale)])
+    store = Store(title, [MODEL, FACTS, WAYS, BUDGET, str(scale)])
     jobs = {f"{way} {seed}": partial(measured, way, seed, scale) for seed in range(seeds) for way in ways.split(";")}
     store.fill({"dense": partial(measure_dense, scale.look)} | jobs, workers)
     most = max(int(key.rpartition(" ")[2]) for key in store.values if key != "dense") + 1
