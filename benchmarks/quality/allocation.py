@@ -1,6 +1,6 @@
 """Where channels go: the embedded model at the same MACs by one ratio and by allocation, compensated, nothing trained.
 
-    python benchmarks/bench.py allocation                        # five seeds, two budgets, eight ways: hours
+    python benchmarks/bench.py allocation                        # five seeds, two budgets, nine ways: hours
     python benchmarks/bench.py allocation --quick                # one seed, one budget, uniform and linear
     python benchmarks/bench.py allocation --speed                # and how fast ONNX Runtime runs those of seed 0
     python benchmarks/bench.py allocation --ways uniform,linear --seeds 2
@@ -39,6 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "linear depth": {"allocation": "linear", "depth": "auto"},
     "measured": {"allocation": "measured"},
     "linear output_error": {"allocation": "linear", "importance": "output_error"},
+    "linear output_error to half": {"allocation": "linear", "importance": "output_error", "max_pruning_ratio": 0.5},
     "measured output_error": {"allocation": "measured", "importance": "output_error"},
 }
 QUICK = "uniform,linear"

@@ -3,6 +3,7 @@
     python benchmarks/bench.py finetuned                               # five seeds, four ways: hours
     python benchmarks/bench.py finetuned --ways linear --seeds 2
     python benchmarks/bench.py finetuned --batch-size 32 --ways "uniform;linear"       # the dense model's batch
+    python benchmarks/bench.py finetuned --batch-size 32 --ways "uniform;linear output_error to half" --snr-gamma 0.06
     python benchmarks/bench.py finetuned --quick                       # one seed, 30 steps, fewer images
 
 46 % of the embedded model's MACs, compensated, then 10 % of the dense model's steps with the dense model as teacher,
@@ -13,6 +14,7 @@ benchmarks/results/finetuned.json; interrupted, it goes on where it was, and oth
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,28 +31,38 @@ from quality.recover import FULL, LONG, QUICK, RECIPES, TAUGHT, Scale
 
 BUDGET = 0.46
 LOOK = replace(LONG, noises=4)
-RECIPE = {**RECIPES[TAUGHT], "snr_gamma": 5.0}
-FACTS = {key: value for key, value in RECIPE.items() if key != "teacher"}  # a path; MODEL says which
+SNR_GAMMA = 5.0
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "linear": ("linear", {}),
     "linear output_error": ("linear output_error", {}),
+    "linear output_error to half": ("linear output_error to half", {}),
     "linear, lora": ("linear", {"lora": {"rank": 16}}),
 }
 COLUMNS = {"loss": 4, "ssim": 3, "distance": 1}
 
 
-def trained(way: str, seed: int, scale: Scale) -> Path:
+def recipe(snr_gamma: float) -> dict[str, Any]:
+    """Settings of the fine-tune."""
+    return {**RECIPES[TAUGHT], "snr_gamma": snr_gamma}
+
+
+def told(snr_gamma: float) -> dict[str, Any]:
+    """The recipe without the teacher, which is a path: MODEL says which it is."""
+    return {key: value for key, value in recipe(snr_gamma).items() if key != "teacher"}
+
+
+def trained(way: str, seed: int, scale: Scale, snr_gamma: float = SNR_GAMMA) -> Path:
     """Directory of the fine-tuned model."""
     allocation, changes = WAYS[way]
     name = f"finetuned-{way.replace(', ', '-')}-{seed}-{scale.steps}-of-{scale.batch_size}"
-    settings = {**RECIPE, **changes}
+    settings = {**recipe(snr_gamma), **changes}
     return tuned(name, made(allocation, BUDGET, seed), seed, steps=scale.steps, batch_size=scale.batch_size, **settings)
 
 
-def measured(way: str, seed: int, scale: Scale) -> Row:
+def measured(way: str, seed: int, scale: Scale, snr_gamma: float) -> Row:
     """Share of the parameters, and how good the model is."""
-    output = trained(way, seed, scale)
+    output = trained(way, seed, scale, snr_gamma)
     plan = read_plan(output)
     return {"params": plan.params[1] / plan.params[0], **measure(load_pipeline(output), scale.look)}
 
@@ -72,22 +84,26 @@ def main(
     seeds: Seeds = 5,
     ways: Annotated[str, typer.Option(**some_of(WAYS, ";"))] = ";".join(WAYS),
     batch_size: Annotated[int, typer.Option(help="of a step; the dense model was trained with 32")] = FULL.batch_size,
+    snr_gamma: Annotated[float, typer.Option(min=1e-6, help="of the min-SNR weights of the timesteps")] = SNR_GAMMA,
     workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table."""
     other = "" if batch_size == FULL.batch_size else f"_batch_{batch_size}"
+    other += "" if snr_gamma == SNR_GAMMA else f"_snr_gamma_{snr_gamma:g}".replace(".", "_")
     full = replace(FULL, batch_size=batch_size, look=LOOK)
     title, scale = ("finetuned_quick", QUICK) if quick else (f"finetuned{other}", full)
     seeds = 1 if quick else seeds
-    store = Store(title, [MODEL, FACTS, WAYS, BUDGET, str(scale)])
-    jobs = {f"{way} {seed}": partial(measured, way, seed, scale) for seed in range(seeds) for way in ways.split(";")}
+    store = Store(title, [MODEL, told(snr_gamma), BUDGET, str(scale)])
+    pairs = itertools.product(range(seeds), ways.split(";"))
+    jobs = {f"{way} {seed}": partial(measured, way, seed, scale, snr_gamma) for seed, way in pairs}
     store.fill({"dense": partial(measure_dense, scale.look)} | jobs, workers)
     most = max(int(key.rpartition(" ")[2]) for key in store.values if key != "dense") + 1
     of_dense = store.values["dense"]
     intro = (
         f"Mean and standard error over seeds. {BUDGET:.0%} of the MACs, compensated, {scale.steps} steps of batch "
-        f"{scale.batch_size}, weighed by min-SNR; {scale.look.count} images of {scale.look.steps} DDIM steps from each "
-        f"of {scale.look.noises} noises, the mean of them. p: paired t-test against uniform. "
+        f"{scale.batch_size}, weighed by min-SNR (gamma {snr_gamma:g}); {scale.look.count} images of "
+        f"{scale.look.steps} DDIM steps from each of {scale.look.noises} noises, the mean of them. p: paired t-test "
+        "against uniform. "
         f"Dense: loss {of_dense['loss']:.4f}, FD {of_dense['distance']:.1f}."
     )
     head = ["way", "seeds", "params", "held-out loss", "p", "SSIM", "p", classifier().frechet, "p", "of the dense"]

@@ -121,7 +121,7 @@ def main(
     workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table and draw the plot."""
-    store = Store("path", [MODEL, IMAGES, STEPS, finetuned.BUDGET, finetuned.FACTS, str(SCALE)])
+    store = Store("path", [MODEL, IMAGES, STEPS, finetuned.BUDGET, finetuned.told(finetuned.SNR_GAMMA), str(SCALE)])
     jobs = {f"{way} {seed}": partial(measured, way, seed) for seed in range(seeds) for way in ways.split(";")}
     store.fill(jobs, workers)
     found = {
