@@ -31,12 +31,13 @@ from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need_pyplot
 from quality import finetuned
 from quality.allocation import made
+from quality.recover import FULL
 
 IMAGES, STEPS = 64, 25
 FIRSTS = (800, 600, 400, 200, 0)  # the first timesteps of the table's rows
 TRAINED = ", fine-tuned"
 WAYS = tuple(f"{way}{end}" for end in ("", TRAINED) for way in ("uniform", "linear output_error"))
-SCALE = replace(finetuned.FULL, batch_size=32, look=finetuned.LOOK)
+SCALE = replace(FULL, batch_size=32, look=finetuned.LOOK)
 Run = dict[str, list[float]]
 
 
