@@ -1,6 +1,6 @@
 """Where on the way from noise to picture a pruned model loses it: step by step, the digits' model.
 
-    python benchmarks/bench.py path                                   # models of one seed, two of them trained first
+    python benchmarks/bench.py path                                   # models of one seed, three of them trained first
     python benchmarks/bench.py path --ways "uniform;linear output_error"      # minutes: nothing trained
 
 Each DDIM step of the dense model's own path is once taken by the pruned model, all others by the dense one: how far its
@@ -35,16 +35,23 @@ from quality.recover import FULL
 
 IMAGES, STEPS = 64, 25
 FIRSTS = (800, 600, 400, 200, 0)  # the first timesteps of the table's rows
-TRAINED = ", fine-tuned"
-WAYS = tuple(f"{way}{end}" for end in ("", TRAINED) for way in ("uniform", "linear output_error"))
+PICTURE = 0.06  # gamma of min-SNR weights that fall with noise about as what a prediction does to the picture
+WAYS: dict[str, tuple[str, float | None]] = {  # of `finetuned`, and gamma of the fine-tune if there is one
+    "uniform": ("uniform", None),
+    "linear output_error": ("linear output_error", None),
+    "uniform, fine-tuned": ("uniform", finetuned.SNR_GAMMA),
+    "linear output_error, fine-tuned": ("linear output_error", finetuned.SNR_GAMMA),
+    "linear output_error to half, fine-tuned by the picture": ("linear output_error to half", PICTURE),
+}
+COLOURS = {"uniform": "C0", "linear output_error": "C1", "linear output_error to half": "C2"}
 SCALE = replace(FULL, batch_size=32, look=finetuned.LOOK)
 Run = dict[str, list[float]]
 
 
 def place(way: str, seed: int) -> Path:
     """Directory of the model: compensated, or after the fine-tune of `finetuned`."""
-    name = way.removesuffix(TRAINED)
-    return made(name, finetuned.BUDGET, seed) if name == way else finetuned.trained(name, seed, SCALE)
+    name, gamma = WAYS[way]
+    return made(name, finetuned.BUDGET, seed) if gamma is None else finetuned.trained(name, seed, SCALE, gamma)
 
 
 def walk(unet: nn.Module, scheduler: Any, sample: Tensor, timesteps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,14 +105,9 @@ def plot(found: dict[str, list[Run]], path: Path) -> None:
     for way, runs in found.items():
         for panel, key in zip(axes, ("path", "picture"), strict=True):
             line = np.mean([run[key] for run in runs], 0)
-            panel.semilogy(
-                runs[0]["timesteps"],
-                line,
-                marker=".",
-                ls="-" if TRAINED in way else ":",
-                color="C0" if way.startswith("uniform") else "C1",
-                label=way,
-            )
+            name, gamma = WAYS[way]
+            style = {"marker": ".", "ls": ":" if gamma is None else "-", "color": COLOURS[name], "label": way}
+            panel.semilogy(runs[0]["timesteps"], line, **style)
     titles = ("error of a prediction, on the dense model's path", "error of the picture by this step alone")
     for panel, title in zip(axes, titles, strict=True):
         panel.set(title=title, xlabel="timestep", ylabel="mean squared difference to the dense model's")
@@ -122,7 +124,9 @@ def main(
     workers: Workers = 2,
 ) -> None:
     """Measure what is missing, then print the table and draw the plot."""
-    store = Store("path", [MODEL, IMAGES, STEPS, finetuned.BUDGET, finetuned.told(finetuned.SNR_GAMMA), str(SCALE)])
+    store = Store(
+        "path", [MODEL, IMAGES, STEPS, finetuned.BUDGET, finetuned.told(finetuned.SNR_GAMMA), WAYS, str(SCALE)]
+    )
     jobs = {f"{way} {seed}": partial(measured, way, seed) for seed in range(seeds) for way in ways.split(";")}
     store.fill(jobs, workers)
     found = {
