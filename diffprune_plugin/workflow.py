@@ -22,8 +22,6 @@ from diffprune_plugin.config.criterion import criterion_of, describe
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.data.samples import Samples
-from diffprune_plugin.diffusion.inputs import fitting
-from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.running import execution_order
 from diffprune_plugin.hookspecs import Criterion
@@ -128,7 +126,8 @@ def prune_shared(
     """
     processes = Processes(accelerator.device if accelerator else torch.device(config.device))
     job = processes.on_all(lambda: prepare(config_on(accelerator, config), overwrite, dry_run))
-    job = processes.on_all(lambda: refitted(with_chosen_depth(job, not dry_run, progress), not dry_run, progress))
+    store = not dry_run and processes.is_first  # one file of progress of what each process does by itself
+    job = processes.on_all(lambda: refitted(with_chosen_depth(job, store, progress), store, progress))
     calibration, sensitivity = measured(job, processes, not dry_run, progress)
     made = processes.on_first(lambda: material_for(job, calibration))
     plan = plan_of(job, made, sensitivity, processes, not dry_run, progress)
@@ -156,6 +155,7 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
     if latency:
         check_size(config.latency, job.model)
     job = refitted(job, True, progress)
+    config = job.config.model_copy(update={"allocation": config.allocation})
     calibration, sensitivity = measured(job, Processes(torch.device(config.device)), True, progress)
     material = material_for(replace(job, config=config), calibration)
     with contextlib.ExitStack() as stack:
@@ -166,9 +166,8 @@ def frontier_of(config: PruningConfig, verify: int = 0, progress: bool = True, l
         if runtime:
             found = replace(found, dense_ms=runtime.dense_ms())
         if verify:
-            adapter, scheduler = material.adapter, job.loaded.scheduler
-            samples, trained = fitting(job.samples(), job.model, adapter, scheduler), training_scheduler(scheduler)
-            given = found, verify, job.model, trained, samples, adapter, config.seed, progress
+            repair = functools.partial(compensate, config=config, progress=progress) if job.compensating else None
+            given = found, verify, job.model, job.scheduler, job.samples(), material.adapter, config.seed, repair
             found = verified(*given, timer=runtime.share if runtime else None)
     shutil.rmtree(progress_directory(config.output), ignore_errors=True)
     return found
@@ -208,7 +207,7 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     output = Path(config.output)
     if not dry_run and Processes().is_first:
         check_absent(output, overwrite, PRUNED)
-        check_apart(output, {key: getattr(config, key) for key in ("model", "data", "calibration", "sensitivity")})
+        check_apart(output, config.sources)
     criterion = criterion_of(config)
     loaded, model = load_model(
         config.model, config.device, config.dtype, variant=config.variant, unused_tensors=config.unused_tensors

@@ -158,6 +158,12 @@ class PruningConfig(PlanOptions, Subject):
         """Whether the blocks that go are to be chosen."""
         return self.depth == (AUTO,)
 
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """What the output must not replace, by key."""
+        files = {key: getattr(self, key) for key in ("model", "data", "calibration", "sensitivity")}
+        return files | {"latency: table": self.latency.table}
+
     @field_validator("importance", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:

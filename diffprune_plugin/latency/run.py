@@ -27,6 +27,7 @@ from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material
 from diffprune_plugin.planning.widths import layer_multiple
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
 
 
@@ -37,6 +38,7 @@ def check_runtime(config: LatencyConfig) -> None:
         need(package)
     check_device(config.spec, config.dtype)
     if config.table is not None:
+        check_place(Path(config.table), "latency: table")
         Table(no_timer, {}, Path(config.table))
 
 

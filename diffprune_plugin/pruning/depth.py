@@ -82,7 +82,7 @@ def named_plan(plan: DepthPlan, model: nn.Module) -> Shallower:
     """What a published plan makes of a model; raises BadInput where that is of another shape."""
     try:
         return plan.of(config_of(model))
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise BadInput.of("depth", plan.name, f"does not fit: {error}; it is for Stable Diffusion 1 and 2") from None
 
 

@@ -50,7 +50,8 @@ FINETUNE_FILE = "finetune.yaml"
 FORMAT = 3  # of the checkpoints
 REPORT_FILE = "finetune.json"
 PLOT_FILE = "finetune.png"
-FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision"}  # keys that change no result
+# Keys that say how, not what: a training goes on after a change of these.
+FREE = {"output", "checkpoint_every", "num_workers", "tracker", "mixed_precision", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)

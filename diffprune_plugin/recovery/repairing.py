@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -22,7 +20,12 @@ from diffprune_plugin.recovery.compensate import (
     compensate_depth_,
     passes_that_fit,
 )
-from diffprune_plugin.utils.out_of_memory import out_of_memory
+from diffprune_plugin.utils.out_of_memory import within_memory
+
+REMEDY = (
+    "while compensating; set 'compensate: false' and fine-tune (what was measured is kept for the same settings), or "
+    "use a machine with more"
+)
 
 
 def wants_compensation(config: PruningConfig, loaded: Any) -> bool:
@@ -52,7 +55,7 @@ def compensate(
 ) -> CompensationReport:
     """Refit the pruned UNet's layers to the dense one's outputs; raises BadInput if memory does not suffice."""
     given: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
-    with within_memory():
+    with within_memory(REMEDY):
         if isinstance(config.compensate, str):
             return in_the_way_of(config.compensate, model, dense, plan, scheduler, samples, **given)
         given |= {"passes": passes_that_fit(dense), "checkpoint": progress_directory(config.output)}
@@ -67,24 +70,10 @@ def compensate_depth(
     ``store``: whether what an interrupted call has is kept.
     """
     given: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "progress": progress}
-    with within_memory():
+    with within_memory(REMEDY):
         given |= {"passes": passes_that_fit(cut.dense)}
         given |= {"checkpoint": progress_directory(config.output) if store else None}
         return compensate_depth_(model, cut.dense, cut.shallower, scheduler, samples, **given)
-
-
-@contextlib.contextmanager
-def within_memory() -> Iterator[None]:
-    """Raises BadInput, with what helps, where memory does not suffice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise BadInput(
-            "out of memory while compensating; set 'compensate: false' and fine-tune (the calibration is kept for the "
-            "same settings), or use a machine with more"
-        ) from None
 
 
 def in_the_way_of(name: str, *models: Any, **given: Any) -> CompensationReport:

@@ -24,10 +24,12 @@ from diffprune_plugin.sensitivity.measured import Question, Search
 from diffprune_plugin.sensitivity.trials import Base, Trials
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import write_text
+from diffprune_plugin.utils.out_of_memory import within_memory
 from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
 
 KEPT = 4  # compensated models: those of a round's plans
+REMEDY = "while plans are tried; say 'allocation: linear' or fewer 'sensitivity_samples', or use a machine with more"
 
 
 def spend_measured(
@@ -45,7 +47,7 @@ def spend_measured(
     """The plan that a search ends with, on the first process, which alone calls ``start``; None on the others.
 
     All processes share the measuring. ``samples``: noisy ones that trials are fitted to. With ``progress_in`` (a
-    directory) an interrupted call goes on and gives the same plan.
+    directory) an interrupted call goes on and gives the same plan; what it holds stays there.
 
     Raises BadInput for progress that is damaged, CheckFailed for outputs that are not finite.
     """
@@ -54,14 +56,12 @@ def spend_measured(
     facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, seed]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = None if progress_in is None else progress_in / f"allocation-{digest}.json"
-    trials = processes.on_all(lambda: Trials.of(model, scheduler, data, adapter, samples, seed))
-    answers = Answers(trials, processes, file)
-    processes.on_first(answers.take_up)
-    searching = processes.on_first(start)
-    plan = converse(searching, answers, processes, progress)
-    if file is not None and processes.is_first:
-        file.unlink(missing_ok=True)
-    return plan
+    with within_memory(REMEDY):
+        trials = processes.on_all(lambda: Trials.of(model, scheduler, data, adapter, samples, seed))
+        answers = Answers(trials, processes, file)
+        processes.on_first(answers.take_up)
+        searching = processes.on_first(start)
+        return converse(searching, answers, processes, progress)
 
 
 def converse(searching: Any, answers: Answers, processes: Processes, progress: bool) -> PruningPlan | None:

@@ -15,13 +15,14 @@ from torch import nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.inputs import fitting
+from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.allocated import LatencyCosts
 from diffprune_plugin.planning.options import BUDGETS, LATENCIES, PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, WITHIN, PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from, share_of
 from diffprune_plugin.pruning.removal import remove_
-from diffprune_plugin.recovery.compensate import compensate_
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.trials import Look
 from diffprune_plugin.utils.files import new_file
@@ -37,9 +38,9 @@ COLOURS = {"uniform": "tab:grey", "linear": "tab:blue", TIMED: "tab:orange"}
 class Point:
     """One budget met in one way: shares of the dense MACs and parameters that are left, and the error of the output.
 
-    predicted: summed over the groups, as a share of the output's mean square; measured: after removal and compensation,
-    likewise, of fresh samples; None where it was not measured. latency: the share of the dense model's by the sum of
-    pieces, latency_measured: that of the whole file; None where no runtime was asked for.
+    predicted: summed over the groups, as a share of the output's mean square; measured: after removal, and compensation
+    where the config has one, likewise, of fresh samples; None where it was not measured. latency: the share of the
+    dense model's by the sum of pieces, latency_measured: that of the whole file; None where no runtime was asked for.
     """
 
     allocation: str
@@ -191,23 +192,27 @@ def verified(
     scheduler: Any,
     samples: Samples,
     adapter: ModelAdapter,
-    seed: int = 0,
-    progress: bool = True,
+    seed: int,
+    repair: Callable[..., object] | None,
     timer: Callable[[PruningPlan], float] | None = None,
 ) -> Frontier:
-    """With ``count`` budgets really pruned and compensated, all ways, and measured on fresh samples.
+    """With ``count`` budgets, all there are at most, really pruned, all ways, and measured on fresh samples.
 
+    repair: compensates a pruned model, given the dense one, the plan, scheduler and samples; None leaves it as it is.
     timer: gives the share of the dense model's latency that the whole of a plan's model takes.
     """
     shares = list(dict.fromkeys(point.asked for point in found.points))
-    chosen = {shares[(2 * i + 1) * len(shares) // (2 * count)] for i in range(min(count, len(shares)))}
+    count = min(count, len(shares))
+    chosen = {shares[(2 * i + 1) * len(shares) // (2 * count)] for i in range(count)}
+    samples, scheduler = fitting(samples, model, adapter, scheduler), training_scheduler(scheduler)
     look = Look(model, scheduler, samples, adapter, seed)
     points = []
     for point, plan in zip(found.points, found.plans, strict=True):
         if point.asked in chosen:
             small = copy.deepcopy(model)
             remove_(small, plan)
-            compensate_(small, model, plan, scheduler, samples, seed=seed, progress=progress)
+            if repair is not None:
+                repair(small, model, plan, scheduler, samples)
             took = timer(plan) if timer else None
             point = replace(point, measured=look.error(small) / look.power, latency_measured=took)
         points.append(point)

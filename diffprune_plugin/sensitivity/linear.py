@@ -58,14 +58,15 @@ def measure_sensitivity(
     seed: int = 0,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 15.0,
+    keep_progress: bool = False,
     progress: bool = True,
     adapter: ModelAdapter | None = None,
 ) -> Sensitivity:
     """The error of each unit's removal by ``probes`` backward passes over noisy samples at timesteps spread evenly.
 
     ``images``: whatever `load_samples` takes. With ``checkpoint`` (a directory) an interrupted call goes on and gives
-    identical bits. Where torch.distributed is initialized all processes have to make the same call, and share the
-    passes. The model is left as it was.
+    identical bits; what it stored is cleared at the end unless ``keep_progress``. Where torch.distributed is in use all
+    processes have to make the same call, and share the passes. The model is left as it was.
 
     Raises BadInput for images that do not fit, CheckFailed for gradients that are not finite.
     """
@@ -85,7 +86,10 @@ def measure_sensitivity(
         run.means()
         run.passes(probes, bar)
     found = run.result(probes)
-    run.forget()
+    if keep_progress:
+        run.save(now=True)
+    else:
+        run.forget()
     scores = {group.root: run.in_turn(group, found) for group in groups}
     alone = {group.root: folded(found[group.root], group) for group in groups}
     return Sensitivity(

@@ -54,14 +54,15 @@ class Around:
     """What each width near a plan changes: by root, and by how many units go, the difference of the error.
 
     The plan itself is exact, and the others are noisy: fewer units gone never count as a loss, nor more as a gain.
-    ``trust``: what gains are multiplied by and losses divided by; the less, the fewer groups move.
+    ``trust``: what gains are multiplied by and losses divided by; the less, the fewer groups move. ``most``: as of the
+    sensitivity, so that both offer the same widths.
     """
 
     plan: PruningPlan
     changes: Mapping[str, Mapping[int, float]]
+    most: float
     trust: float = 1.0
     sha256: str = ""
-    most: float = 1.0
 
     def knows(self, root: str, count: int) -> bool:
         return count in self.changes[root]
@@ -99,14 +100,14 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     tried, reasons = [error], {group.root: group.reason for group in best.groups}
     asked = [best.removed_units()]
     for _ in range(ROUNDS):
-        steps = near(best, material, options)
+        steps = near(best, material, options, sensitivity.most)
         answers = yield Question.of(best, steps)
         changes: dict[str, dict[int, float]] = {group.root: {len(group.removed): 0.0} for group in best.groups}
         for group, answer in zip(steps, answers[1:], strict=True):
             changes[group.root][len(group.removed)] = answer - error
         start = best, error
         for trust in TRUSTS:
-            around = Around(start[0], changes, trust)
+            around = Around(start[0], changes, sensitivity.most, trust)
             proposed = spent(around)
             if proposed.removed_units() in asked:
                 continue
@@ -126,10 +127,10 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     return best.model_copy(update={"groups": groups, "allocation": allocation})
 
 
-def near(plan: PruningPlan, material: Material, options: PlanOptions) -> list[GroupPlan]:
+def near(plan: PruningPlan, material: Material, options: PlanOptions, most: float) -> list[GroupPlan]:
     """For each group the widths a step below and above that of the plan, as far as there are any; heads stay."""
     found = []
-    every = choices(material.items, options, Around.most)
+    every = choices(material.items, options, most)
     for group, item, of in zip(plan.groups, material.items, every, strict=True):
         if item.heads:  # their number is an attribute of the attention, which a trial leaves as it is
             continue

@@ -80,6 +80,7 @@ def sensitivity_for(
             batch_size=min(config.batch_size, config.sensitivity_samples),
             seed=config.seed,
             checkpoint=progress_in if store else None,
+            keep_progress=store,
             progress=progress,
         )
         if file is not None and store:

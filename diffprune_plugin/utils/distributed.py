@@ -77,9 +77,9 @@ class Processes:
         """The sum over processes, on each of them."""
         if self.count == 1:
             return tensor
-        total = tensor.detach().clone()
+        total = tensor.detach().to(self.device or tensor.device, copy=True)  # NCCL sends from its device alone
         distributed.all_reduce(total)
-        return total
+        return total.to(tensor.device)
 
     def gather(self, mine: Tensor, count: int) -> Tensor:
         """``count`` values of which process r of n has the r-th, r+n-th ...: all of them, shape (count,), on each."""

@@ -14,7 +14,8 @@ from typing import Any
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, Interrupted, one_line
 from diffprune_plugin.utils.interrupts import MESSAGE, Interrupts
 
-ENDS = ("typer", "click", "diffprune_plugin")  # packages that may end the program: after their own line, or done
+# Packages that may end the program: after their own line, done, or since nobody reads what they print (rich).
+ENDS = ("typer", "click", "diffprune_plugin", "rich")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SHORT = "out of memory; use a smaller batch_size"
 

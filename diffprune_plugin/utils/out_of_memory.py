@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+
+from diffprune_plugin.errors import BadInput
 
 # As torch, its devices, ONNX Runtime and C++ say it.
 MEMORY = re.compile(
@@ -17,3 +21,14 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether another library's error says that memory ran out, on whatever device; nothing is imported for it."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or bool(MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def within_memory(told: str) -> Iterator[None]:
+    """Raises BadInput, with when and what helps, where memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(f"out of memory {told}") from None

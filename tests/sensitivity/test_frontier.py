@@ -6,8 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from PIL import Image
+from tiny import make_unet
+from tiny_transformers import make
+
+import diffprune_plugin as dp
+from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.config.pruning import PruningConfig
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.sensitivity.frontier import Frontier, Point, verified
+from diffprune_plugin.workflow import frontier_of, prune
 
 
 def test_allocated_costs_no_more_than_uniform_at_any_budget_and_some_are_measured(
@@ -109,3 +120,44 @@ def test_a_file_that_could_not_be_written_at_the_end_is_refused_at_the_beginning
     assert (code, out) == (2, "")
     assert there in err
     assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize(("reachable", "asked"), [(5, 8), (5, 5), (6, 2), (1, 8)])
+def test_as_many_budgets_are_verified_as_are_asked_for_and_can_be_met(
+    reachable: int, asked: int, images: np.ndarray
+) -> None:
+    unet = make_unet()
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.3)
+    points = [Point("linear", 0.9 - 0.1 * i, 0.5, 0.5, 0.1) for i in range(reachable)]
+    found = Frontier("macs_target", tuple(points), (plan,) * reachable)
+    given = unet, DDPMScheduler(num_train_timesteps=20), load_samples(images), UNET_2D, 0, None
+    measured = [point.measured is not None for point in verified(found, asked, *given).points]
+    assert sum(measured) == min(reachable, asked)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_what_is_verified_is_repaired_as_a_prune_would(
+    run: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch, compensate: bool
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr("diffprune_plugin.recovery.repairing.passes_that_fit", lambda *_: "layer")
+    monkeypatch.setattr("diffprune_plugin.recovery.repairing.compensate_", lambda *_, **given: asked.append(given))
+    code, _, err = run("frontier", config_file, *FEW, "--verify", 1, "--set", f"compensate={str(compensate).lower()}")
+    assert code == 0, err
+    assert [(given["passes"], given["batch_size"]) for given in asked] == [("layer", 4)] * 2 * compensate
+
+
+@pytest.mark.parametrize("preset", [None, "obs-diff"])
+def test_a_point_is_the_plan_that_a_prune_to_its_budget_makes(preset: str | None, tmp_path: Path) -> None:
+    model = make("DiT", num_layers=4, in_channels=3, out_channels=3)
+    dp.save(DiTPipeline(model, None, DDIMScheduler()), tmp_path / "dense")
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images=pictures, class_labels=np.arange(8))
+    values: dict[str, Any] = {"model": str(tmp_path / "dense"), "data": str(tmp_path / "data.npz")}
+    values |= {"output": str(tmp_path / "out"), "importance": "magnitude", "preset": preset}
+    values |= {"sensitivity_samples": 2, "sensitivity_probes": 1}
+    found = frontier_of(PruningConfig(**values), progress=False)
+    plans = {(point.allocation, point.asked): plan for point, plan in zip(found.points, found.plans, strict=True)}
+    for way in ("linear", "uniform"):
+        config = PruningConfig(**values, macs_target=0.9, allocation=way)
+        assert plans[way, 0.9].removed_units() == prune(config, dry_run=True, progress=False).plan.removed_units()

@@ -17,11 +17,14 @@ import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning import allocated
+from diffprune_plugin.planning.allocated import menus_of
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.planning.planner import Material, material_of
+from diffprune_plugin.sensitivity import measured
 from diffprune_plugin.sensitivity.answers import Answers
-from diffprune_plugin.sensitivity.linear import measure_sensitivity
+from diffprune_plugin.sensitivity.linear import Run, measure_sensitivity
 from diffprune_plugin.sensitivity.measured import Around, Question, search
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.trials import Trials
@@ -86,12 +89,12 @@ def test_a_trial_is_what_a_whole_compensation_gives_where_nothing_else_is_cut(tr
 def test_fewer_units_are_never_a_loss_nor_more_a_gain() -> None:
     plan = dp.make_plan(make_unet(), "magnitude", pruning_ratio=0.5)
     now = len(plan.removed_units()[ROOT])
-    around = Around(plan, {ROOT: {now - 8: 0.2, now: 0.0, now + 8: -0.1}})
+    around = Around(plan, {ROOT: {now - 8: 0.2, now: 0.0, now + 8: -0.1}}, 0.75)
     assert [around.error(ROOT, range(now + more)) for more in (-8, 0, 8)] == [0, 0, 0]
-    around = Around(plan, {ROOT: {now - 8: -0.3, now: 0.0, now + 8: 0.1}})
+    around = Around(plan, {ROOT: {now - 8: -0.3, now: 0.0, now + 8: 0.1}}, 0.75)
     assert [around.error(ROOT, range(now + more)) for more in (-8, 0, 8)] == pytest.approx([0, 0.3, 0.4])
     assert not around.knows(ROOT, now + 4)
-    around = Around(plan, around.changes, trust=0.5)
+    around = Around(plan, around.changes, 0.75, trust=0.5)
     assert [around.error(ROOT, range(now + more)) for more in (-8, 0, 8)] == pytest.approx([0, 0.15, 0.35])
 
 
@@ -123,6 +126,26 @@ def test_the_search_moves_to_where_the_measured_error_is_lower(material: Materia
     assert plan.macs[1] <= 0.601 * plan.macs[0]
     assert next(g for g in plan.groups if g.root == ROOT).reason.startswith("measured: ")
     assert plan == PruningPlan.model_validate_json(plan.model_dump_json())
+
+
+@pytest.mark.parametrize("most", [3, 4, 5, 6, 7])
+def test_each_group_can_stay_as_wide_as_it_is_however_many_widths_are_left_out(
+    material: Material, sensitivity: Sensitivity, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(allocated, "WIDTHS", most)
+    seen = []
+
+    def plan_from(material: Material, options: Any, told: Any, errors: Any) -> PruningPlan:
+        if isinstance(errors, Around):
+            for group, (menu, _) in zip(errors.plan.groups, menus_of(material.items, options, errors), strict=True):
+                seen.append(len(group.removed) in menu.removed)
+        return made(material, options, told, errors)
+
+    made = measured.plan_from
+    monkeypatch.setattr(measured, "plan_from", plan_from)
+    searched(material, sensitivity, lambda units: sum(sensitivity.error(root, some) for root, some in units.items()))
+    assert len(seen) >= len(material.items)
+    assert all(seen)
 
 
 def test_a_plan_that_turns_out_worse_is_not_taken(material: Material, sensitivity: Sensitivity) -> None:
@@ -179,6 +202,29 @@ def test_damaged_progress_and_what_cannot_be_measured_are_refused(
     assert "allocation: measured compares compensated models" in err
     with pytest.raises(BadInput, match="make_plan takes linear and uniform"):
         dp.make_plan(make_unet(), "magnitude", macs_target=0.5, allocation="measured")
+
+
+def test_what_was_measured_is_not_measured_again_where_a_run_dies_after_it(
+    run: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("diffprune_plugin.workflow.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("prune", config_file, *WORDS)[0] == 130
+    monkeypatch.setattr(Answers, "error", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(Run, "add", lambda *_: pytest.fail("a pass again"))
+    code, _, err = run("prune", config_file, *WORDS)
+    assert code == 0, err
+    assert [path.name for path in config_file.parent.glob(".*")] == []
+
+
+def test_memory_that_does_not_suffice_for_trials_is_told_with_what_helps(run, config_file, monkeypatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Trials, "of", fails)
+    code, _, err = run("prune", config_file, *WORDS)
+    assert code == 2
+    assert "out of memory while plans are tried; say 'allocation: linear'" in err
 
 
 @pytest.mark.slow
