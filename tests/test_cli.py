@@ -365,3 +365,9 @@ def test_a_stored_calibration_is_refused_for_other_images(run, config_file, npz,
     code, _, err = run("prune", config_file, *stored, "--dry-run")
     assert code == 2
     assert "calibrated with other data" in err
+
+
+def test_who_reads_no_further_is_no_fault_of_a_library(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m diffprune_plugin.cli plugins | true"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -324,3 +324,35 @@ def test_the_first_process_speaks_before_the_others_end_and_no_launcher_stops_th
         signal.signal(signal.SIGTERM, before)
     assert waited == [0.0, launched.HEAD_START][rank : rank + 1]
     assert capsys.readouterr().err.count("nowhere.yaml") == 1 - rank
+
+
+def test_what_is_summed_is_sent_from_the_device_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes nothing else, wherever the sums are kept."""
+    sent = list[str]()
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        sent.append(tensor.device.type)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distributed, "place", lambda: (0, 2))
+    monkeypatch.setattr(distributed.distributed, "all_reduce", all_reduce)
+    for processes in (Processes(torch.device("meta")), Processes()):
+        with pytest.raises(KeyboardInterrupt):
+            processes.reduce(torch.ones(2, dtype=torch.float64))
+    assert sent == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_each_process_does_by_itself_the_first_alone_stores(config, monkeypatch, tmp_path, first) -> None:
+    asked = list[bool]()
+
+    def refitted(job: Any, store: bool, progress: bool) -> None:
+        asked.append(store)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Processes, "is_first", property(lambda self: first))
+    monkeypatch.setattr("diffprune_plugin.workflow.refitted", refitted)
+    values = json.loads(config.read_text()) | {"output": str(tmp_path / "out")}
+    with pytest.raises(KeyboardInterrupt):
+        prune_shared(PruningConfig(**values), progress=False)
+    assert asked == [first]

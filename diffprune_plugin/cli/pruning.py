@@ -188,6 +188,8 @@ def config(
     json: Json = False,
 ) -> None:
     """Translate a config to the native form, and list what becomes of each of its keys and why."""
+    from json import dumps
+
     import yaml
 
     from diffprune_plugin.config.dialects import read, translated
@@ -195,14 +197,17 @@ def config(
 
     if output:
         check_file(output, overwrite)
+        if output.suffix == ".toml":
+            raise BadInput(f"{output}: TOML is not written; name a .yaml or a .json")
     listing = read(config, flags)
     if json:
         console.print_json(data=listing.as_dict(), default=str)
     else:
         console.print(listing.table())
-    native = yaml.safe_dump(translated(listing, keys or [], model=model, data=data), sort_keys=False)
+    content = translated(listing, keys or [], model=model, data=data)
+    native = yaml.safe_dump(content, sort_keys=False)
     if output:
-        write_text(output, native)
+        write_text(output, f"{dumps(content, indent=1)}\n" if output.suffix == ".json" else native)
     if not json:
         say(f"wrote {output}" if output else native)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput, first_line
-from diffprune_plugin.export.convert import check_options
+from diffprune_plugin.export.convert import IMAGE, check_options
 from diffprune_plugin.export.proofs import check_device
 from diffprune_plugin.graph.costs import meta_copy
 from diffprune_plugin.latency.costs import latency_costs
@@ -30,13 +30,26 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
 
+# What an export calls the keys of ``latency``.
+FLAGS = {
+    "--provider-option": "latency: options:",
+    "--provider": "latency: provider:",
+    "--dtype": "latency: dtype:",
+}
+
 
 def check_runtime(config: LatencyConfig) -> None:
     """Raises BadInput or HardwareUnproved, before anything is measured, for a runtime that is not there."""
-    check_options(OPSET, config.dtype)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)
-    check_device(config.spec, config.dtype)
+    try:
+        check_options(OPSET, config.dtype)
+        check_device(config.spec, config.dtype)
+    except BadInput as error:
+        told = str(error)
+        for flag, key in FLAGS.items():
+            told = told.replace(flag, key)
+        raise BadInput(told) from None
     if config.table is not None:
         check_place(Path(config.table), "latency: table")
         Table(no_timer, {}, Path(config.table))
@@ -47,6 +60,8 @@ def check_size(config: LatencyConfig, model: nn.Module) -> None:
     if config.size is None:
         return
     adapter, bare = find_adapter(model), meta_copy(model)
+    if not {word for shape in adapter.shapes(model).values() for word in shape}.issuperset(IMAGE):
+        raise BadInput(f"latency: size: {config.size}: a {adapter.model_class} takes no height and width; leave it out")
     try:
         with torch.no_grad():
             adapter.denoise(bare, adapter.flat_inputs(bare, size=(config.size, config.size)))

@@ -77,16 +77,23 @@ class Meeting:
         while True:  # each time round at least one width is left out for good
             try:
                 plan = self.plan(options, self.costs)
-            except BadInput:
-                if plan is None and first:
-                    raise
-                return plan
+            except BadInput as error:
+                if plan is not None or not first:
+                    return plan
+                raise self.in_its_words(error) from None
             slower = self.slower(plan) if plan.allocation and len(options.target) == 1 else {}
             if not slower:
                 return plan
             kept = self.costs.slower
             more = {root: kept.get(root, frozenset()) | {count} for root, count in slower.items()}
             self.costs = replace(self.costs, slower={**kept, **more})
+
+    def in_its_words(self, error: BadInput) -> BadInput:
+        """An error of a plan's share, where milliseconds were asked for."""
+        if self.max_ms is None:
+            return error
+        share = str(error).removeprefix("latency_target: ")
+        return BadInput(f"max_latency_ms: {self.max_ms:g}: as a share of the dense model's latency, {share}")
 
     def slower(self, plan: PruningPlan) -> dict[str, int]:
         """The groups, with what they lose, that would be as fast at a larger width, the others as they are planned."""

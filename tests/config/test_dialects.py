@@ -445,8 +445,9 @@ def test_a_scope_that_matches_nothing_is_named_before_anything_is_calibrated(run
 # --- the command
 
 
-def test_config_lists_every_key_and_writes_a_native_file_that_prune_reads(run, dense_dir, npz, tmp_path) -> None:
-    path = tmp_path / "native.yaml"
+@pytest.mark.parametrize("name", ["native.yaml", "native.json", "native"])
+def test_config_lists_every_key_and_writes_a_native_file_that_prune_reads(run, dense_dir, npz, tmp_path, name) -> None:
+    path = tmp_path / name
     words = ["--model", dense_dir, "--data", npz, "--set", "pruning_ratio=1e-1"]
     code, out, _ = run("config", CONFIGS["nncf_filter_pruning.json"], "-o", path, *words)
     assert code == 0
@@ -458,6 +459,9 @@ def test_config_lists_every_key_and_writes_a_native_file_that_prune_reads(run, d
     code, _, err = run("config", CONFIGS["torch_pruning.yaml"], "-o", path)
     assert code == 2
     assert "exists; use --overwrite" in err
+    code, _, err = run("config", CONFIGS["torch_pruning.yaml"], "-o", tmp_path / "native.toml")
+    assert code == 2
+    assert "TOML is not written; name a .yaml or a .json" in err
 
 
 def test_a_refused_key_is_listed_and_then_the_error(run, tmp_path) -> None:

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_unet
+from tiny_transformers import make
 from torch import nn
 
+from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export import benchmark
 from diffprune_plugin.export.promise import promise_line, promised
 from diffprune_plugin.graph.costs import own_parameters
 from diffprune_plugin.latency.costs import MOST, latency_costs, non_negative, random_plans
 from diffprune_plugin.latency.pieces import Piece, filled, key_of, outermost
+from diffprune_plugin.latency.run import check_size
 from diffprune_plugin.latency.structures import Structures
 from diffprune_plugin.latency.table import Table
 from diffprune_plugin.latency.target import Meeting, aimed
@@ -254,6 +257,8 @@ def test_milliseconds_are_a_share_of_what_the_dense_model_takes(quick: Quick) ->
     assert plan.latency.measured[0] * plan.latency.dense_ms == pytest.approx(6.0, rel=0.03)
     with pytest.raises(BadInput, match=r"the dense model takes 10 ms already"):
         meeting(quick, options(latency_target=None, max_latency_ms=11.0)).run()
+    with pytest.raises(BadInput, match=r"^max_latency_ms: 0.1: as a share of the dense model's latency, 0.01 "):
+        meeting(quick, options(latency_target=None, max_latency_ms=0.1)).run()
 
 
 def test_both_budgets_hold(few: Quick) -> None:
@@ -426,3 +431,29 @@ def test_a_real_runtime_is_measured(run: Any, config_file: Path, tmp_path: Path)
     assert 0.3 < plan.latency.measured[0] < 1
     assert bool(plan.shortfalls()) == (abs(plan.latency.measured[0] - 0.8) > 0.03 * 0.8)
     assert "latency" in out
+
+
+@pytest.mark.parametrize(
+    ("latency", "words"),
+    [
+        ("{provider: cuad}", "latency: provider: 'cuad'; did you mean 'cuda'"),
+        ("{dtype: fp16}", "latency: provider: cpu computes fp16 models in fp32"),
+        ("{options: {prefer_nhwc: 1}}", "latency: options: prefer_nhwc"),
+        ("{table: OUTPUT/pieces.json}", "pruned/pieces.json lie inside each other; choose another output"),
+        ("{table: OUTPUT.txt/pieces.json}", "choose another latency: table"),
+    ],
+)
+def test_what_is_wrong_with_a_runtime_is_told_by_the_keys_of_the_config(
+    run: Any, config_file: Path, tmp_path: Path, latency: str, words: str
+) -> None:
+    (tmp_path / "pruned.txt").touch()
+    given = latency.replace("OUTPUT", str(tmp_path / "pruned"))
+    code, _, err = run("prune", config_file, "--set", "latency_target=0.6", "--set", f"latency={given}")
+    assert code == 2
+    assert words in err
+    assert "--" not in err
+
+
+def test_a_size_of_samples_without_height_and_width_is_refused_before_anything_is_timed() -> None:
+    with pytest.raises(BadInput, match=r"latency: size: 64: a FluxTransformer2DModel takes no height and width"):
+        check_size(LatencyConfig(size=64), make("Flux"))

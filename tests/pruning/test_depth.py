@@ -14,11 +14,12 @@ from tiny_conditional import SD, four_stages
 from tiny_transformers import make
 
 import diffprune_plugin as dp
+from diffprune_plugin.adapters.depth import DepthPlan
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.report import plan_text
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.depth import without_blocks
+from diffprune_plugin.pruning.depth import named_plan, without_blocks
 from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.workflow import prune
 
@@ -161,3 +162,12 @@ def test_a_plan_for_another_shape_of_unet_is_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(BadInput, match="BK-SDM is for 4 stages of 2 layers, this UNet has 2 of"):
         without_blocks(UNet2DConditionModel(**SD), "bk-sdm-base")
+
+
+@pytest.mark.parametrize("error", [KeyError, IndexError, ValueError])
+def test_a_published_plan_that_a_config_does_not_fit_is_one_line(error: type[Exception]) -> None:
+    def of(_: Any) -> Any:
+        raise error("block_out_channels")
+
+    with pytest.raises(BadInput, match=r"depth: 'mine' does not fit: .*block_out_channels"):
+        named_plan(DepthPlan("mine", of), make("DiT"))

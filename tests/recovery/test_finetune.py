@@ -287,6 +287,16 @@ def stop_after(values: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatc
     return file
 
 
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"checkpoint_every": 3}])
+def test_a_change_of_how_it_computes_goes_on_to_the_same_bits(values, tmp_path, monkeypatch, change) -> None:
+    tune(values)
+    expected = weights(values["output"])
+    shutil.rmtree(values["output"])
+    stop_after(values, 3, monkeypatch)
+    assert tune(values, **change).resumed == 3
+    assert same_bits(weights(values["output"]), expected)
+
+
 def test_progress_of_other_settings_is_not_taken_up_and_damage_is_noticed(values, monkeypatch) -> None:
     file = stop_after(values, 3, monkeypatch)
     assert tune(values, learning_rate=1e-3).resumed == 0
