@@ -30,6 +30,7 @@ from diffprune_plugin.calibration.gradients import GradientSums
 from diffprune_plugin.calibration.settings import Settings
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, DiffPruneError
+from diffprune_plugin.sensitivity.linear import Run
 from diffprune_plugin.utils import distributed
 from diffprune_plugin.utils.distributed import Processes, check_parallel
 from diffprune_plugin.workflow import config_on, prune, prune_shared
@@ -163,6 +164,21 @@ def fault(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
+BUDGET = {"importance": "magnitude", "macs_target": 0.8, "sensitivity_samples": 8, "sensitivity_probes": 1}
+
+
+def lost_pass(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    if rank:
+        patch.setattr(Run, "add", lambda *_: [].pop())
+    return BUDGET
+
+
+def lost_means(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    if rank:
+        patch.setattr(Run, "means", lambda *_: [].pop())
+    return BUDGET
+
+
 def full_disk(rank: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     def save(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -211,6 +227,8 @@ TROUBLE: dict[Callable[..., dict[str, Any]], tuple[int, str, str]] = {
     other_data: (2, "BadInput: calibration: the model, the data or the settings are not the same", "BadInput: calib"),
     no_memory: (2, "BadInput: process 1: out of memory at batch size 1", "BadInput: out of memory at batch size 1"),
     fault: (1, "CheckFailed: process 1: IndexError: pop from empty list", "IndexError: pop from empty list"),
+    lost_pass: (1, "CheckFailed: process 1: IndexError: pop from empty list", "IndexError: pop from empty list"),
+    lost_means: (1, "CheckFailed: process 1: IndexError: pop from empty list", "IndexError: pop from empty list"),
     full_disk: (2, "BadInput: cannot write", "BadInput: process 0: cannot write"),
     damaged: (
         2,

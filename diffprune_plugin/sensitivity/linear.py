@@ -10,6 +10,7 @@ a refit of the layers behind leaves of it: `redundancy`; what norms over fewer c
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -83,7 +84,7 @@ def measure_sensitivity(
         facts += sorted(run.sums)
         run.resume(Path(checkpoint), facts, checkpoint_seconds)
     with frozen(model), progress_bar(progress and processes.is_first) as bar:
-        run.means()
+        processes.on_all(run.means)
         run.passes(probes, bar)
     found = run.result(probes)
     if keep_progress:
@@ -206,11 +207,15 @@ class Run:
         task = bar.add_task("sensitivity", total=len(jobs), completed=self.done)
         step = self.processes.count
         while self.done < len(jobs):
-            for rows in self.processes.part_of(jobs[self.done : self.done + step]):
-                self.add(rows, probes)
+            mine = self.processes.part_of(jobs[self.done : self.done + step])
+            self.processes.on_all(functools.partial(self.add_all, mine, probes))
             self.done = min(self.done + step, len(jobs))
             bar.update(task, completed=self.done)
             self.save(now=False)
+
+    def add_all(self, jobs: Sequence[range], probes: int) -> None:
+        for rows in jobs:
+            self.add(rows, probes)
 
     def add(self, rows: range, probes: int) -> None:
         """One forward pass, and a backward pass of its graph for each probe: the squared sums for each unit."""
