@@ -37,9 +37,9 @@ def arguments(pipeline: Any) -> Any:
     return inspect.signature(pipeline.__call__).parameters
 
 
-def not_drawn(pipeline: Any) -> str:
-    """Why this pipeline is not drawn from; nothing where it is."""
-    taken = arguments(pipeline)
+def not_drawn(kind: type) -> str:
+    """Why pipelines of this class are not drawn from; nothing where they are."""
+    taken = dict(list(arguments(kind).items())[1:])  # without self
     needed = [
         name
         for name, each in taken.items()
@@ -48,7 +48,7 @@ def not_drawn(pipeline: Any) -> str:
             each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL) and name != "prompt"
         )
     ]
-    return f"{type(pipeline).__name__} draws from {', '.join(needed)}" if needed else ""
+    return f"{kind.__name__} draws from {', '.join(needed)}" if needed else ""
 
 
 def guided(pipeline: Any) -> bool:

@@ -8,23 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from diffprune_plugin.export.benchmark import AGAIN, DENSE, PRUNED, Latency, interleaved, medians, ratios, row
 from diffprune_plugin.export.components import DECODER, PARTS, SEQUENCE, TEXT
 from diffprune_plugin.export.drawing import draw, guided
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import read_provenance
 from diffprune_plugin.export.options import BenchOptions
-from diffprune_plugin.export.ort_pipeline import assembled
+from diffprune_plugin.export.ort_pipeline import assembled, pipeline_class
 from diffprune_plugin.export.ort_session import OrtSession
 from diffprune_plugin.export.ort_unet import ORTUNet
 from diffprune_plugin.export.pipeline import denoiser_file, tokens_of
 from diffprune_plugin.export.proofs import prove
 from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.plugins import components, denoiser_of
-from diffprune_plugin.pruning.directory import read_json
-from diffprune_plugin.pruning.index import INDEX_FILE
 
 ROUNDS = 10  # each an image, of many passes
 REST = "the rest"  # the scheduler, the tokenizer, Python
@@ -110,8 +106,7 @@ def passes(folder: str, kind: str, double: bool) -> int:
 
 
 def takes_guidance(place: Path) -> bool:
-    cls = getattr(diffusers, read_json(place / INDEX_FILE)["_class_name"])
-    return guided(cls)
+    return guided(pipeline_class(place))
 
 
 def timed_run(

@@ -130,6 +130,8 @@ def latency(verdict: Verdict, folder: Path) -> Iterator[str]:
     if verdict.alone and verdict.latency:
         yield from latency_lines(f"An image of {told['steps']} steps", verdict.latency, folder)
         yield shares_table(told["shares"])
+    elif isinstance(told.get("pipeline"), str):
+        yield told["pipeline"]
 
 
 def latency_lines(title: str, result: Latency, folder: Path) -> Iterator[str]:

@@ -250,13 +250,16 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
             between = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
             where = f"{what}, {each['provider']}, batch {ratio['batch']}"
             found.append(f"{where}: {ratio['name']} {ratio['median']:.2f}x {between}")
+    if isinstance(latency, Mapping) and isinstance(latency.get("pipeline"), str):
+        found.append(latency["pipeline"])
     return found
 
 
 def latency_parts(latency: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(latency, Mapping) and "pipeline" in latency:
         yield "the denoiser alone", latency["denoiser"]
-        yield f"an image of {latency['steps']} steps", latency["pipeline"]
+        if isinstance(latency["pipeline"], Mapping):
+            yield f"an image of {latency['steps']} steps", latency["pipeline"]
     elif isinstance(latency, Mapping):
         yield "latency", latency
 

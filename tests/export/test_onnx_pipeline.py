@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from tiny_pipelines import LETTERS, PIPELINES, autoencoder
+from tiny_transformers import make
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
@@ -192,6 +202,35 @@ def test_a_tokenizer_as_transformers_5_writes_it_gets_the_files_that_transformer
     pipeline.add_vocabulary(tmp_path)
     assert json.loads((tmp_path / "vocab.json").read_text()) == vocabulary
     assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\na b\nc d\n"
+
+
+def test_a_pipeline_that_is_not_drawn_from_a_prompt_keeps_its_directory_and_its_denoisers_latency(
+    opened: Any, tmp_path: Path, capsys: Any
+) -> None:
+    dit = DiTPipeline(make("DiT", num_layers=1, num_embeds_ada_norm=1000), autoencoder(), DDIMScheduler())
+    dp.save(dit, tmp_path / "dit")
+    words = (tmp_path / "onnx", "--model", tmp_path / "dit", "--rounds", 5, "--no-verify")
+    why = "DiTPipeline draws from class_labels"
+    assert exit_code(*words, "--min-speedup", 1.1) == 2
+    assert f"--min-speedup, --max-latency-ms: no image of {tmp_path / 'dit'} is timed: {why}" in capsys.readouterr().err
+    assert exit_code(*words, "--report", tmp_path / "report.html") == 0
+    told = f"the whole pipeline is not timed: {why}"
+    assert told in capsys.readouterr().out
+    latency = json.loads((tmp_path / "onnx.verdict.json").read_text())["latency"]
+    assert latency["denoiser"]["rows"][0]["p50"] > 0
+    assert latency["pipeline"] == told
+    card = (tmp_path / "onnx" / "README.md").read_text()
+    assert "the denoiser alone, cpu, batch 1" in card
+    assert told in card
+    page = opened(tmp_path / "report.html")
+    assert "One pass of the denoiser" in page
+    assert told in page
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_a_pipeline_that_starts_from_an_image_is_not_drawn_from(kind: type) -> None:
+    assert drawing.not_drawn(kind).startswith(f"{kind.__name__} draws from image")
+    assert not drawing.not_drawn(StableDiffusionPipeline)
 
 
 @pytest.mark.slow
