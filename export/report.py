@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffprune_plugin.export import tables
 from diffprune_plugin.export.benchmark import Latency
 from diffprune_plugin.export.drawing import ImageCheck, summary
 from diffprune_plugin.export.promise import promise_line
 from diffprune_plugin.export.verdict import Verdict
-from diffprune_plugin.planning.report import quantity
+from diffprune_plugin.planning.report import error_text, quantity
 from diffprune_plugin.utils.html_report import markdown_of, write_report
 from diffprune_plugin.utils.images import image_grid, pil_images, save_image
 from diffprune_plugin.utils.optional import has
@@ -79,7 +81,7 @@ def numerics(found: Mapping[str, Any]) -> Iterator[str]:
         rows = ((case["name"], *errors(case), held(case["passed"])) for case in verify["cases"])
         yield folded(f"{name}: every case", tables.pipes(("case", "error", "relative", ""), rows))
         if verify["sampling"]:
-            last, steps = number(verify["sampling"][-1]), len(verify["sampling"])
+            last, steps = error_text(verify["sampling"][-1]), len(verify["sampling"])
             yield f"{name}: {steps} DDIM steps of its own end {last} from PyTorch's (not judged)."
 
 
@@ -90,11 +92,7 @@ def numeric_cells(name: str, verify: Content) -> tuple[str, ...]:
 
 
 def errors(case: Content) -> tuple[str, str]:
-    return number(case["absolute"]), number(case["relative"])
-
-
-def number(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.1e}"
+    return error_text(case["absolute"]), error_text(case["relative"])
 
 
 def held(passed: bool) -> str:
@@ -113,7 +111,8 @@ def images(verdict: Verdict, folder: Path) -> Iterator[str]:
         yield found or "Not compared."
         return
     yield f"{summary(ImageCheck(**found))}: {held(found['passed'])}."
-    rows = {name: pil_images(pixels) for name, pixels in verdict.images.items()}
+    # What is not finite has no colour; that it is none is said above.
+    rows = {name: pil_images(np.nan_to_num(pixels, posinf=1, neginf=0)) for name, pixels in verdict.images.items()}
     width = next(iter(rows.values()))[0].width
     save_image(image_grid(rows, scale=max(1, 128 // width)), folder / "images.png")
     yield "![images of PyTorch and ONNX Runtime](images.png)"

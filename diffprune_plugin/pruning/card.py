@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
-from diffprune_plugin.planning.report import quantity
+from diffprune_plugin.planning.report import error_text, quantity
 from diffprune_plugin.pruning.directory import (
     COMPENSATION_FILE,
     CONFIG_FILE,
@@ -239,9 +239,8 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
             found.append(f"{name}: {numerics}")
     images = verdict.get("images")
     if isinstance(images, Mapping):
-        found.append(
-            f"images: largest difference of a pixel {images['difference']:.1e}, allowed {images['tolerance']:.1e}"
-        )
+        difference = error_text(images["difference"])
+        found.append(f"images: largest difference of a pixel {difference}, allowed {images['tolerance']:.1e}")
     elif images:
         found.append(f"images: {images}")
     latency = verdict.get("latency")

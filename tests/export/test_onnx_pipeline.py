@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from tiny_transformers import make
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import ORTPipeline, cli, drawing, integrity, pipeline, pipeline_workflow
+from diffprune_plugin.export import ORTPipeline, ORTUNet, cli, drawing, integrity, pipeline, pipeline_workflow
 from diffprune_plugin.export.convert import ExportReport
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.pipeline_workflow import run_pipeline
+from diffprune_plugin.pruning.card import read_report, verdict_lines
 
 QUICK = Options(steps=3, latency=False)
 
@@ -125,6 +127,34 @@ def test_images_that_are_not_pytorchs_fail_though_every_part_held(
     assert exit_code(tmp_path / "onnx", "--model", exported, "--steps", 2, "--no-bench") == 1
     assert "the pipeline does not draw what PyTorch does: 3 images of 2 steps" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_images_that_are_not_finite_fail_in_one_line_at_whichever_batch(
+    exported: Path, opened: Any, batch: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Planted: one pixel of what ONNX Runtime draws at one batch size."""
+    real = pipeline_workflow.draw
+
+    def damaged(pipe: Any, size: int, steps: int) -> Any:
+        found = real(pipe, size, steps)
+        if size == batch and isinstance(pipe.unet, ORTUNet):
+            found[-1, 0, 0] = value
+        return found
+
+    monkeypatch.setattr(pipeline_workflow, "draw", damaged)
+    report = tmp_path / "report.html"
+    words = ("--model", exported, "--steps", 2, "--no-bench", "--report", report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # more than the one line
+        assert exit_code(tmp_path / "onnx", *words) == 1
+    told = "3 images of 2 steps: largest difference of a pixel not finite, allowed"
+    assert f"the pipeline does not draw what PyTorch does: {told}" in capsys.readouterr().err
+    assert told in opened(report)
+    verdict = read_report(tmp_path / "onnx.verdict.json")
+    assert (verdict["passed"], verdict["images"]["passed"], verdict["images"]["difference"]) == (False, False, None)
+    assert any("largest difference of a pixel not finite" in line for line in verdict_lines(verdict))
 
 
 def test_a_damaged_directory_is_refused_by_the_file(exported: Path, tmp_path: Path) -> None:
