@@ -232,9 +232,8 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
         numerics = part.get("verify")
         if isinstance(numerics, Mapping):
             worst = numerics["worst"]
-            found.append(
-                f"{name}: {len(numerics['cases'])} cases against PyTorch, worst relative {worst['relative']:.1e}"
-            )
+            count, relative = len(numerics["cases"]), error_text(worst["relative"])
+            found.append(f"{name}: {count} cases against PyTorch, worst relative {relative}")
         elif numerics:
             found.append(f"{name}: {numerics}")
     images = verdict.get("images")
