@@ -17,7 +17,7 @@ from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.ort_pipeline import ORTPipeline, pipeline_class
 from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, open_in, timestep_of
-from diffprune_plugin.export.pipeline_latency import Shares, lines, measure_pipeline
+from diffprune_plugin.export.pipeline_latency import Shares, lines, measure_pipeline, prove_parts
 from diffprune_plugin.export.providers import without_replay
 from diffprune_plugin.export.report import write_page
 from diffprune_plugin.export.verdict import Verdict, command, outcome, told, write_json
@@ -126,10 +126,14 @@ def time_both(
     say: Say,
     show: Callable[[Latency], None],
 ) -> None:
-    """The denoiser's latency and, of a pipeline that is drawn from, the whole's with each component's share."""
+    """The denoiser's latency and, of a pipeline that is drawn from, the whole's with each component's share; with --no-bench the
+    proofs of a provider that is asked for."""
     content = verdict.content
     content["latency"] = "left out (--no-bench)"
     if not options.latency:
+        if options.provider:
+            prove_parts(place, options, content.setdefault("placements", {}))
+            say(f"proved on {options.asked_provider}, each part whole: {', '.join(content['placements'])}")
         return
     unet = denoiser_file(place)
     provider, refused = provider_for(unet, options)

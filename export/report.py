@@ -155,6 +155,7 @@ def proofs(verdict: Verdict) -> Iterator[str]:
     """Session by session whether the provider is proved; what each proof saw is folded away."""
     measured = [result for result in (verdict.alone, verdict.latency) if result]
     found = [(name, placement.as_dict()) for result in measured for name, placement in result.placements.items()]
+    found += verdict.content.get("placements", {}).items()
     found += [("the file", verdict.content["placement"])] if "placement" in verdict.content else []
     if not found:
         return

@@ -25,8 +25,8 @@ from tiny_pipelines import LETTERS, PIPELINES, autoencoder
 from tiny_transformers import make
 
 import diffprune_plugin as dp
-from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import ORTPipeline, ORTUNet, cli, drawing, integrity, pipeline, pipeline_workflow
+from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.export import ORTPipeline, ORTUNet, cli, drawing, integrity, pipeline, pipeline_latency, pipeline_workflow
 from diffprune_plugin.export.convert import ExportReport
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.pipeline_workflow import run_pipeline
@@ -232,6 +232,34 @@ def test_a_tokenizer_as_transformers_5_writes_it_gets_the_files_that_transformer
     pipeline.add_vocabulary(tmp_path)
     assert json.loads((tmp_path / "vocab.json").read_text()) == vocabulary
     assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\na b\nc d\n"
+
+
+def test_a_provider_asked_for_is_proved_of_every_part_without_timing_too(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    dit = DiTPipeline(make("DiT", num_layers=1, num_embeds_ada_norm=1000), autoencoder(), DDIMScheduler())
+    dp.save(dit, tmp_path / "dit")
+    report = tmp_path / "report.html"
+    words = ("--model", tmp_path / "dit", "--provider", "cpu", "--no-bench", "--no-verify", "--report", report)
+    assert exit_code(tmp_path / "onnx", *words) == 0
+    parts = ["transformer", "vae_decoder", "vae_encoder"]
+    assert f"proved on cpu, each part whole: {', '.join(parts)}" in capsys.readouterr().out
+    placements = json.loads((tmp_path / "onnx.verdict.json").read_text())["placements"]
+    assert sorted(placements) == parts
+    assert all(placement["proved"] and len(placement["proofs"]) == 5 for placement in placements.values())
+    assert "vae_decoder: what was seen" in opened(report)
+    real = pipeline_latency.prove
+
+    def partial(path: Path, *rest: Any) -> Any:
+        if path.parent.name == "vae_decoder":
+            raise HardwareUnproved("cpu is not proved: PARTIAL")
+        return real(path, *rest)
+
+    monkeypatch.setattr(pipeline_latency, "prove", partial)
+    found: dict[str, Any] = {}
+    with pytest.raises(HardwareUnproved, match=r"^vae_decoder/model\.onnx: cpu is not proved: PARTIAL"):
+        pipeline_latency.prove_parts(tmp_path / "onnx", Options(provider="cpu"), found)
+    assert list(found) == ["transformer"]
 
 
 def test_a_pipeline_that_is_not_drawn_from_a_prompt_keeps_its_directory_and_its_denoisers_latency(
