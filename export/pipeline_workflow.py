@@ -21,7 +21,7 @@ from diffprune_plugin.export.pipeline_latency import Shares, lines, measure_pipe
 from diffprune_plugin.export.providers import without_replay
 from diffprune_plugin.export.report import write_page
 from diffprune_plugin.export.verdict import Verdict, command, outcome, told, write_json
-from diffprune_plugin.export.workflow import check_asked, dense_file, gated, provider_for, time_files
+from diffprune_plugin.export.workflow import check_asked, check_placement, dense_file, gated, provider_for, time_files
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import verdict_lines, write_card
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -47,7 +47,7 @@ def run_pipeline(
     check_apart(output, {"--model": str(model), "--baseline": str(options.baseline) if options.baseline else None})
     check_asked(model, options)
     check_pipeline(model, options)
-    check_gated(model, options)
+    check_honoured(model, options)
     verdict = Verdict({"passed": False, "model": told(model), "directory": told(output), "failure": "interrupted"})
     verdict.content["command"] = command(model, output, options)
     path = options.verdict or output.with_name(output.name + VERDICT)
@@ -56,6 +56,9 @@ def run_pipeline(
             options = with_kept_layers(model, options, say)
             with new_directory(output, options.overwrite, KIND) as place:
                 build(verdict, model, place, options, say)
+                if options.check_placement:
+                    unet = denoiser_file(place)
+                    check_placement(verdict.content, unet, options.check_placement, options.batches[0], say)
                 time_both(verdict, model, place, options, say, show)
                 write_card(place, model, proofs={"the export": verdict_lines(held(verdict))})
             if verdict.latency:
@@ -66,8 +69,10 @@ def run_pipeline(
     return verdict
 
 
-def check_gated(model: Path, options: Options) -> None:
-    """Raises BadInput for a gate on the latency of a pipeline that is not timed."""
+def check_honoured(model: Path, options: Options) -> None:
+    """Raises BadInput for what a file can be asked for and this directory cannot."""
+    if options.torch:
+        raise BadInput("--torch: PyTorch is timed beside one file, not a pipeline; leave it out, or name a file in .onnx")
     if gated(options) and (why := not_drawn(pipeline_class(model))):
         remedy = "leave them out, or export the denoiser alone, to a name in .onnx"
         raise BadInput(f"--min-speedup, --max-latency-ms: no image of {model} is timed: {why}; {remedy}")

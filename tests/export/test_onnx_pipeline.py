@@ -21,12 +21,14 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from PIL import Image
 from tiny_pipelines import LETTERS, PIPELINES, autoencoder
 from tiny_transformers import make
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, HardwareUnproved
 from diffprune_plugin.export import ORTPipeline, ORTUNet, cli, drawing, integrity, pipeline, pipeline_latency, pipeline_workflow
+from diffprune_plugin.export.benchmark import Latency, Row
 from diffprune_plugin.export.convert import ExportReport
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.pipeline_workflow import run_pipeline
@@ -203,6 +205,37 @@ def test_guidance_needs_an_open_batch_and_a_class_without_a_row_is_named(tmp_pat
         pipeline.check_pipeline(tmp_path / "sd", Options())
 
 
+def test_markdown_and_plot_hold_the_denoisers_latency_and_the_pipelines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, whole = (
+        Latency("cpu", "fp32", 1, 5, [Row("cpu", "pruned", 1, 5, ms, ms, ms, ms, 3)], per=per)
+        for ms, per in ((1.25, "forward"), (98.75, "image"))
+    )
+
+    def ran(*given: Any) -> None:
+        given[-1](alone)
+        given[-1](whole)
+
+    heights = []
+    for number, show in enumerate((ran, lambda *given: given[-1](whole))):
+        monkeypatch.setattr(pipeline_workflow, "run_pipeline", show)
+        text, picture = tmp_path / f"{number}.md", tmp_path / f"{number}.png"
+        assert exit_code("onnx", "--model", "m", "--markdown", text, "--plot", picture) == 0
+        heights.append(Image.open(picture).height)
+    both = (tmp_path / "0.md").read_text()
+    assert both.index("## One pass of the denoiser") < both.index("| 1.25 |") < both.index("## A whole image")
+    assert "| 98.75 |" in both
+    assert "##" not in (tmp_path / "1.md").read_text()
+    assert heights[0] > 1.9 * heights[1]
+
+
+def test_pytorch_beside_a_pipeline_is_refused_before_any_work(models: Any, tmp_path: Path, capsys: Any) -> None:
+    assert exit_code(tmp_path / "onnx", "--model", models.pruned, "--torch") == 2
+    assert "--torch: PyTorch is timed beside one file, not a pipeline" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_decoder_that_overflows_in_fp16_is_found_by_its_config_or_by_trying() -> None:
     side = (8, 8)
     assert not pipeline.overflows(autoencoder(force_upcast=False), side)
@@ -271,9 +304,12 @@ def test_a_pipeline_that_is_not_drawn_from_a_prompt_keeps_its_directory_and_its_
     why = "DiTPipeline draws from class_labels"
     assert exit_code(*words, "--min-speedup", 1.1) == 2
     assert f"--min-speedup, --max-latency-ms: no image of {tmp_path / 'dit'} is timed: {why}" in capsys.readouterr().err
-    assert exit_code(*words, "--report", tmp_path / "report.html") == 0
+    assert exit_code(*words, "--report", tmp_path / "report.html", "--check-placement", "cuda") == 0
     told = f"the whole pipeline is not timed: {why}"
-    assert told in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert "cuda: 0 nodes without a kernel" in printed
+    assert json.loads((tmp_path / "onnx.verdict.json").read_text())["placement_check"] == []
     latency = json.loads((tmp_path / "onnx.verdict.json").read_text())["latency"]
     assert latency["denoiser"]["rows"][0]["p50"] > 0
     assert latency["pipeline"] == told
