@@ -12,6 +12,7 @@ import numpy as np
 from diffprune_plugin.export import tables
 from diffprune_plugin.export.benchmark import Latency
 from diffprune_plugin.export.drawing import ImageCheck, summary
+from diffprune_plugin.export.kernels import unknown_line
 from diffprune_plugin.export.promise import promise_line
 from diffprune_plugin.export.verdict import Verdict
 from diffprune_plugin.planning.report import error_text, quantity
@@ -58,6 +59,8 @@ def sections(verdict: Verdict, folder: Path) -> Iterator[str]:
         misses = [f"- {miss['operator']} {miss['node']}: {miss['why']}" for miss in content["placement_check"]]
         yield f"## Nodes without a kernel, by ONNX Runtime's documented table: {len(misses)}"
         yield "\n".join(misses)
+        if unknown := content.get("placement_unknown"):
+            yield unknown_line(unknown)
 
 
 def file_cells(name: str, export: Content) -> tuple[str, ...]:

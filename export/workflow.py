@@ -14,7 +14,7 @@ from diffprune_plugin.export.convert import check_options, dense_twin, model_in,
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.halves import allowed, judged_by_dense, with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT, check_output
-from diffprune_plugin.export.kernels import TABLES, without_kernel
+from diffprune_plugin.export.kernels import TABLES, looked_up, unknown_line
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.promise import promise_line, promised
 from diffprune_plugin.export.proofs import best_provider, check_device, prove
@@ -167,11 +167,14 @@ def gated(options: Options) -> bool:
 def check_placement(
     content: dict[str, Any], output: Path, provider: str, batch: int, say: Callable[[str], None]
 ) -> None:
-    misses = without_kernel(output, provider, batch=batch)
+    misses, unknown = looked_up(output, provider, batch=batch)
     content["placement_check"] = [asdict(miss) for miss in misses]
     say(f"{provider}: {len(misses)} nodes without a kernel, by ONNX Runtime's documented table")
     for miss in misses:
         say(f"  {miss.operator} {miss.node}: {miss.why}")
+    if unknown:
+        content["placement_unknown"] = unknown
+        say(unknown_line(unknown))
 
 
 def time_it(model: Path, output: Path, options: Options, provider: str) -> Latency:
