@@ -74,9 +74,9 @@ def bench(
     check_gates(options.max_latency_ms, options.min_speedup)
     with memory_errors():
         result = time_files(pruned, dense, options)
+    show(result, options)
     if options.verdict:
         write_json(options.verdict, result.as_dict())
-    show(result, options)
     gate(result, options.max_latency_ms, options.min_speedup)
 
 
