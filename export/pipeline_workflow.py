@@ -72,7 +72,7 @@ def run_pipeline(
 def check_honoured(model: Path, options: Options) -> None:
     """Raises BadInput for what a file can be asked for and this directory cannot."""
     if options.torch:
-        raise BadInput("--torch: PyTorch is timed beside one file, not a pipeline; leave it out, or name a file in .onnx")
+        raise BadInput("--torch: PyTorch is timed beside one file, not a pipeline; leave it out, or name an .onnx file")
     if gated(options) and (why := not_drawn(pipeline_class(model))):
         remedy = "leave them out, or export the denoiser alone, to a name in .onnx"
         raise BadInput(f"--min-speedup, --max-latency-ms: no image of {model} is timed: {why}; {remedy}")
@@ -131,8 +131,10 @@ def time_both(
     say: Say,
     show: Callable[[Latency], None],
 ) -> None:
-    """The denoiser's latency and, of a pipeline that is drawn from, the whole's with each component's share; with --no-bench the
-    proofs of a provider that is asked for."""
+    """The denoiser's latency and, of a pipeline that is drawn from, the whole's with each component's share.
+
+    With --no-bench the proofs of a provider that is asked for.
+    """
     content = verdict.content
     content["latency"] = "left out (--no-bench)"
     if not options.latency:

@@ -226,7 +226,7 @@ def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsy
         (["m.onnx", "--batch", "0"], "--batch '0': give whole numbers of at least 1"),
         (["m.onnx", "--batch", "many"], "--batch 'many'"),
         (["m.onnx", "--check-placement", "rocm"], "there is a table for cuda only"),
-        (["m.onnx", "--no-bench", "--min-speedup", "2"], "--min-speedup: made of the latency that --no-bench leaves out"),
+        (["m.onnx", "--no-bench", "--min-speedup", "2"], "--min-speedup: made of the latency that --no-bench leaves"),
         (["m.onnx", "--no-bench", "--tune", "--provider", "cuda"], "--tune: made of the latency that --no-bench"),
         (["m.onnx", "--no-bench", "--markdown", "l.md", "--plot", "l.png"], "--markdown, --plot: made of the latency"),
         (["m.onnx", "--no-bench", "--torch"], "--torch: made of the latency"),

@@ -27,7 +27,16 @@ from tiny_transformers import make
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput, HardwareUnproved
-from diffprune_plugin.export import ORTPipeline, ORTUNet, cli, drawing, integrity, pipeline, pipeline_latency, pipeline_workflow
+from diffprune_plugin.export import (
+    ORTPipeline,
+    ORTUNet,
+    cli,
+    drawing,
+    integrity,
+    pipeline,
+    pipeline_latency,
+    pipeline_workflow,
+)
 from diffprune_plugin.export.benchmark import Latency, Row
 from diffprune_plugin.export.convert import ExportReport
 from diffprune_plugin.export.options import Options
