@@ -47,8 +47,8 @@ def export(
     if model is None:
         model = default_model()
         say(f"model: {model} (no --model given)")
-    whole = is_directory(output)
-    (run_pipeline if whole else run)(model, output, options, say, lambda latency: show(latency, options))
+    whole, shown = is_directory(output), list["Latency"]()
+    (run_pipeline if whole else run)(model, output, options, say, lambda latency: show(latency, options, shown))
     client = "ORTPipeline" if whole else "ORTUNet"
     say(f"passed; load it with: from diffprune_plugin.export import {client}; {client}({str(output)!r})")
 
@@ -74,14 +74,14 @@ def bench(
     check_gates(options.max_latency_ms, options.min_speedup)
     with memory_errors():
         result = time_files(pruned, dense, options)
+    show(result, options)
     if options.verdict:
         write_json(options.verdict, result.as_dict())
-    show(result, options)
     gate(result, options.max_latency_ms, options.min_speedup)
 
 
-def show(result: Latency, options: BenchOptions) -> None:
-    """The tables on the terminal, and in the files asked for."""
+def show(result: Latency, options: BenchOptions, before: list[Latency] | None = None) -> None:
+    """The tables on the terminal, and in the files asked for; ``before``: what was shown already, which these keep."""
     from diffprune_plugin.export import tables
     from diffprune_plugin.utils.files import write_text
 
@@ -89,10 +89,12 @@ def show(result: Latency, options: BenchOptions) -> None:
         console.print(table)
     for line in tables.lint(result):
         say(line)
+    results = [] if before is None else before
+    results.append(result)
     if options.markdown:
-        write_text(options.markdown, tables.markdown(result))
+        write_text(options.markdown, tables.markdown(*results))
     if options.plot:
-        tables.plot(result, options.plot)
+        tables.plot(results, options.plot)
 
 
 def say(line: str) -> None:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 
 from diffprune_plugin.errors import CheckFailed
+from diffprune_plugin.export.verify import finite
+from diffprune_plugin.planning.report import error_text
 
 PROMPT, GUIDANCE, SEED = "a small house by a lake, in the evening", 7.5, 0
 # Of a pixel in [0, 1]. fp32: half a grey level, a thousand times what trained models show. fp16 against fp32 PyTorch.
@@ -20,11 +22,14 @@ Images = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """How far images are apart: the largest difference of a pixel in [0, 1], the share of 8-bit values that differ."""
+    """How far images are apart: the largest difference of a pixel in [0, 1], the share of 8-bit values that differ.
+
+    A difference that is not finite, which JSON has no number for, is None.
+    """
 
     images: int
     steps: int
-    difference: float
+    difference: float | None
     differing: float
     tolerance: float
     passed: bool
@@ -37,9 +42,9 @@ def arguments(pipeline: Any) -> Any:
     return inspect.signature(pipeline.__call__).parameters
 
 
-def not_drawn(pipeline: Any) -> str:
-    """Why this pipeline is not drawn from; nothing where it is."""
-    taken = arguments(pipeline)
+def not_drawn(kind: type) -> str:
+    """Why pipelines of this class are not drawn from; nothing where they are."""
+    taken = dict(list(arguments(kind).items())[1:])  # without self
     needed = [
         name
         for name, each in taken.items()
@@ -48,7 +53,7 @@ def not_drawn(pipeline: Any) -> str:
             each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL) and name != "prompt"
         )
     ]
-    return f"{type(pipeline).__name__} draws from {', '.join(needed)}" if needed else ""
+    return f"{kind.__name__} draws from {', '.join(needed)}" if needed else ""
 
 
 def guided(pipeline: Any) -> bool:
@@ -76,15 +81,15 @@ def compared(found: dict[int, Images], expected: dict[int, Images], steps: int, 
     if not all(np.isfinite(images).all() for images in expected.values()):
         raise CheckFailed("PyTorch's own images are not finite; the model has diverged, or its dtype is too narrow")
     gaps = [np.abs(found[batch] - expected[batch]) for batch in expected]
-    worst = max(float(gap.max()) for gap in gaps)
+    worst = float(np.max([gap.max() for gap in gaps]))  # keeps a NaN, whichever batch it is of
     bytes_ = [(np.round(found[b] * 255), np.round(expected[b] * 255)) for b in expected]
     differing = float(np.mean(np.concatenate([(ours != theirs).ravel() for ours, theirs in bytes_])))
     limit = TOLERANCES[dtype]
-    return ImageCheck(sum(expected), steps, worst, differing, limit, worst <= limit)  # NaN compares false
+    return ImageCheck(sum(expected), steps, finite(worst), differing, limit, worst <= limit)  # NaN compares false
 
 
 def summary(check: ImageCheck) -> str:
     return (
-        f"{check.images} images of {check.steps} steps: largest difference of a pixel {check.difference:.1e}, allowed "
-        f"{check.tolerance:.1e}; {check.differing:.2%} of the 8-bit values differ"
+        f"{check.images} images of {check.steps} steps: largest difference of a pixel {error_text(check.difference)}, "
+        f"allowed {check.tolerance:.1e}; {check.differing:.2%} of the 8-bit values differ"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,40 @@ def without_kernel(path: str | Path, provider: str = "cuda", **dims: int) -> lis
 
     From ONNX Runtime's documented kernel table; nothing is run. Raises BadInput for a provider without a table.
     """
+    return looked_up(path, provider, **dims)[0]
+
+
+def looked_up(path: str | Path, provider: str = "cuda", **dims: int) -> tuple[list[NoKernel], dict[str, int]]:
+    """The same, and how many nodes are of domains that the table does not tell of, by operator."""
     if provider not in TABLES:
         raise BadInput(f"--check-placement {provider}: there is a kernel table for {', '.join(TABLES)} only")
     check_files(path)
     table = kernel_table(provider)
     model = frozen(Path(path), fixed_dims(path, **dims))
     opset = model.opset_imports[""]
-    return [miss for node in model.graph.all_nodes() if (miss := missing_kernel(node, opset, table))]
+    domains = {domain_of(operator) for operator in table}
+    known, unknown = list[Any](), Counter[str]()
+    for node in model.graph.all_nodes():
+        if node.domain in domains:
+            known.append(node)
+        else:
+            unknown[label_of(node)] += 1
+    return [miss for node in known if (miss := missing_kernel(node, opset, table))], dict(unknown.most_common())
+
+
+def unknown_line(unknown: Mapping[str, int]) -> str:
+    """In one line what was not looked up."""
+    named = ", ".join(f"{count} {operator}" for operator, count in unknown.items())
+    return f"not looked up, since the table does not tell of their domain: {sum(unknown.values())} nodes ({named})"
+
+
+def label_of(node: Any) -> str:
+    """A node's operator as the table has it."""
+    return f"{node.domain + '.' if node.domain else ''}{node.op_type}"
+
+
+def domain_of(label: str) -> str:
+    return label.rpartition(".")[0]
 
 
 def kernel_table(provider: str) -> dict[str, list[tuple[int, int | None, frozenset[str]]]]:
@@ -64,7 +92,7 @@ def kernel(row: str, types: Mapping[str, frozenset[str]]) -> tuple[int, int | No
 def missing_kernel(node: Any, opset: int, table: Mapping[str, Any]) -> NoKernel | None:
     """None if a kernel fits, as ONNX Runtime matches them: one without an end fits its first version only."""
     onnx = need("onnx")
-    label = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
+    label = label_of(node)
     if label not in table:
         return NoKernel(node.name, label, "no kernel in the table")
     since = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version

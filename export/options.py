@@ -11,7 +11,7 @@ import typer
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.fusion import check_fuse
 from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, spec_of, without_replay
-from diffprune_plugin.utils.files import check_place
+from diffprune_plugin.utils.files import check_file
 from diffprune_plugin.utils.optional import need
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
@@ -124,9 +124,7 @@ class Options(FileOptions, BenchOptions):
 def check_results(options: BenchOptions) -> None:
     """Raises BadInput for a place that a result cannot be written to, or a plot that cannot be drawn."""
     for path in (options.verdict, options.markdown, options.plot):
-        if path and path.exists() and not options.overwrite:
-            raise BadInput(f"{path} exists; use --overwrite or another path")
         if path:
-            check_place(path)
+            check_file(path, options.overwrite, "path")
     if options.plot:
         need("matplotlib")

@@ -95,10 +95,7 @@ def assembled(directory: Path, opened: Opener, **given: Any) -> Any:
     check_directory(directory)
     parts = read_index(directory)
     content = read_json(directory / INDEX_FILE)
-    kind = content["_class_name"]
-    cls: Any = getattr(diffusers, kind, None)
-    if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
-        raise BadInput(f"{directory / INDEX_FILE}: _class_name {kind!r} is no pipeline of this diffusers{near(kind)}")
+    cls = pipeline_class(directory)
     arguments: dict[str, Any] = {}
     for name in inspect.signature(cls).parameters:
         if name in given:
@@ -107,10 +104,19 @@ def assembled(directory: Path, opened: Opener, **given: Any) -> Any:
             arguments[name] = component(directory, name, *parts[name], opened)
         elif name in content:
             arguments[name] = None if isinstance(content[name], list) else content[name]
-    with foreign_errors(f"{directory}: cannot be loaded as a {kind}"):
+    with foreign_errors(f"{directory}: cannot be loaded as a {cls.__name__}"):
         pipeline: Any = cls(**arguments)
     pipeline.register_to_config(_name_or_path=str(directory))
     return pipeline
+
+
+def pipeline_class(directory: Path) -> Any:
+    """The class that a pipeline directory names; raises BadInput for none of this diffusers' pipelines."""
+    kind = read_json(directory / INDEX_FILE)["_class_name"]
+    cls: Any = getattr(diffusers, kind, None)
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise BadInput(f"{directory / INDEX_FILE}: _class_name {kind!r} is no pipeline of this diffusers{near(kind)}")
+    return cls
 
 
 def near(kind: str) -> str:

@@ -8,23 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
+from diffprune_plugin.errors import HardwareUnproved
 from diffprune_plugin.export.benchmark import AGAIN, DENSE, PRUNED, Latency, interleaved, medians, ratios, row
-from diffprune_plugin.export.components import DECODER, PARTS, SEQUENCE, TEXT
+from diffprune_plugin.export.components import DECODER, MODEL_FILE, PARTS, SEQUENCE, TEXT
 from diffprune_plugin.export.drawing import draw, guided
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import read_provenance
-from diffprune_plugin.export.options import BenchOptions
-from diffprune_plugin.export.ort_pipeline import assembled
+from diffprune_plugin.export.options import BenchOptions, Options
+from diffprune_plugin.export.ort_pipeline import assembled, pipeline_class
 from diffprune_plugin.export.ort_session import OrtSession
 from diffprune_plugin.export.ort_unet import ORTUNet
 from diffprune_plugin.export.pipeline import denoiser_file, tokens_of
 from diffprune_plugin.export.proofs import prove
 from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.plugins import components, denoiser_of
-from diffprune_plugin.pruning.directory import read_json
-from diffprune_plugin.pruning.index import INDEX_FILE
 
 ROUNDS = 10  # each an image, of many passes
 REST = "the rest"  # the scheduler, the tokenizer, Python
@@ -81,9 +78,7 @@ def proved_pipelines(
     def open_proved(folder: str, path: Path) -> OrtSession:
         denoiser = folder in components() or path == dense
         factor = 2 if double and denoiser else 1
-        dims = fixed_dims(path, batch=batch * factor)
-        if dims.get("sequence") == SEQUENCE:  # the usual one
-            dims["sequence"] = tokens_of(place)
+        dims = part_dims(place, path, batch * factor)
         placement, bound = prove(path, result.provider, example_feeds(path, dims), dims, result.threads)
         result.placements[f"{folder}, batch {batch * factor}"] = placement
         opened[folder] = OrtSession(path, result.provider, session=bound.session)
@@ -102,6 +97,30 @@ def proved_pipelines(
     return {DENSE: assembled(place, open_proved, **shared, **{name: unet}), PRUNED: pruned}, cost
 
 
+def part_dims(place: Path, path: Path, batch: int) -> dict[str, int]:
+    """The sizes that a part's open axes are fixed to, in the pipeline that it is of."""
+    dims = fixed_dims(path, batch=batch)
+    if dims.get("sequence") == SEQUENCE:  # the usual one
+        dims["sequence"] = tokens_of(place)
+    return dims
+
+
+def prove_parts(place: Path, options: Options, found: dict[str, Any]) -> None:
+    """Prove that every part runs on the provider asked for, whole; ``found`` gets the placements by folder.
+
+    Raises HardwareUnproved, with its folder, where one does not.
+    """
+    for path in sorted(place.glob(f"*/{MODEL_FILE}")):
+        # The denoiser alone replays a captured graph, as when it is timed.
+        spec = (options.asked_provider if path == denoiser_file(place) else None) or options.checking_provider
+        dims = part_dims(place, path, options.batches[0])
+        try:
+            placement, _ = prove(path, spec, example_feeds(path, dims), dims, options.threads)
+        except HardwareUnproved as error:
+            raise HardwareUnproved(f"{path.parent.name}/{MODEL_FILE}: {error}") from error
+        found[path.parent.name] = placement.as_dict()
+
+
 def passes(folder: str, kind: str, double: bool) -> int:
     """How often an image passes through a part other than the denoiser: with guidance the empty prompt is read too."""
     if kind in PARTS and TEXT in PARTS[kind]:
@@ -110,8 +129,7 @@ def passes(folder: str, kind: str, double: bool) -> int:
 
 
 def takes_guidance(place: Path) -> bool:
-    cls = getattr(diffusers, read_json(place / INDEX_FILE)["_class_name"])
-    return guided(cls)
+    return guided(pipeline_class(place))
 
 
 def timed_run(

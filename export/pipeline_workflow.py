@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.diffusion.inputs import check_time_table
-from diffprune_plugin.errors import CheckFailed, HardwareUnproved
+from diffprune_plugin.errors import BadInput, CheckFailed, HardwareUnproved
 from diffprune_plugin.export.benchmark import Latency, gate
 from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, summary
 from diffprune_plugin.export.halves import with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
-from diffprune_plugin.export.ort_pipeline import ORTPipeline
+from diffprune_plugin.export.ort_pipeline import ORTPipeline, pipeline_class
 from diffprune_plugin.export.pipeline import check_pipeline, denoiser_file, export_parts, open_in, timestep_of
-from diffprune_plugin.export.pipeline_latency import lines, measure_pipeline
+from diffprune_plugin.export.pipeline_latency import Shares, lines, measure_pipeline, prove_parts
 from diffprune_plugin.export.providers import without_replay
 from diffprune_plugin.export.report import write_page
 from diffprune_plugin.export.verdict import Verdict, command, outcome, told, write_json
-from diffprune_plugin.export.workflow import check_asked, dense_file, gated, provider_for, time_files
+from diffprune_plugin.export.workflow import check_asked, check_placement, dense_file, gated, provider_for, time_files
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import verdict_lines, write_card
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -47,6 +47,7 @@ def run_pipeline(
     check_apart(output, {"--model": str(model), "--baseline": str(options.baseline) if options.baseline else None})
     check_asked(model, options)
     check_pipeline(model, options)
+    check_honoured(model, options)
     verdict = Verdict({"passed": False, "model": told(model), "directory": told(output), "failure": "interrupted"})
     verdict.content["command"] = command(model, output, options)
     path = options.verdict or output.with_name(output.name + VERDICT)
@@ -55,6 +56,9 @@ def run_pipeline(
             options = with_kept_layers(model, options, say)
             with new_directory(output, options.overwrite, KIND) as place:
                 build(verdict, model, place, options, say)
+                if options.check_placement:
+                    unet = denoiser_file(place)
+                    check_placement(verdict.content, unet, options.check_placement, options.batches[0], say)
                 time_both(verdict, model, place, options, say, show)
                 write_card(place, model, proofs={"the export": verdict_lines(held(verdict))})
             if verdict.latency:
@@ -63,6 +67,15 @@ def run_pipeline(
         write_json(path, verdict.content)
         write_page(options.report, verdict)
     return verdict
+
+
+def check_honoured(model: Path, options: Options) -> None:
+    """Raises BadInput for what a file can be asked for and this directory cannot."""
+    if options.torch:
+        raise BadInput("--torch: PyTorch is timed beside one file, not a pipeline; leave it out, or name an .onnx file")
+    if gated(options) and (why := not_drawn(pipeline_class(model))):
+        remedy = "leave them out, or export the denoiser alone, to a name in .onnx"
+        raise BadInput(f"--min-speedup, --max-latency-ms: no image of {model} is timed: {why}; {remedy}")
 
 
 def held(verdict: Verdict) -> dict[str, Any]:
@@ -89,7 +102,7 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
     pipeline = load_pipeline(model)
     denoiser = denoiser_of(pipeline)[1]
     check_time_table(denoiser, find_adapter(denoiser), pipeline.scheduler)
-    if why := not_drawn(pipeline):
+    if why := not_drawn(type(pipeline)):
         return {}, why
     batches = options.drawn if "batch" in options.dynamic else (1,)
     images = {batch: draw(pipeline, batch, options.steps) for batch in batches}
@@ -118,10 +131,16 @@ def time_both(
     say: Say,
     show: Callable[[Latency], None],
 ) -> None:
-    """The denoiser's latency, and the whole pipeline's with each component's share."""
+    """The denoiser's latency and, of a pipeline that is drawn from, the whole's with each component's share.
+
+    With --no-bench the proofs of a provider that is asked for.
+    """
     content = verdict.content
     content["latency"] = "left out (--no-bench)"
     if not options.latency:
+        if options.provider:
+            prove_parts(place, options, content.setdefault("placements", {}))
+            say(f"proved on {options.asked_provider}, each part whole: {', '.join(content['placements'])}")
         return
     unet = denoiser_file(place)
     provider, refused = provider_for(unet, options)
@@ -133,17 +152,23 @@ def time_both(
             raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
         return
     options = replace(options, timestep=timestep_of(unet), dynamic=open_in(unet))
+    why, shares = not_drawn(pipeline_class(place)), Shares()
     with dense_file(model, unet, options) as dense:
         alone = verdict.alone = time_files(unet, dense, options, provider=provider)
-        verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, without_replay(provider))
-    content["latency"] = {
-        "denoiser": alone.as_dict(),
+        if not why:
+            verdict.latency, shares = measure_pipeline(place, dense, options, options.steps, without_replay(provider))
+    say("the denoiser alone, one pass:")
+    show(alone)
+    content["latency"] = {"denoiser": alone.as_dict()}
+    if verdict.latency is None:
+        content["latency"]["pipeline"] = f"the whole pipeline is not timed: {why}"
+        say(content["latency"]["pipeline"])
+        return
+    content["latency"] |= {
         "pipeline": verdict.latency.as_dict(),
         "steps": options.steps,
         "shares": {name: shares.of(name) for name in shares.seconds},
     }
-    say("the denoiser alone, one pass:")
-    show(alone)
     say(f"the whole pipeline, an image of {options.steps} steps:")
     show(verdict.latency)
     for line in lines(shares):

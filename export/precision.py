@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,8 +102,8 @@ def watched(model: nn.Module) -> Iterator[Seen]:
 def largest(values: Any) -> float:
     """The largest absolute value; infinite where one is not finite."""
     tensors = [v for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel()]
-    most = max((float(tensor.abs().max()) for tensor in tensors), default=0.0)
-    return most if most < float("inf") else float("inf")  # NaN compares false
+    most = [float(tensor.abs().max()) for tensor in tensors]
+    return max(most, default=0.0) if all(map(math.isfinite, most)) else float("inf")  # max may pass a NaN over
 
 
 def ends(model: nn.Module, adapter: ModelAdapter) -> list[int]:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffprune_plugin.export import tables
 from diffprune_plugin.export.benchmark import Latency
 from diffprune_plugin.export.drawing import ImageCheck, summary
+from diffprune_plugin.export.kernels import unknown_line
 from diffprune_plugin.export.promise import promise_line
 from diffprune_plugin.export.verdict import Verdict
-from diffprune_plugin.planning.report import quantity
+from diffprune_plugin.planning.report import error_text, quantity
 from diffprune_plugin.utils.html_report import markdown_of, write_report
 from diffprune_plugin.utils.images import image_grid, pil_images, save_image
 from diffprune_plugin.utils.optional import has
@@ -56,6 +59,8 @@ def sections(verdict: Verdict, folder: Path) -> Iterator[str]:
         misses = [f"- {miss['operator']} {miss['node']}: {miss['why']}" for miss in content["placement_check"]]
         yield f"## Nodes without a kernel, by ONNX Runtime's documented table: {len(misses)}"
         yield "\n".join(misses)
+        if unknown := content.get("placement_unknown"):
+            yield unknown_line(unknown)
 
 
 def file_cells(name: str, export: Content) -> tuple[str, ...]:
@@ -79,7 +84,7 @@ def numerics(found: Mapping[str, Any]) -> Iterator[str]:
         rows = ((case["name"], *errors(case), held(case["passed"])) for case in verify["cases"])
         yield folded(f"{name}: every case", tables.pipes(("case", "error", "relative", ""), rows))
         if verify["sampling"]:
-            last, steps = number(verify["sampling"][-1]), len(verify["sampling"])
+            last, steps = error_text(verify["sampling"][-1]), len(verify["sampling"])
             yield f"{name}: {steps} DDIM steps of its own end {last} from PyTorch's (not judged)."
 
 
@@ -90,11 +95,7 @@ def numeric_cells(name: str, verify: Content) -> tuple[str, ...]:
 
 
 def errors(case: Content) -> tuple[str, str]:
-    return number(case["absolute"]), number(case["relative"])
-
-
-def number(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.1e}"
+    return error_text(case["absolute"]), error_text(case["relative"])
 
 
 def held(passed: bool) -> str:
@@ -113,7 +114,8 @@ def images(verdict: Verdict, folder: Path) -> Iterator[str]:
         yield found or "Not compared."
         return
     yield f"{summary(ImageCheck(**found))}: {held(found['passed'])}."
-    rows = {name: pil_images(pixels) for name, pixels in verdict.images.items()}
+    # What is not finite has no colour; that it is none is said above.
+    rows = {name: pil_images(np.nan_to_num(pixels, posinf=1, neginf=0)) for name, pixels in verdict.images.items()}
     width = next(iter(rows.values()))[0].width
     save_image(image_grid(rows, scale=max(1, 128 // width)), folder / "images.png")
     yield "![images of PyTorch and ONNX Runtime](images.png)"
@@ -130,6 +132,8 @@ def latency(verdict: Verdict, folder: Path) -> Iterator[str]:
     if verdict.alone and verdict.latency:
         yield from latency_lines(f"An image of {told['steps']} steps", verdict.latency, folder)
         yield shares_table(told["shares"])
+    elif isinstance(told.get("pipeline"), str):
+        yield told["pipeline"]
 
 
 def latency_lines(title: str, result: Latency, folder: Path) -> Iterator[str]:
@@ -154,6 +158,7 @@ def proofs(verdict: Verdict) -> Iterator[str]:
     """Session by session whether the provider is proved; what each proof saw is folded away."""
     measured = [result for result in (verdict.alone, verdict.latency) if result]
     found = [(name, placement.as_dict()) for result in measured for name, placement in result.placements.items()]
+    found += verdict.content.get("placements", {}).items()
     found += [("the file", verdict.content["placement"])] if "placement" in verdict.content else []
     if not found:
         return

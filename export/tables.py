@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -21,6 +22,7 @@ FUSED = {
     *("BiasAdd", "BiasSplitGelu", "GroupNorm", "MultiHeadAttention", "NhwcConv", "SkipGroupNorm"),
     "SkipLayerNormalization",
 }
+PER = {"forward": "One pass of the denoiser", "image": "A whole image"}  # what a time is that of
 RATIOS = ("ratio", "batch", "speed-up", "95 % interval", "MACs ratio", "realised", "")
 
 
@@ -109,8 +111,13 @@ def short(value: float) -> str:
     return f"{value:.{max(0, 4 - len(str(int(value))))}f}"
 
 
-def markdown(result: Latency) -> str:
-    """The same in Markdown, with the widths that waste the hardware."""
+def markdown(*results: Latency) -> str:
+    """The same in Markdown, with the widths that waste the hardware; of several, each below what its times are of."""
+    titles = [f"## {PER[result.per]}\n\n" if len(results) > 1 else "" for result in results]
+    return "\n".join(title + markdown_of_one(result) for title, result in zip(titles, results, strict=True))
+
+
+def markdown_of_one(result: Latency) -> str:
     parts = [
         conditions(result) + ".",
         pipes(ROWS, (row_cells(row) for row in result.rows)),
@@ -155,17 +162,31 @@ def lint_line(kernel: str, of: str, wastes: Sequence[Waste], result: Latency, sh
     return f"{told} ({result.dtype}): {named}{more}"
 
 
-def plot(result: Latency, path: str | Path) -> None:
-    """Median latency with p90 for each model and batch size, as PNG.
+def plot(result: Latency | Sequence[Latency], path: str | Path) -> None:
+    """Median latency with p90 for each model and batch size, as PNG; of several results one below the other.
 
     Raises MissingExtra without matplotlib.
     """
     need("matplotlib")
     from matplotlib.figure import Figure
 
-    rows = [row for row in result.rows if row.model != AGAIN]
-    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
+    results = [result] if isinstance(result, Latency) else list(result)
+    heights = [0.5 * len(plotted(each)) + 1.2 for each in results]
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(results), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, each in zip(grid[:, 0], results, strict=True):
+        draw_bars(axes, each)
+    figure.suptitle("\n".join(dict.fromkeys(map(conditions, results))), fontsize=7)
+    with new_file(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def plotted(result: Latency) -> list[Row]:
+    return [row for row in result.rows if row.model != AGAIN]
+
+
+def draw_bars(axes: Any, result: Latency) -> None:
+    rows = plotted(result)
     labels = [f"{row.model}, batch {row.batch}\n{runtime(row)}" for row in rows]
     colors = [DENSE_COLOR if row.model == DENSE else PRUNED_COLOR for row in rows]
     medians = [row.p50 for row in rows]
@@ -182,6 +203,3 @@ def plot(result: Latency, path: str | Path) -> None:
         )
     axes.invert_yaxis()
     axes.set_xlabel(f"ms per {result.per}: median, whisker to p90")
-    figure.suptitle(conditions(result), fontsize=7)
-    with new_file(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

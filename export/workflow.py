@@ -14,7 +14,7 @@ from diffprune_plugin.export.convert import check_options, dense_twin, model_in,
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.halves import allowed, judged_by_dense, with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT, check_output
-from diffprune_plugin.export.kernels import TABLES, without_kernel
+from diffprune_plugin.export.kernels import TABLES, looked_up, unknown_line
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.promise import promise_line, promised
 from diffprune_plugin.export.proofs import best_provider, check_device, prove
@@ -95,16 +95,29 @@ def check_asked(model: Path, options: Options) -> None:
     options.of_file()
     if options.check_placement and options.check_placement not in TABLES:
         raise BadInput(f"--check-placement {options.check_placement}: there is a table for {', '.join(TABLES)} only")
-    if gated(options) and not options.latency:
-        raise BadInput("--min-speedup and --max-latency-ms need the latency that --no-bench leaves out")
+    check_timed(options)
     if "batch" not in options.dynamic and options.batches != (1,):
         raise BadInput(f"--batch {options.batches}: the batch is fixed to 1; give --dynamic batch")
     if options.tune:
-        check_tune(options.asked_provider if options.latency else None)
+        check_tune(options.asked_provider)
     if options.latency or options.verify:
         check_distribution()
     if asked := options.asked_provider:
         check_device(asked, options.dtype)
+
+
+def check_timed(options: Options) -> None:
+    """Raises BadInput for what is made of the latency where that is left out."""
+    asked = {
+        "--min-speedup": options.min_speedup is not None,
+        "--max-latency-ms": options.max_latency_ms is not None,
+        "--tune": options.tune,
+        "--torch": options.torch,
+        "--markdown": options.markdown is not None,
+        "--plot": options.plot is not None,
+    }
+    if not options.latency and (named := [flag for flag, given in asked.items() if given]):
+        raise BadInput(f"{', '.join(named)}: made of the latency that --no-bench leaves out; give one or the other")
 
 
 def to_file(verdict: Verdict, model: Path, output: Path, options: Options, say: Callable[[str], None]) -> None:
@@ -167,11 +180,14 @@ def gated(options: Options) -> bool:
 def check_placement(
     content: dict[str, Any], output: Path, provider: str, batch: int, say: Callable[[str], None]
 ) -> None:
-    misses = without_kernel(output, provider, batch=batch)
+    misses, unknown = looked_up(output, provider, batch=batch)
     content["placement_check"] = [asdict(miss) for miss in misses]
     say(f"{provider}: {len(misses)} nodes without a kernel, by ONNX Runtime's documented table")
     for miss in misses:
         say(f"  {miss.operator} {miss.node}: {miss.why}")
+    if unknown:
+        content["placement_unknown"] = unknown
+        say(unknown_line(unknown))
 
 
 def time_it(model: Path, output: Path, options: Options, provider: str) -> Latency:

@@ -10,7 +10,6 @@ import typer
 
 from diffprune_plugin.cli.console import console, say
 from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile
-from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
 from diffprune_plugin.export.options import Overwrite, Report
 from diffprune_plugin.utils.command_options import with_options
@@ -33,11 +32,11 @@ def sample(
     from diffprune_plugin.evaluation.sampling import sample_images
     from diffprune_plugin.pruning.loading import load_pipeline
     from diffprune_plugin.utils.device import check_device
+    from diffprune_plugin.utils.files import check_file
     from diffprune_plugin.utils.images import image_grid, save_image
 
     check_device(device)
-    if output.exists() and not overwrite:
-        raise BadInput(f"{output} exists; use --overwrite or another file")
+    check_file(output, overwrite)
     if prompts:
         options = replace(options, prompts=read_prompts(prompts))
     images = sample_images(load_pipeline(directory).to(device), options)

@@ -82,3 +82,8 @@ def quantity(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return str(number)
+
+
+def error_text(error: float | None) -> str:
+    """An error for people; None, as JSON has one without an end, is not finite."""
+    return "not finite" if error is None else f"{error:.1e}"

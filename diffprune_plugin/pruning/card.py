@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
-from diffprune_plugin.planning.report import quantity
+from diffprune_plugin.planning.report import error_text, quantity
 from diffprune_plugin.pruning.directory import (
     COMPENSATION_FILE,
     CONFIG_FILE,
@@ -232,16 +232,14 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
         numerics = part.get("verify")
         if isinstance(numerics, Mapping):
             worst = numerics["worst"]
-            found.append(
-                f"{name}: {len(numerics['cases'])} cases against PyTorch, worst relative {worst['relative']:.1e}"
-            )
+            count, relative = len(numerics["cases"]), error_text(worst["relative"])
+            found.append(f"{name}: {count} cases against PyTorch, worst relative {relative}")
         elif numerics:
             found.append(f"{name}: {numerics}")
     images = verdict.get("images")
     if isinstance(images, Mapping):
-        found.append(
-            f"images: largest difference of a pixel {images['difference']:.1e}, allowed {images['tolerance']:.1e}"
-        )
+        difference = error_text(images["difference"])
+        found.append(f"images: largest difference of a pixel {difference}, allowed {images['tolerance']:.1e}")
     elif images:
         found.append(f"images: {images}")
     latency = verdict.get("latency")
@@ -250,13 +248,16 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
             between = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
             where = f"{what}, {each['provider']}, batch {ratio['batch']}"
             found.append(f"{where}: {ratio['name']} {ratio['median']:.2f}x {between}")
+    if isinstance(latency, Mapping) and isinstance(latency.get("pipeline"), str):
+        found.append(latency["pipeline"])
     return found
 
 
 def latency_parts(latency: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(latency, Mapping) and "pipeline" in latency:
         yield "the denoiser alone", latency["denoiser"]
-        yield f"an image of {latency['steps']} steps", latency["pipeline"]
+        if isinstance(latency["pipeline"], Mapping):
+            yield f"an image of {latency['steps']} steps", latency["pipeline"]
     elif isinstance(latency, Mapping):
         yield "latency", latency
 

@@ -136,6 +136,17 @@ def test_an_image_that_is_not_finite_is_no_black_one(pipeline: DDPMPipeline, run
     assert not (tmp_path / "grid.png").exists()
 
 
+def test_a_place_for_the_picture_that_is_none_is_refused_before_the_drawing(
+    pipeline: DDPMPipeline, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffprune_plugin.evaluation.sampling.sample_images", pytest.fail)
+    dp.save(pipeline, tmp_path / "good")
+    (tmp_path / "file").touch()
+    for place, told in ((tmp_path, "is a directory"), (tmp_path / "file" / "grid.png", "is not a directory that can")):
+        code, _, err = run("sample", tmp_path / "good", "-o", place, "--overwrite")
+        assert (code, told in err) == (2, True), err
+
+
 def test_another_pipeline_class_samples_too(pipeline: DDPMPipeline) -> None:
     ddim = DDIMPipeline(pipeline.unet, sampler(pipeline.scheduler, "ddim", 4, "uniform"))
     assert len(draw(ddim, count=1, steps=3, skip="quad")) == 1

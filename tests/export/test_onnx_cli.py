@@ -13,6 +13,8 @@ import typer
 from diffprune_plugin.cli import run_app
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
 from diffprune_plugin.export import check_files, cli, integrity, verdict, workflow
+from diffprune_plugin.export.benchmark import Latency, Row
+from diffprune_plugin.utils import files
 
 
 def exit_code(*words: object) -> int:
@@ -224,7 +226,11 @@ def test_cuda_without_a_gpu_exits_with_3_before_any_work(models, tmp_path, capsy
         (["m.onnx", "--batch", "0"], "--batch '0': give whole numbers of at least 1"),
         (["m.onnx", "--batch", "many"], "--batch 'many'"),
         (["m.onnx", "--check-placement", "rocm"], "there is a table for cuda only"),
-        (["m.onnx", "--no-bench", "--min-speedup", "2"], "--no-bench leaves out"),
+        (["m.onnx", "--no-bench", "--min-speedup", "2"], "--min-speedup: made of the latency that --no-bench leaves"),
+        (["m.onnx", "--no-bench", "--tune", "--provider", "cuda"], "--tune: made of the latency that --no-bench"),
+        (["m.onnx", "--no-bench", "--markdown", "l.md", "--plot", "l.png"], "--markdown, --plot: made of the latency"),
+        (["m.onnx", "--no-bench", "--torch"], "--torch: made of the latency"),
+        (["m", "--no-bench", "--markdown", "l.md"], "--markdown: made of the latency"),
         (["m.onnx", "--min-speedup", "nan"], "--min-speedup nan: give a number above 0"),
         (["m.onnx", "--baseline", "nowhere"], "--baseline nowhere: no such directory"),
         (["m.onnx", "--markdown", "there.onnx/l.md"], "there.onnx is not a directory that can be written to"),
@@ -287,6 +293,36 @@ def test_bench_times_two_files(models, tmp_path, capsys):
     assert not stop.value.code
     assert json.loads((tmp_path / "l.json").read_text())["provider"] == "cpu"
     assert (tmp_path / "l.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--plot"])
+def test_bench_refuses_a_directory_as_a_file_before_it_times(option, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workflow, "time_files", pytest.fail)
+    app = typer.Typer()
+    app.command()(cli.bench)
+    with pytest.raises(SystemExit) as stop:
+        run_app(app, [str(models.dense_onnx), str(models.pruned_onnx), option, str(tmp_path), "--overwrite"])
+    assert stop.value.code == 2
+    assert f"{tmp_path} is a directory; choose another path" in capsys.readouterr().err
+
+
+def test_bench_shows_what_it_found_before_it_writes(models, tmp_path, monkeypatch, capsys):
+    """A disk that is full at the end takes the file, not the figures."""
+
+    def full(*_: object) -> None:
+        raise BadInput("disk full")
+
+    found = Latency("cpu", "fp32", 1, 5, [Row("cpu", "pruned", 1, 5, 1.25, 1.25, 1.25, 1.25, 3)])
+    monkeypatch.setattr(workflow, "time_files", lambda *_: found)
+    monkeypatch.setattr(verdict, "write_json", full)
+    monkeypatch.setattr(files, "write_text", full)
+    app = typer.Typer()
+    app.command()(cli.bench)
+    for option in ("--json", "--markdown"):
+        with pytest.raises(SystemExit) as stop:
+            run_app(app, [str(models.dense_onnx), str(models.pruned_onnx), option, str(tmp_path / "l")])
+        assert stop.value.code == 2
+        assert "1.250" in capsys.readouterr().out
 
 
 def test_inspect_tells_a_damaged_file_from_a_whole_one(copy, capsys):

@@ -14,6 +14,7 @@ from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export import read_provenance, to_onnx
 from diffprune_plugin.export.convert import dense_twin
 from diffprune_plugin.export.feeds import fixed_dims, input_shapes
+from diffprune_plugin.export.graphs import content_hash
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.planning.plan import PruningPlan
 
@@ -92,6 +93,15 @@ def test_an_option_that_cannot_be_is_refused_before_any_work(models, tmp_path, o
 def test_a_module_without_adapter_is_refused_with_those_known(tmp_path):
     with pytest.raises(BadInput, match=r"no adapter for Linear; have .*UNet2DModel"):
         to_onnx(nn.Linear(2, 2), tmp_path / "m.onnx")
+
+
+def test_the_name_of_the_weights_file_counts_a_weight_without_dims():
+    """As a batch norm has one: how many batches it has seen."""
+    norm = nn.BatchNorm2d(2)
+    before = content_hash(norm, {})
+    assert content_hash(nn.BatchNorm2d(2), {}) == before
+    norm.num_batches_tracked += 1
+    assert content_hash(norm, {}) != before
 
 
 def test_a_missing_model_directory_is_named(tmp_path):

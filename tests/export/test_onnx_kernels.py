@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 
+import onnx
 import onnx_ir
 import pytest
 import torch
@@ -16,6 +17,7 @@ from diffprune_plugin.export.kernels import (
     missing_kernel,
     without_kernel,
 )
+from diffprune_plugin.export.workflow import check_placement
 
 FLOAT = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
 TABLE = kernel_table("cuda")
@@ -86,6 +88,26 @@ def test_no_opset_has_kernels_for_a_unet_in_bf16():
 def test_the_rows_of_the_table_read_as_ranges():
     types = {"t0": frozenset({"float"})}
     assert [kernel(row, types)[:2] for row in ("13+ t0", "7-12 t0", "14 t0")] == [(13, None), (7, 12), (14, 14)]
+
+
+def test_nodes_of_a_domain_that_the_table_does_not_tell_of_are_counted_and_not_called_without_a_kernel(copy, resigned):
+    """As `--fuse` leaves them; one of ONNX's own that has no kernel is still named beside them."""
+    model = onnx.load(copy)
+    fused = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
+    for node in fused:
+        node.domain, node.op_type = "com.microsoft", "GroupNorm"
+    next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "Sinh"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, copy)
+    resigned(copy)
+    said: list[str] = []
+    content: dict[str, object] = {}
+    check_placement(content, copy, "cuda", 1, said.append)
+    assert said[0].startswith("cuda: 1 nodes without a kernel")
+    assert said[1].startswith("  Sinh ")
+    told = f"{len(fused)} nodes ({len(fused)} com.microsoft.GroupNorm)"
+    assert said[2:] == [f"not looked up, since the table does not tell of their domain: {told}"]
+    assert content["placement_unknown"] == {"com.microsoft.GroupNorm": len(fused)}
 
 
 def test_there_is_a_table_for_cuda_only(models):

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
 from tiny_pipelines import LETTERS, PIPELINES, autoencoder
+from tiny_transformers import make
 
 import diffprune_plugin as dp
-from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import ORTPipeline, cli, drawing, integrity, pipeline, pipeline_workflow
+from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.export import (
+    ORTPipeline,
+    ORTUNet,
+    cli,
+    drawing,
+    integrity,
+    pipeline,
+    pipeline_latency,
+    pipeline_workflow,
+)
+from diffprune_plugin.export.benchmark import Latency, Row
 from diffprune_plugin.export.convert import ExportReport
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.pipeline_workflow import run_pipeline
+from diffprune_plugin.pruning.card import read_report, verdict_lines
 
 QUICK = Options(steps=3, latency=False)
 
@@ -117,6 +140,34 @@ def test_images_that_are_not_pytorchs_fail_though_every_part_held(
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_images_that_are_not_finite_fail_in_one_line_at_whichever_batch(
+    exported: Path, opened: Any, batch: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Planted: one pixel of what ONNX Runtime draws at one batch size."""
+    real = pipeline_workflow.draw
+
+    def damaged(pipe: Any, size: int, steps: int) -> Any:
+        found = real(pipe, size, steps)
+        if size == batch and isinstance(pipe.unet, ORTUNet):
+            found[-1, 0, 0] = value
+        return found
+
+    monkeypatch.setattr(pipeline_workflow, "draw", damaged)
+    report = tmp_path / "report.html"
+    words = ("--model", exported, "--steps", 2, "--no-bench", "--report", report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # more than the one line
+        assert exit_code(tmp_path / "onnx", *words) == 1
+    told = "3 images of 2 steps: largest difference of a pixel not finite, allowed"
+    assert f"the pipeline does not draw what PyTorch does: {told}" in capsys.readouterr().err
+    assert told in opened(report)
+    verdict = read_report(tmp_path / "onnx.verdict.json")
+    assert (verdict["passed"], verdict["images"]["passed"], verdict["images"]["difference"]) == (False, False, None)
+    assert any("largest difference of a pixel not finite" in line for line in verdict_lines(verdict))
+
+
 def test_a_damaged_directory_is_refused_by_the_file(exported: Path, tmp_path: Path) -> None:
     run_pipeline(exported, tmp_path / "onnx", QUICK)
     for name in ("scheduler/scheduler_config.json", "unet/model.onnx"):
@@ -163,6 +214,37 @@ def test_guidance_needs_an_open_batch_and_a_class_without_a_row_is_named(tmp_pat
         pipeline.check_pipeline(tmp_path / "sd", Options())
 
 
+def test_markdown_and_plot_hold_the_denoisers_latency_and_the_pipelines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, whole = (
+        Latency("cpu", "fp32", 1, 5, [Row("cpu", "pruned", 1, 5, ms, ms, ms, ms, 3)], per=per)
+        for ms, per in ((1.25, "forward"), (98.75, "image"))
+    )
+
+    def ran(*given: Any) -> None:
+        given[-1](alone)
+        given[-1](whole)
+
+    heights = []
+    for number, show in enumerate((ran, lambda *given: given[-1](whole))):
+        monkeypatch.setattr(pipeline_workflow, "run_pipeline", show)
+        text, picture = tmp_path / f"{number}.md", tmp_path / f"{number}.png"
+        assert exit_code("onnx", "--model", "m", "--markdown", text, "--plot", picture) == 0
+        heights.append(Image.open(picture).height)
+    both = (tmp_path / "0.md").read_text()
+    assert both.index("## One pass of the denoiser") < both.index("| 1.25 |") < both.index("## A whole image")
+    assert "| 98.75 |" in both
+    assert "##" not in (tmp_path / "1.md").read_text()
+    assert heights[0] > 1.9 * heights[1]
+
+
+def test_pytorch_beside_a_pipeline_is_refused_before_any_work(models: Any, tmp_path: Path, capsys: Any) -> None:
+    assert exit_code(tmp_path / "onnx", "--model", models.pruned, "--torch") == 2
+    assert "--torch: PyTorch is timed beside one file, not a pipeline" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_decoder_that_overflows_in_fp16_is_found_by_its_config_or_by_trying() -> None:
     side = (8, 8)
     assert not pipeline.overflows(autoencoder(force_upcast=False), side)
@@ -192,6 +274,66 @@ def test_a_tokenizer_as_transformers_5_writes_it_gets_the_files_that_transformer
     pipeline.add_vocabulary(tmp_path)
     assert json.loads((tmp_path / "vocab.json").read_text()) == vocabulary
     assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\na b\nc d\n"
+
+
+def test_a_provider_asked_for_is_proved_of_every_part_without_timing_too(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    dit = DiTPipeline(make("DiT", num_layers=1, num_embeds_ada_norm=1000), autoencoder(), DDIMScheduler())
+    dp.save(dit, tmp_path / "dit")
+    report = tmp_path / "report.html"
+    words = ("--model", tmp_path / "dit", "--provider", "cpu", "--no-bench", "--no-verify", "--report", report)
+    assert exit_code(tmp_path / "onnx", *words) == 0
+    parts = ["transformer", "vae_decoder", "vae_encoder"]
+    assert f"proved on cpu, each part whole: {', '.join(parts)}" in capsys.readouterr().out
+    placements = json.loads((tmp_path / "onnx.verdict.json").read_text())["placements"]
+    assert sorted(placements) == parts
+    assert all(placement["proved"] and len(placement["proofs"]) == 5 for placement in placements.values())
+    assert "vae_decoder: what was seen" in opened(report)
+    real = pipeline_latency.prove
+
+    def partial(path: Path, *rest: Any) -> Any:
+        if path.parent.name == "vae_decoder":
+            raise HardwareUnproved("cpu is not proved: PARTIAL")
+        return real(path, *rest)
+
+    monkeypatch.setattr(pipeline_latency, "prove", partial)
+    found: dict[str, Any] = {}
+    with pytest.raises(HardwareUnproved, match=r"^vae_decoder/model\.onnx: cpu is not proved: PARTIAL"):
+        pipeline_latency.prove_parts(tmp_path / "onnx", Options(provider="cpu"), found)
+    assert list(found) == ["transformer"]
+
+
+def test_a_pipeline_that_is_not_drawn_from_a_prompt_keeps_its_directory_and_its_denoisers_latency(
+    opened: Any, tmp_path: Path, capsys: Any
+) -> None:
+    dit = DiTPipeline(make("DiT", num_layers=1, num_embeds_ada_norm=1000), autoencoder(), DDIMScheduler())
+    dp.save(dit, tmp_path / "dit")
+    words = (tmp_path / "onnx", "--model", tmp_path / "dit", "--rounds", 5, "--no-verify")
+    why = "DiTPipeline draws from class_labels"
+    assert exit_code(*words, "--min-speedup", 1.1) == 2
+    assert f"--min-speedup, --max-latency-ms: no image of {tmp_path / 'dit'} is timed: {why}" in capsys.readouterr().err
+    assert exit_code(*words, "--report", tmp_path / "report.html", "--check-placement", "cuda") == 0
+    told = f"the whole pipeline is not timed: {why}"
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert "cuda: 0 nodes without a kernel" in printed
+    assert json.loads((tmp_path / "onnx.verdict.json").read_text())["placement_check"] == []
+    latency = json.loads((tmp_path / "onnx.verdict.json").read_text())["latency"]
+    assert latency["denoiser"]["rows"][0]["p50"] > 0
+    assert latency["pipeline"] == told
+    card = (tmp_path / "onnx" / "README.md").read_text()
+    assert "the denoiser alone, cpu, batch 1" in card
+    assert told in card
+    page = opened(tmp_path / "report.html")
+    assert "One pass of the denoiser" in page
+    assert told in page
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_a_pipeline_that_starts_from_an_image_is_not_drawn_from(kind: type) -> None:
+    assert drawing.not_drawn(kind).startswith(f"{kind.__name__} draws from image")
+    assert not drawing.not_drawn(StableDiffusionPipeline)
 
 
 @pytest.mark.slow

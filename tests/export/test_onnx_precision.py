@@ -14,7 +14,7 @@ from conftest import tiny_unet
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export import halves, precision, providers, to_onnx, verify, workflow
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.export.precision import cast, ends, found_by_itself, mixed
+from diffprune_plugin.export.precision import cast, ends, found_by_itself, largest, mixed
 from diffprune_plugin.plugins import find_adapter
 
 BLOCK = "mid_block.resnets.0"
@@ -112,3 +112,10 @@ def test_a_pruned_file_may_be_twice_as_wrong_as_the_dense_one_and_no_more(models
     with pytest.raises(CheckFailed, match="does not compute what"):
         workflow.run(models.pruned, tmp_path / "n.onnx", options)
     assert (tmp_path / "n.onnx.rejected").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_largest_value_is_infinite_wherever_one_is_not_finite(value: float) -> None:
+    one, odd = torch.ones(2), torch.tensor([0.5, value])
+    assert largest([one, [-2 * one]]) == 2
+    assert largest([one, odd]) == largest([odd, one]) == largest({"sample": odd}) == float("inf")

@@ -81,6 +81,13 @@ def test_what_people_wrote_around_it_stays_when_it_is_renewed_and_so_does_the_li
         read_report(path)
 
 
+def test_an_export_that_gave_nothing_finite_is_told_by_the_card_too() -> None:
+    """As the verdict has it: JSON has no number for an error without an end."""
+    verify = {"cases": [{}, {}], "worst": {"absolute": None, "relative": None}, "passed": False}
+    lines = verdict_lines({"passed": False, "failure": "unet missed", "parts": {"unet": {"verify": verify}}})
+    assert lines == ["it did NOT hold: unet missed", "unet: 2 cases against PyTorch, worst relative not finite"]
+
+
 class Hub(BaseHTTPRequestHandler):
     """What of the hub's HTTP API a push and a download take: one repository, its files in a dict."""
 
