@@ -33,7 +33,7 @@ from quality import finetuned
 from quality.allocation import made
 from quality.recover import FULL
 
-IMAGES, STEPS = 64, 25
+IMAGES, STEPS = 32, 25
 FIRSTS = (800, 600, 400, 200, 0)  # the first timesteps of the table's rows
 PICTURE = 0.06  # gamma of min-SNR weights that fall with noise about as what a prediction does to the picture
 WAYS: dict[str, tuple[str, float | None]] = {  # of `finetuned`, and gamma of the fine-tune if there is one
