@@ -112,7 +112,7 @@ def plot(found: dict[str, list[Run]], path: Path) -> None:
     for panel, title in zip(axes, titles, strict=True):
         panel.set(title=title, xlabel="timestep", ylabel="mean squared difference to the dense model's")
         panel.invert_xaxis()
-    axes[1].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)
