@@ -30,7 +30,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.utils.files import check_place
 from diffprune_plugin.utils.optional import need
 
-# What an export calls the keys of ``latency``.
+# What an export calls the keys of ``latency``; a flag stands before those that it begins with.
 FLAGS = {
     "--provider-option": "latency: options:",
     "--provider": "latency: provider:",
