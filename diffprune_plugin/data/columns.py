@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from diffprune_plugin.errors import LONGEST, BadInput
 TEXTS = ("text", "caption")  # the first of them that a row has
 LABELS = ("label", "labels")
 MOST = 2**31  # a class's number is below it
+WHOLE = re.compile(r"\d+(\.0+)?")
 
 Label = int | str | None
 
@@ -56,11 +58,11 @@ def described(
 
 
 def class_labels(labels: Sequence[int | str], names: Sequence[str] = ()) -> tuple[Tensor, int | None]:
-    """The class of each image: its name as number if all names are numbers; else the place of the name among all of
-    them, and of how many."""
+    """The class of each image: its name as number if all names are numbers (``3``, and ``3.0`` of a column that once
+    had a gap); else the place of the name among all of them, and of how many."""
     labels = [names[label] if isinstance(label, int) and 0 <= label < len(names) else label for label in labels]
     given = names or sorted({label for label in labels if isinstance(label, str)})
-    if all(name.isdecimal() for name in given):
+    if all(WHOLE.fullmatch(name) for name in given):
         return torch.tensor([class_number(label) for label in labels]), None
     places = {name: place for place, name in enumerate(given)}
     return torch.tensor([places.get(str(label), -1) for label in labels]), len(places)
@@ -70,5 +72,5 @@ def class_number(label: int | str) -> int:
     if isinstance(label, int) and abs(label) < MOST:
         return label
     if isinstance(label, str) and len(label) < len(str(MOST)):
-        return int(label)
+        return int(label.partition(".")[0])
     raise BadInput(f"data: {str(label)[:LONGEST]!r} is no class number; mend it")

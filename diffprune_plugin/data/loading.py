@@ -40,8 +40,8 @@ def load_samples(source: Any, resolution: int | None = None, whole: bool = False
         samples = from_array(source, "data")
     else:
         return from_sequence(source, resolution, whole)
-    if resolution is not None and samples.values.dtype is torch.uint8 and samples.shape[1:] != (resolution,) * 2:
-        raise BadInput(
-            f"resolution: {resolution} is for image files, not for an array of {samples.shape[1:]}; resize it"
-        )
+    if resolution is not None and samples.shape[1:] != (resolution,) * 2:
+        pixels = samples.values.dtype is torch.uint8
+        what, remedy = ("an array", "resize it") if pixels else ("a float tensor", "leave it out")
+        raise BadInput(f"resolution: {resolution} is for image files, not for {what} of {samples.shape[1:]}; {remedy}")
     return samples

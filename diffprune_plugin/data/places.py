@@ -44,8 +44,15 @@ def check_file(path: Path) -> None:
         raise refusal(path, error) from None
 
 
+def seen_by_people(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith((".", "__MACOSX"))
+
+
 def image_files(folder: Path) -> list[Path]:
-    """Every image below a folder, by its suffix, in the order of their names; folders that links lead to count once."""
+    """Every image below a folder, by its suffix, in the order of their names; folders that links lead to count once.
+
+    What is hidden (``.thumbnails``, ``._0001.png``), or a Mac's own in an archive, is none, as in Hugging Face datasets.
+    """
     found, seen, left = [], set(), [folder]
     while left:
         here = left.pop()
@@ -55,7 +62,7 @@ def image_files(folder: Path) -> list[Path]:
         except OSError as error:
             raise refusal(here, error) from None
         seen.add((facts.st_dev, facts.st_ino))
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in sorted(filter(seen_by_people, entries), key=lambda entry: entry.name):
             if not os.path.isdir(entry):  # entry.is_dir() fails for links in a circle
                 found += [Path(entry)] if Path(entry).suffix.lower() in SUFFIXES else []
             elif entry.is_symlink():

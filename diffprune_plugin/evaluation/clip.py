@@ -64,6 +64,11 @@ def load_clip(path: Path) -> Clip:
         )
     with foreign_errors(f"--clip: {path}: cannot be loaded as a CLIP"):
         options: dict[str, Any] = {"local_files_only": True}
-        model = transformers.CLIPModel.from_pretrained(str(path), use_safetensors=True, **options).eval()
+        model, found = transformers.CLIPModel.from_pretrained(
+            str(path), use_safetensors=True, output_loading_info=True, **options
+        )
         processor = transformers.CLIPProcessor.from_pretrained(str(path), **options)
+    if found["missing_keys"]:  # it would have made them up
+        raise BadInput(f"--clip: {path}: has no {sorted(found['missing_keys'])[0]}; give a whole CLIP")
+    model = model.float().eval()  # a score has more digits than half precision
     return Clip(path.name, weights_hash(model), model, processor)

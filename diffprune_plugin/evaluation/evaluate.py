@@ -155,7 +155,7 @@ def evaluate(
         for role, model in models.items():
             facts["models"][role] |= clip.measured(model.pictures, drawing.prompts, drawing.batch_size)
     if against is not None:
-        facts["compared"] = compare(models["model"], models["against"])
+        facts["compared"] = compare(models["model"], models["against"], drawing.batch_size)
     facts["not_measured"] = not_measured(facts)
     rows = {model.name: model.pictures[:SHOWN] for model in models.values() if model.pictures}
     if samples is not None and samples.values.dtype is torch.uint8 and rows:
@@ -278,16 +278,20 @@ def distances(real: Tensor, drawn: Tensor, features: Features, seed: int) -> dic
     return found
 
 
-def compare(model: Measured, dense: Measured) -> dict[str, Any]:
-    """SSIM (mean over images) and PSNR (of all pixels together) of images from the same noise; paired losses."""
+def compare(model: Measured, dense: Measured, batch_size: int) -> dict[str, Any]:
+    """SSIM (mean over images) and PSNR (of all pixels together) of images from the same noise, so many at a time, for
+    SSIM takes thirty times the memory of its images; paired losses."""
     found: dict[str, Any] = {}
     if model.pictures:
-        metrics = need("torchmetrics.functional.image")
-        pair = model.images.float() / 255, dense.images.float() / 255
-        ssim = metrics.structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").flatten().double()
+        metrics = need("torchmetrics.image")
+        likeness = metrics.StructuralSimilarityIndexMeasure(data_range=1.0, reduction="none")
+        noise = metrics.PeakSignalNoiseRatio(data_range=1.0)
+        for pair in zip(model.images.split(batch_size), dense.images.split(batch_size), strict=True):
+            for metric in (likeness, noise):
+                metric.update(*(images.float() / 255 for images in pair))
+        ssim, psnr = likeness.compute().flatten().double(), float(noise.compute())
         found["SSIM"] = float(ssim.mean())
         found["SSIM_stderr"] = float(ssim.std() / math.sqrt(len(ssim))) if len(ssim) > 1 else None
-        psnr = float(metrics.peak_signal_noise_ratio(*pair, data_range=1.0))
         found["PSNR"] = psnr if math.isfinite(psnr) else None  # every pixel is the same
     if model.losses is not None and dense.losses is not None:
         found["loss_difference"], found["loss_difference_stderr"] = stratified_mean(model.losses - dense.losses)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,30 @@ def load_features(path: Path) -> Features:
     """
     if not path.is_file():
         raise BadInput(f"--features: {path}: no such file; give an .onnx file or Inception's weights as .safetensors")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix == ".onnx":
-        return Features(f"FD ({path.stem})", f"KD ({path.stem})", digest, OnnxNetwork(path))
+        network = OnnxNetwork(path)
+        return Features(f"FD ({path.stem})", f"KD ({path.stem})", digest([path, *weights_of(path)]), network)
     if path.suffix == ".safetensors":
-        return Features("FID", "KID", digest, inception(path))
+        return Features("FID", "KID", digest([path]), inception(path))
     raise BadInput(
         f"--features: {path}: neither .onnx nor .safetensors; TorchScript, .pt2 and .pth hold pickles, which are never "
         f"opened here: convert it once with {CONVERT}"
     )
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of the files' bytes, one after the other."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def weights_of(path: Path) -> list[Path]:
+    """The files beside an ONNX file that hold its weights, as torch.onnx.export writes them."""
+    tensors = need("onnx").load(str(path), load_external_data=False).graph.initializer
+    names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return [path.parent / name for name in sorted(names)]
 
 
 class OnnxNetwork(nn.Module):

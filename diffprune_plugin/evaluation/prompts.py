@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffprune_plugin.data.encoding import image_channels
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.evaluation.settings import Size
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 
 IMAGES = ("image", "mask_image")  # arguments of pipelines that change images
 SIZE = ("height", "width")  # arguments of every prompted pipeline that draws images (of sound: none)
+MOST = 4  # channels of a picture: RGBA
 ELSE = "draw with diffusers, evaluate with --count 0"
 NOT_GIVEN = f"cannot be given here; {ELSE}"
 
@@ -77,6 +79,8 @@ def check_drawable(pipeline: Any, prompts: Sequence[str]) -> None:
     into, out = find_adapter(model).channels(model)
     if into > out:
         raise BadInput(f"{kind}: its UNet takes {into} channels and predicts {out}: the rest, a condition, {NOT_GIVEN}")
+    if (drawn := image_channels(pipeline)) > MOST:
+        raise BadInput(f"{kind} draws {drawn} channels, a picture has up to {MOST}; {ELSE}")
     if not takes_prompts(pipeline):
         return
     if not set(SIZE) <= set(taken):

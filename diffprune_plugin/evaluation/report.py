@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,9 +119,10 @@ def cell(model: dict[str, Any], key: str) -> str:
 
 
 def with_error(facts: dict[str, Any], key: str) -> str:
-    """The value, with its standard error where there is one."""
+    """The value, with its standard error where there is one, whose first two digits are shown however small it is."""
     error = facts.get(f"{key}_stderr")
-    return f"{facts[key]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    digits = max(4, 1 - math.floor(math.log10(error))) if error else 4
+    return f"{facts[key]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

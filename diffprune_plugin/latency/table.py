@@ -12,7 +12,7 @@ from typing import Any
 
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.latency.pieces import Piece, Timer, distinct
-from diffprune_plugin.utils.files import write_text
+from diffprune_plugin.utils.files import alone_in, write_text
 from diffprune_plugin.utils.progress import progress_bar
 
 SECONDS = 10.0  # between two writes
@@ -30,12 +30,10 @@ class Table:
     file: Path | None = None
     progress: bool = True
     times: dict[str, float] = field(default_factory=dict)
-    others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.file is not None and self.file.exists():
-            self.others = read_table(self.file)
-            self.times = dict(self.others.pop(self.key, {"pieces": {}})["pieces"])
+            self.times = dict(read_table(self.file).get(self.key, {"pieces": {}})["pieces"])
 
     @property
     def key(self) -> str:
@@ -62,10 +60,14 @@ class Table:
         return sum(self.times[piece.key] for piece in pieces)
 
     def save(self) -> None:
+        """With what other runs have put there meanwhile."""
         if self.file is not None:
-            content = {**self.others, self.key: {"context": dict(self.context), "pieces": self.times}}
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps(content, indent=1) + "\n")
+            with alone_in(self.file.parent):
+                content = read_table(self.file) if self.file.exists() else {}
+                times = content.get(self.key, {"pieces": {}})["pieces"] | self.times
+                content[self.key] = {"context": dict(self.context), "pieces": times}
+                write_text(self.file, json.dumps(content, indent=1) + "\n")
 
 
 def read_table(file: Path) -> dict[str, Any]:

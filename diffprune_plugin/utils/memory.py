@@ -84,12 +84,21 @@ def free_memory(device: torch.device) -> int:
 
 
 def of_container(place: Path) -> int | None:
-    """Bytes that a control group (Linux, version 2) leaves its processes; None where it sets no limit."""
+    """Bytes that a control group (Linux, version 2) leaves its processes; None where it sets no limit.
+
+    What it holds of files counts as used there, and is given up as soon as a process wants it.
+    """
     try:
         limit, used = ((place / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return max(int(limit) - int(used), 0)
+        left = int(limit) - int(used)
     except (OSError, ValueError):  # no such file, or "max"
         return None
+    try:
+        facts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        left += int(facts["inactive_file"]) + int(facts["active_file"])
+    except (OSError, ValueError, KeyError):
+        pass
+    return max(left, 0)
 
 
 @contextlib.contextmanager

@@ -230,4 +230,6 @@ def test_a_container_leaves_what_its_limit_leaves(tmp_path: Path) -> None:
     for limit, left in (("max\n", None), ("1500\n", 500), ("900\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
         assert of_container(tmp_path) == left
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\nactive_file 20\n")
+    assert of_container(tmp_path) == 220, "what it holds of files is given up"
     assert 1e8 < free_memory(torch.device("cpu")) < 1e14

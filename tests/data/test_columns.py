@@ -127,6 +127,8 @@ def test_of_two_metadata_files_one_has_to_go(folder) -> None:
         ([1, 0, 2, 0, 1], ["0", "10", "2"], [10, 0, 2, 0, 10], None),
         (["b", "a", "c", "a", "b"], None, [1, 0, 2, 0, 1], 3),
         ([-1] * 5, ["0", "10", "2"], [-1] * 5, None),
+        (["10.0", "2.0", "0.0", "2.0", "10.0"], None, [10, 2, 0, 2, 10], None),
+        (["1.0", "1.5", "1.0", "1.5", "1.0"], None, [0, 1, 0, 1, 0], 2),
     ],
 )
 def test_the_label_of_a_datasets_row_is_its_class_as_its_folder_would_be(labels, names, numbers, classes) -> None:

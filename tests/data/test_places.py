@@ -67,6 +67,23 @@ def test_folders_behind_links_count_once_and_never_in_circles(tmp_path) -> None:
     assert load_samples(data).extra["class_labels"].tolist() == [0, 1]
 
 
+def test_hidden_files_and_folders_are_no_data(tmp_path) -> None:
+    for place in ("cat/a.png", "dog/b.png", "cat/.thumbnails/a.png", ".ipynb_checkpoints/c.png", "__MACOSX/cat/d.png"):
+        (tmp_path / "data" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / "data" / place)
+    (tmp_path / "data/dog/._b.png").write_bytes(b"a Mac's own")
+    assert load_samples(tmp_path / "data").extra["class_labels"].tolist() == [0, 1]
+    hidden = (tmp_path / "data").rename(tmp_path / ".data")
+    assert len(load_samples(hidden)) == 2, "the user named it"
+
+
+def test_a_resolution_is_refused_of_latents_as_of_arrays(tmp_path) -> None:
+    save_file({"latents": torch.zeros(2, 4, 8, 8)}, tmp_path / "a.safetensors")
+    with pytest.raises(BadInput, match=r"resolution: 64 is for image files, not for a float tensor of \(8, 8\); leave"):
+        load_samples(tmp_path / "a.safetensors", 64)
+    assert len(load_samples(tmp_path / "a.safetensors", 8)) == 2
+
+
 @pytest.mark.parametrize("dtype", [">i8", ">i2", "u2", ">u4", "u8", "i1"])
 def test_whole_numbers_of_every_byte_order_and_width_are_inputs(dtype, tmp_path) -> None:
     labels = np.array([1, 0, 2]).astype(dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
 from tiny import make_unet
 from tiny_pipelines import PIPELINES, clip_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -71,6 +73,18 @@ def test_it_is_in_the_report_and_without_one_the_report_says_which_option_gives_
     code, out, _ = run(*words, "-o", tmp_path / "b")
     assert code == 0
     assert "- CLIP score: give --clip DIRECTORY." in out
+
+
+def test_a_clip_that_lacks_weights_is_refused_and_one_in_half_precision_measured_in_full(clip_dir, tmp_path) -> None:
+    for place in ("half", "part"):
+        shutil.copytree(clip_dir, tmp_path / place)
+    CLIPModel.from_pretrained(clip_dir).bfloat16().save_pretrained(tmp_path / "half")
+    assert load_clip(tmp_path / "half").model.dtype is torch.float32
+    tensors = load_file(clip_dir / "model.safetensors")
+    del tensors["text_projection.weight"]
+    save_file(tensors, tmp_path / "part/model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=r"part: has no text_projection\.weight; give a whole CLIP"):
+        load_clip(tmp_path / "part")
 
 
 def test_images_without_prompts_are_refused_before_anything_is_drawn(pipeline, clip_dir) -> None:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from test_features import CLASSIFIER, write_network
@@ -24,6 +26,7 @@ from diffprune_plugin.data.arrays import load_npz
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.evaluate import evaluate, stratified_mean
 from diffprune_plugin.evaluation.features import frechet_distance, load_features
+from diffprune_plugin.evaluation.report import with_error
 from diffprune_plugin.evaluation.sampling import sample_images
 from diffprune_plugin.evaluation.settings import Drawing, SamplingSettings
 from diffprune_plugin.utils.files import LIST_FILE
@@ -294,6 +297,29 @@ def test_the_digit_classifier_is_the_one_described_and_tells_digits_from_noise()
     assert one.shape == (250, 64)
     assert features.frechet == "FD (digits_classifier)"
     assert frechet_distance(one, other) < frechet_distance(one, features.of(noisy, 50)) / 3, "mirrored digits"
+
+
+def test_a_small_error_is_shown_to_two_digits_and_its_value_as_far() -> None:
+    assert with_error({"x": 3.24e-5, "x_stderr": 9.1e-6}, "x") == "0.0000324 ± 0.0000091"
+    assert with_error({"x": 0.25, "x_stderr": 0.0123}, "x") == "0.2500 ± 0.0123"
+    assert with_error({"x": 0.0, "x_stderr": 0.0}, "x") == "0.0000 ± 0.0000"
+
+
+def test_the_likeness_is_that_of_all_images_however_many_at_a_time(
+    pipeline: DDPMPipeline, pruned: DDPMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, update = [], torchmetrics.image.StructuralSimilarityIndexMeasure.update
+    monkeypatch.setattr(
+        torchmetrics.image.StructuralSimilarityIndexMeasure,
+        "update",
+        lambda self, *pair: (sizes.append(len(pair[0])), update(self, *pair))[1],
+    )
+    found = [
+        evaluate(pruned, against=pipeline, drawing=replace(QUICK, batch_size=size), progress=False).facts["compared"]
+        for size in (3, 4)
+    ]
+    assert sizes == [3, 1, 4]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_two_models_of_one_name_are_told_apart(pipeline: DDPMPipeline) -> None:

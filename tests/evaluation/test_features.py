@@ -55,6 +55,25 @@ def test_a_float_network_gets_pixels_up_to_1_and_an_integer_one_up_to_255(
     torch.testing.assert_close(features.of(pixels(), batch_size=4), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_network_is_told_from_another_whose_weights_lie_beside_it(tmp_path: Path) -> None:
+    found = []
+    for number in range(2):
+        weights = helper.make_tensor("w", TensorProto.FLOAT, [64, 300], np.full(19200, number, np.float32).tobytes(), True)
+        nodes = [helper.make_node("Flatten", ["image"], ["x"]), helper.make_node("MatMul", ["x", "w"], ["out"])]
+        ends = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in (("image", ("n", 1, 8, 8)), ("out", None))
+        ]
+        graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], [weights])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        path = tmp_path / str(number) / "net.onnx"
+        path.parent.mkdir()
+        onnx.save(model, path, save_as_external_data=True, location="net.onnx.data")
+        found.append(load_features(path))
+    assert (tmp_path / "0/net.onnx").read_bytes() == (tmp_path / "1/net.onnx").read_bytes()
+    assert found[0].sha256 != found[1].sha256
+
+
 def test_grey_images_become_rgb_for_a_network_of_three_channels(tmp_path: Path) -> None:
     features = load_features(write_network(tmp_path / "rows.onnx", ("n", 3, "h", "w"))).of(pixels(), 6)
     assert torch.equal(features[:, :8], features[:, 16:])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from tiny import make_unet
 
 import diffprune_plugin as dp
@@ -110,6 +110,12 @@ def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
 def test_what_cannot_be_sampled_is_one_line(pipeline: DDPMPipeline, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         draw(pipeline, count=1, **{"steps": 4, **asked})
+
+
+def test_more_channels_than_a_picture_has_are_refused_before_the_drawing() -> None:
+    pipeline = DDPMPipeline(make_unet(in_channels=5, out_channels=5), DDPMScheduler(num_train_timesteps=10))
+    with pytest.raises(BadInput, match=r"DDPMPipeline draws 5 channels, a picture has up to 4; draw with diffusers"):
+        draw(pipeline, count=1, steps=2)
 
 
 def test_a_scheduler_longer_than_a_learned_time_table_is_one_line_wherever_the_two_meet() -> None:

@@ -362,6 +362,17 @@ def test_the_table_goes_on_where_it_was_and_keeps_other_machines(quick: Quick, t
     assert len(json.loads(file.read_text())) == 2
 
 
+def test_two_runs_that_share_a_table_keep_what_the_other_measures(quick: Quick, tmp_path: Path) -> None:
+    first, second = quick.pieces([of[min(of)] for of in choices(quick.material.items, options(), MOST)])[:2]
+    file = tmp_path / "table.json"
+    same, other, again = (Table(cost_of, {"device": name}, file, progress=False) for name in ("a", "b", "a"))
+    for table, piece in ((same, first), (other, first), (again, second)):
+        table.measure([piece])
+    left = Table(cost_of, {"device": "a"}, file, progress=False)
+    assert set(left.times) == {first.key, second.key}
+    assert len(json.loads(file.read_text())) == 2
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"context": {}, "pieces": {"b": 1}}}'])
 def test_a_damaged_table_is_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
