@@ -171,12 +171,12 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
     """
     import numpy as np
 
-    from diffprune_plugin.criteria.timestep_weights import alphas_of
+    from diffprune_plugin.criteria.timestep_weights import FLOW, alphas_of
 
     rule = weights_rule(name, plugins or plugin_manager())
-    alphas = alphas_of(scheduler)
+    alphas, flow = alphas_of(scheduler), not hasattr(scheduler, "alphas_cumprod")
     with faults(DiffPruneError) as failures:
-        weights = np.asarray(rule.value(alphas, scheduler.config.get("prediction_type", "epsilon")))
+        weights = np.asarray(rule.value(alphas, FLOW if flow else scheduler.config.get("prediction_type", "epsilon")))
     where = f"importance: timestep_weights {name!r} of {rule.plugin}"
     if failures:
         raise BadInput(f"{where} fails: {failures[0]}; mend the plugin")
@@ -186,7 +186,7 @@ def weights_of_timesteps(name: str, scheduler: Any, plugins: Plugins | None = No
         )
     if not (np.isfinite(weights).all() and weights.min() >= 0 < weights.max()):
         raise BadInput(f"{where} gives numbers that are not finite, below 0, or all 0; mend the plugin")
-    return weights
+    return np.ascontiguousarray(weights, dtype=np.float64)
 
 
 def weights_rule(name: str, plugins: Plugins) -> Registered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_pipelines import PIPELINES, captioned_folder
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
+from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.export import ORTUNet, to_onnx, verify_onnx
@@ -110,3 +112,11 @@ def test_a_stored_calibration_knows_the_dropout_and_the_precision_that_it_was_ma
         run(autocast=True)
     with pytest.raises(BadInput, match=r"condition_dropout=0\.1"):
         run(importance={**SWEEP, "condition_dropout": 0.5})
+    calibration = Calibration.load(tmp_path / "stored")
+    for change, words in (
+        ({"rule": "of yesterday"}, "calibrated with other timestep_weights"),
+        ({"scale": np.full_like(calibration.loss, 0.5)}, "calibrated with other factors of the loss"),
+    ):
+        replace(calibration, **change).save(tmp_path / "stored", overwrite=True)
+        with pytest.raises(BadInput, match=words):
+            run()

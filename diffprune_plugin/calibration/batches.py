@@ -61,7 +61,7 @@ class Batches:
             sums.begin()
             loss = known.pop() if known else self.settings.loss(part)
             weights = self.settings.timestep_weights[[draw.timestep for draw in part]].to(loss) if plain else 1.0
-            torch.autograd.backward((loss * weights).sum() * scale, inputs=self.inputs())
+            torch.autograd.backward((loss * weights).sum() * (scale * sums.scale), inputs=self.inputs())
             return loss.detach()
 
         return self.passes.over(draws, run, sums.repeating)

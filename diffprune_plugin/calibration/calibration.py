@@ -34,7 +34,8 @@ class Calibration:
         where the sweep's ``accumulate`` says so, the sums of weight_t |d L_t / d(parameter)| ** p instead.
     forward, backward: samples that went through the UNet each way.
     weights, images: SHA-256 of the UNet's parameters and of the samples. autocast: computed in bfloat16.
-    scale: for flow matching what the loss is multiplied by before the threshold is applied, shape (points,).
+    scale: what the loss is multiplied by before the threshold is applied, shape (points,); None for 1.
+    rule: SHA-256 of the weights of all timesteps, empty in calibrations of older versions.
     scheduler: the noise and the prediction that the loss is of; points: of the curve, also those after the loop's end.
     """
 
@@ -54,10 +55,11 @@ class Calibration:
     scheduler: dict[str, Any] = field(default_factory=dict)
     points: int = 0
     scale: Curve | None = None
+    rule: str = ""
 
     @property
     def compared(self) -> Curve:
-        """What the threshold is applied to: the loss, for flow matching that of the noise, shape (points,)."""
+        """What the threshold is applied to: the loss as that of the noise, shape (points,)."""
         return self.loss if self.scale is None else self.loss * self.scale
 
     def answers(self, sweep: Sweep) -> bool:
@@ -108,6 +110,7 @@ class Calibration:
             "autocast": self.autocast,
             "scheduler": self.scheduler,
             "points": self.points,
+            "rule": self.rule,
             **({} if self.scale is None else {"scale": self.scale.tolist()}),
         }
         with new_directory(Path(directory), overwrite, "calibration") as temporary:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.modes import differentiable
+
+SCALE = 2.0**12  # for float16, in which the gradients of a mean over 65,536 numbers would round to 0
 
 
 class GradientSums:
@@ -28,6 +31,8 @@ class GradientSums:
         self.added: set[str] = set()  # by the pass under way
         self.counted: frozenset[str] = frozenset()  # by failed passes over the same samples
         self.model = model
+        half = any(parameter.dtype is torch.float16 for parameter in model.parameters())
+        self.scale = SCALE if half else 1.0  # of every loss, taken out of the sums again
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -44,9 +49,9 @@ class GradientSums:
             if gradient is None or name in self.counted or (self.wanted is not None and name not in self.wanted):
                 return
             if name in self.totals:
-                self.totals[name] += gradient
+                self.totals[name].add_(gradient, alpha=1 / self.scale)
             else:
-                self.totals[name] = gradient.float()
+                self.totals[name] = gradient.float().div_(self.scale)
             self.added.add(name)
 
         return add
@@ -70,8 +75,14 @@ class GradientSums:
         }
 
     def finish(self, processes: Processes) -> None:
-        """The part that was summed last is done."""
+        """The part that was summed last is done; raises CheckFailed, on every process, for sums that are not finite."""
         self.finished, self.totals = self.of_all(processes), {}
+        bad = next((name for name, total in self.finished.items() if not bool(torch.isfinite(total).all())), None)
+        if bad is not None:
+            raise CheckFailed(
+                f"calibration: the gradient of {bad} is not finite; set autocast: true or dtype: bfloat16 in place of "
+                "float16, or check the model's weights"
+            )
 
     def of_all(self, processes: Processes) -> dict[str, Tensor]:
         """The sums over all parts and processes, off the device."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diffprune_plugin.calibration.calibration import Calibration
+from diffprune_plugin.diffusion.schedulers import NOISE_FORMS
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.optional import need_pyplot
 
@@ -19,7 +20,8 @@ def plot_curve(calibration: Calibration, path: Path) -> None:
     pyplot = need_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     errors = calibration.stderr if calibration.scale is None else calibration.stderr * calibration.scale
-    named = "loss L_t" if calibration.scale is None else "(1 - sigma) ** 2 times the loss L_t"
+    factor = NOISE_FORMS[calibration.scheduler.get("prediction_type") or "epsilon"][0]
+    named = "loss L_t" if calibration.scale is None else f"{factor} times the loss L_t"
     points = (calibration.timesteps, calibration.compared, errors)
     axes.errorbar(*points, fmt=".-", ms=3, lw=0.8, label=f"{named}, standard error")
     level = calibration.sweep.threshold * calibration.compared.max()

@@ -156,4 +156,5 @@ def result(settings: Settings, progress: Progress) -> Calibration:
         points=len(settings.points),
         weights=settings.weights,
         images=settings.samples.sha256,
+        rule=settings.rule,
     )

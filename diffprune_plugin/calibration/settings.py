@@ -20,7 +20,7 @@ from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import Draw, batch_of, draw, settled_dropout
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
-from diffprune_plugin.diffusion.schedulers import noise_form, training_scheduler
+from diffprune_plugin.diffusion.schedulers import noise_form, settings_of, training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import weights_of_timesteps
 from diffprune_plugin.utils.hashes import json_hash
@@ -63,6 +63,11 @@ class Settings:
         return None if (factors == 1).all() else factors
 
     @property
+    def rule(self) -> str:
+        """SHA-256 of the weights of the timesteps: a plugin's rule may be another by tomorrow."""
+        return rule_hash(self.sweep, self.scheduler)
+
+    @property
     def parameter(self) -> Tensor:
         """One of the model's, for its device and dtype."""
         return next(self.model.parameters())
@@ -86,14 +91,14 @@ class Settings:
     def fingerprint(self) -> str:
         """SHA-256 of all of it and of where it is computed: progress of other settings is never taken up."""
         parameter = self.parameter
-        scheduler = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
         facts = [
             [parameter.device.type, str(parameter.dtype), self.autocast, torch.__version__],
             self.sweep.as_dict(),
             self.batch_size,
             self.seed,
             len(self.points),
-            scheduler,
+            settings_of(self.scheduler),
+            self.rule,
             self.weights,
             self.samples.sha256,
             [len(part) for part in self.parts],
@@ -129,6 +134,10 @@ def settle(
     parts = strata(total, points)
     blocks = parts_of(model, blocks_at_once)
     return Settings(model, scheduler, samples, sweep, parts, weights, batch_size, seed, adapter, autocast, blocks)
+
+
+def rule_hash(sweep: Sweep, scheduler: Any) -> str:
+    return json_hash(weights_of_timesteps(sweep.timestep_weights, scheduler).tolist())
 
 
 def default_points(sweep: Sweep, total: int) -> int:

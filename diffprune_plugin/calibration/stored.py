@@ -6,16 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.run import calibrate
-from diffprune_plugin.calibration.settings import default_points
+from diffprune_plugin.calibration.settings import default_points, rule_hash
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.inputs import fitting
-from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
+from diffprune_plugin.diffusion.schedulers import noise_form, trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.utils.distributed import Processes
@@ -100,6 +101,8 @@ def stored_calibration(
         "autocast": calibration.autocast == config.autocast,
         "scheduler": scheduler is None or calibration.scheduler == trained_for(scheduler),
         "timesteps": points in (None, calibration.points),
+        "timestep_weights": scheduler is None or calibration.rule in ("", rule_hash(sweep, scheduler)),
+        "factors of the loss": scheduler is None or same_form(calibration, scheduler),
         "batch_size": sweep.sampling == "stratified" or calibration.batch_size == config.batch_size,
     }
     for key, fits in same.items():
@@ -109,3 +112,9 @@ def stored_calibration(
     if not calibration.answers(sweep):
         raise BadInput(f"{directory}: calibrated with {calibration.sweep}, asked is {sweep}; name another directory")
     return calibration
+
+
+def same_form(calibration: Calibration, scheduler: Any) -> bool:
+    """Whether the threshold was applied to the loss as that of the noise; older versions did so for flow alone."""
+    stated = 1.0 if calibration.scale is None else calibration.scale
+    return bool(np.allclose(noise_form(scheduler)[calibration.timesteps], stated))

@@ -58,13 +58,21 @@ class Sweep:
         if self.accumulate not in POWERS:
             hint = nearest(str(self.accumulate), POWERS)
             raise BadInput(f"importance: accumulate {self.accumulate!r} is none of {', '.join(POWERS)}{hint}")
-        if self.accumulate != "sum" and self.micro_batch > self.samples:
+        if self.accumulate != "sum" and self.sampling == "stratified" and self.micro_batch > self.samples:
             raise BadInput(f"importance: micro_batch {self.micro_batch} is more than samples {self.samples}")
 
     @property
     def drawn(self) -> int:
         """Gradient samples that the stratified sampling draws: whole micro-batches."""
         return self.samples if self.accumulate == "sum" else self.samples - self.samples % self.micro_batch
+
+    def unused(self) -> dict[str, str]:
+        """Options that change nothing beside the others, each with what it is for."""
+        stratified = {"samples": "stratified sampling", "curve_samples": "stratified sampling"}
+        found = {"include_last": "the authors' loop"} if self.sampling == "stratified" else stratified
+        if self.sampling != "stratified" or self.accumulate == "sum":
+            found = {**found, "micro_batch": "stratified sampling of absolute values or squares"}
+        return found
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

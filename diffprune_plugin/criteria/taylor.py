@@ -88,7 +88,7 @@ def diff_taylor(preset: str = "paper", **options: Any) -> TaylorImportance:
     """The thresholded timestep Taylor score; presets are variants of the authors' code (docs/guide/calibrate.md)."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise BadInput(f"importance: preset {preset!r} is none of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
-    return make_taylor({"accumulate": "sum", **PRESETS[preset], **options})
+    return make_taylor({"accumulate": "sum", **PRESETS[preset], **options}, options)
 
 
 def taylor(**options: Any) -> TaylorImportance:
@@ -116,8 +116,11 @@ def accumulating(what: Accumulation, options: dict[str, Any]) -> TaylorImportanc
     return make_taylor({"threshold": 0.0, **options, "accumulate": what})
 
 
-def make_taylor(options: dict[str, Any]) -> TaylorImportance:
-    """Split the options into those of the sweep and those of the score."""
+def make_taylor(options: dict[str, Any], asked: Mapping[str, Any] | None = None) -> TaylorImportance:
+    """Split the options into those of the sweep and those of the score; ``asked``: those that are the caller's own.
+
+    Raises BadInput for one that is unknown, or is asked for and would change nothing.
+    """
     known = Sweep.option_names()
     allowed = (*known, *(name for name in inspect.signature(TaylorImportance).parameters if name != "sweep"))
     for key in options:
@@ -125,6 +128,9 @@ def make_taylor(options: dict[str, Any]) -> TaylorImportance:
             raise BadInput(f"importance: unknown option {key!r}{nearest(key, allowed)}; have {', '.join(allowed)}")
     given = {key: value for key, value in options.items() if key in known}
     sweep, calibration = Sweep(**given), options.get("calibration")
+    for key, what in sweep.unused().items():
+        if (value := (options if asked is None else asked).get(key, getattr(Sweep, key))) != getattr(Sweep, key):
+            raise BadInput(f"importance: {key} {value!r} is for {what}, and changes nothing here; leave it out")
     if calibration is not None:
         options["calibration"] = calibration = calibration.matching(given)
         sweep = calibration.sweep

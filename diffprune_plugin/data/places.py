@@ -51,7 +51,7 @@ def seen_by_people(entry: os.DirEntry[str]) -> bool:
 def image_files(folder: Path) -> list[Path]:
     """Every image below a folder, by its suffix, in the order of their names; folders that links lead to count once.
 
-    What is hidden (``.thumbnails``, ``._0001.png``), or a Mac's own in an archive, is none, as in Hugging Face datasets.
+    What is hidden (``.thumbnails``, ``._0001.png``), or a Mac's own in an archive, is none, as for `datasets`.
     """
     found, seen, left = [], set(), [folder]
     while left:

@@ -53,9 +53,11 @@ class Batch:
     extra: dict[str, Tensor]
 
     def to(self, like: Tensor) -> Batch:
-        """On the device of ``like``; numbers in its dtype, indices as they are."""
+        """On the device of ``like``; indices as they are, further inputs in its dtype, samples and noise in float32 at
+        least: in bfloat16 sqrt(1 - alpha) is 0 at the first ten timesteps of a DDPM."""
         timesteps, extra = self.timesteps.to(like.device), moved(self.extra, like)
-        return Batch(self.rows, timesteps, self.sample.to(like), self.noise.to(like), extra)
+        place = like.device, torch.promote_types(like.dtype, torch.float32)
+        return Batch(self.rows, timesteps, self.sample.to(*place), self.noise.to(*place), extra)
 
 
 def draw(

@@ -61,7 +61,7 @@ def predicted(
     if adapter is None:
         prediction = model(noisy, times, **extra, return_dict=False)[0]
     else:
-        prediction = adapter.predict(model, noisy, times, extra)
+        prediction = adapter.predict(model, noisy.to(next(model.parameters()).dtype), times, extra)
     if prediction.shape[1] < noise.shape[1]:
         raise BadInput(
             f"noise: {noise.shape[1]} channels, the model predicts {prediction.shape[1]}; give noise for these alone"

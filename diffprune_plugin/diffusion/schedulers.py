@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.criteria.timestep_weights import FLOW, alphas_of, sigmas_of
+from diffprune_plugin.criteria.timestep_weights import FLOW, Weights, alphas_of, sigmas_of
 from diffprune_plugin.errors import BadInput
 
 # What a scheduler's config says of the training.
@@ -27,6 +28,13 @@ TRAINED_BY_FLOW = ("num_train_timesteps", "shift", "use_dynamic_shifting")
 OBJECTIVE_NAMES = {True: "flow_matching", False: "noise_prediction"}  # of a scheduler that is for flow matching, or not
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# By what is predicted, what its loss is multiplied by to be that of the noise: in words, and of a scheduler.
+NOISE_FORMS: dict[str, tuple[str, Callable[[Any], Weights]]] = {
+    "epsilon": ("1", lambda scheduler: np.ones_like(alphas_of(scheduler))),
+    "v_prediction": ("alpha_t", lambda scheduler: alphas_of(scheduler)),
+    "sample": ("alpha_t / (1 - alpha_t)", lambda scheduler: 1 / np.maximum(1 / alphas_of(scheduler) - 1, 1e-12)),
+    FLOW: ("(1 - sigma_t) ** 2", lambda scheduler: (1 - sigmas_of(scheduler)) ** 2),
+}
 
 
 def prediction_type(scheduler: Any) -> str:
@@ -91,15 +99,14 @@ def check_objective(scheduler: Any, adapter: ModelAdapter) -> None:
         )
 
 
-def noise_form(scheduler: Any) -> np.ndarray[Any, Any]:
+def noise_form(scheduler: Any) -> Weights:
     """What the loss at each training timestep, shape (timesteps,), is multiplied by before the threshold is applied.
 
-    The threshold (arXiv 2305.10924) assumes a loss of the predicted noise, which falls as noise grows. Flow matching's
-    velocity v = noise - sample has noise = x + (1 - sigma) v, so that its loss times (1 - sigma) ** 2 is the noise's.
+    The threshold (arXiv 2305.10924) assumes a loss of the predicted noise, which falls as noise grows. With a = alpha_t
+    noise = sqrt(a) v + sqrt(1 - a) x of the velocity v, (x - sqrt(a) sample) / sqrt(1 - a) of the sample, and
+    x + (1 - sigma) v of flow matching's velocity: the factors are the squares of what the prediction is times.
     """
-    if flow_sign(scheduler):
-        return (1 - sigmas_of(scheduler)) ** 2
-    return np.ones(int(scheduler.config.num_train_timesteps))
+    return NOISE_FORMS[prediction_type(scheduler)][1](scheduler)
 
 
 def same_noise(first: Any, second: Any) -> bool:
@@ -115,6 +122,11 @@ def trained_for(scheduler: Any) -> dict[str, Any]:
     facts |= {"prediction_type": FLOW} if flow else {}
     found: dict[str, Any] = json.loads(json.dumps(facts, default=lambda numbers: numbers.tolist()))
     return found
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config without what diffusers notes of its making, in an order that differs between processes."""
+    return {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def completed(drawing: Drawing, pipeline: Any, reference: Samples | None) -> Dra
 
 
 def drawing_facts(drawing: Drawing, pipeline: Any) -> dict[str, Any]:
-    """For evaluation.json: the prompts that are drawn by number and hash; unet_passes for an image (with guidance on two rows)."""
+    """For evaluation.json: the prompts that are drawn, by number and hash; unet_passes for an image (with guidance on
+    two rows)."""
     options = drawing.scheduler, drawing.steps, drawing.skip, scales_noise(pipeline)
     found = {part.name: getattr(drawing, part.name) for part in fields(drawing)}
     used = drawing.prompts[: drawing.count or None]

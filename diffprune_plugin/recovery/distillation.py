@@ -51,11 +51,14 @@ def watched(model: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, Te
 def feature_error(values: Mapping[str, Tensor], taught: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
     """Squared distance to the teacher's features at the kept channels over their mean square, shape (batch,).
 
-    The mean over all features: the feature term of arXiv 2305.15798, made free of each feature's scale.
+    The mean over all features: the feature term of arXiv 2305.15798, made free of each feature's scale, of each sample
+    by itself, so that it is the same however the samples of a step are split.
     """
     errors = []
     for name, channels in kept.items():
         target = by_position(taught[name])[..., channels.to(taught[name].device)].float()
-        error = (by_position(values[name]).float() - target).square().flatten(1).mean(1)
-        errors.append(error / target.square().mean().clamp_min(torch.finfo(target.dtype).tiny))
+        error, size = (
+            each.square().flatten(1).mean(1) for each in (by_position(values[name]).float() - target, target)
+        )
+        errors.append(error / size.clamp_min(torch.finfo(target.dtype).tiny))
     return torch.stack(errors).mean(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import settled_dropout
 from diffprune_plugin.diffusion.inputs import fitting
-from diffprune_plugin.diffusion.schedulers import training_scheduler
+from diffprune_plugin.diffusion.schedulers import settings_of, training_scheduler
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.plugins import denoiser_of, find_adapter
@@ -47,7 +48,7 @@ from diffprune_plugin.utils.progress import progress_bar
 from diffprune_plugin.utils.tensors import weights_hash
 
 FINETUNE_FILE = "finetune.yaml"
-FORMAT = 3  # of the checkpoints
+FORMAT = 4  # of the checkpoints
 REPORT_FILE = "finetune.json"
 PLOT_FILE = "finetune.png"
 # Keys that say how, not what: a training goes on after a change of these.
@@ -148,15 +149,17 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     """
     check_installed(*([config.tracker] if config.tracker != "none" else []), *(["peft"] if config.lora else []))
     place = Path(config.output)
+    # Left open, Accelerate takes that of an earlier training in this process.
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.tracker == "none" else config.tracker,
             project_config=ProjectConfiguration(str(place.parent), str(place.parent / f"{place.name}.logs")),
         )
     except ValueError as error:
-        raise BadInput(f"mixed_precision: {config.mixed_precision}: {first_line(error)}") from None
+        raise BadInput(f"mixed_precision: {precision}: {first_line(error)}") from None
     if accelerator.mixed_precision == "bf16" and accelerator.is_main_process:
         say_if_emulated(accelerator.device.type, "mixed_precision: bf16")
     check_parallel(accelerator, splitting=True)
@@ -242,7 +245,7 @@ def fingerprint(
         by.mixed_precision,
         weights_hash(model),
         teacher and weights_hash(teacher.model),
-        {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")},
+        settings_of(scheduler),
         samples.sha256,
         torch.__version__,
         FORMAT,

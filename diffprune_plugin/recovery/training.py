@@ -105,6 +105,9 @@ class Training:
         if not self.low_rank:
             self.model.requires_grad_(True)
         self.model.train()
+        for module in self.model.modules():
+            if hasattr(module, "token_drop"):  # of DiT's labels, in each block by itself: condition_dropout does that
+                module.eval()
         # Walking the modules takes milliseconds, every time.
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.plain_optimizer = torch.optim.AdamW(

@@ -127,7 +127,7 @@ class Noisy:
         draws = [draw(self.data, self.seed, SENSITIVITY, i, share(total, i, self.count), dropout) for i in rows]
         batch = batch_of(self.data, draws).to(like)
         noisy, _, times = noised(self.scheduler, batch.sample, batch.noise, batch.timesteps, self.adapter)
-        return self.adapter.given(model, noisy, times, batch.extra)
+        return self.adapter.given(model, noisy.to(like), times, batch.extra)
 
 
 @dataclass

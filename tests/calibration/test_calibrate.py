@@ -37,8 +37,8 @@ from diffprune_plugin.calibration.progress import Progress
 from diffprune_plugin.calibration.timesteps import above_threshold, share, strata
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.criteria.timestep_weights import alphas_of
-from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_loss
-from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
+from diffprune_plugin.diffusion.loss import min_snr_weights, noise_prediction_loss, target_of
+from diffprune_plugin.diffusion.schedulers import noise_form, trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.plugins import weights_of_timesteps
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
@@ -200,6 +200,22 @@ def test_the_loss_is_of_what_the_scheduler_says_is_predicted(kind) -> None:
         return (torch.zeros_like(noisy),)
 
     assert noise_prediction_loss(zero, scheduler, sample, noise, t, {}).item() == pytest.approx(target**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_threshold_is_applied_to_the_loss_of_the_noise_that_a_prediction_implies(kind) -> None:
+    scheduler, generator = DDIMScheduler(prediction_type=kind), torch.Generator().manual_seed(0)
+    sample, noise, miss = (torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = torch.tensor([0, 200, 600, 999])
+    noisy, wrong = scheduler.add_noise(sample, noise, t), target_of(scheduler, sample, noise, t) + miss
+    a = scheduler.alphas_cumprod[t].double().reshape(-1, 1, 1, 1)
+    implied = {
+        "epsilon": lambda: wrong,
+        "v_prediction": lambda: a.sqrt() * wrong + (1 - a).sqrt() * noisy,
+        "sample": lambda: (noisy - a.sqrt() * wrong) / (1 - a).sqrt(),
+    }[kind]()
+    expected = (implied - noise).square().flatten(1).mean(1) / miss.square().flatten(1).mean(1)
+    np.testing.assert_allclose(noise_form(scheduler)[t], expected, rtol=1e-3)
 
 
 def test_an_unknown_prediction_type_is_refused(unet, images) -> None:

@@ -13,11 +13,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 from tiny import make_unet
 
 import diffprune_plugin as dp
+from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.gradients import GradientSums
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.diffusion.loss import noise_prediction_loss
-from diffprune_plugin.errors import BadInput
+from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.utils import device
 from diffprune_plugin.utils.memory import Passes, checkpointing, free_memory, of_container
 from diffprune_plugin.utils.out_of_memory import out_of_memory
@@ -156,7 +157,7 @@ def test_half_precision_weights_have_their_gradients_summed_in_float32(images) -
     scheduler.add_noise = add_noise
     exact, rounded = {}, {}
     for clean, noise, timesteps in seen:
-        (noise_prediction_loss(unet, scheduler, clean, noise, timesteps, {}).sum() * (20 / 12)).backward()
+        (noise_prediction_loss(unet, scheduler, clean, noise, timesteps, {}, UNET_2D).sum() * (20 / 12)).backward()
         for name, parameter in unet.named_parameters():
             exact[name] = exact.get(name, 0) + parameter.grad.float()
             rounded[name] = rounded.get(name, 0) + parameter.grad
@@ -164,6 +165,43 @@ def test_half_precision_weights_have_their_gradients_summed_in_float32(images) -
     assert len(seen) == 6
     assert all(torch.equal(calibration.gradients[name], gradient) for name, gradient in exact.items())
     assert not torch.equal(calibration.gradients["conv_in.weight"], rounded["conv_in.weight"].float())
+
+
+def test_the_noise_of_half_precision_weights_is_added_in_float32(images) -> None:
+    """In bfloat16 alpha_t of a DDPM is 1 at the first ten timesteps: there would be none."""
+    seen: list[torch.Tensor] = []
+    scheduler, unet = DDPMScheduler(), make_unet()
+    unet.register_forward_pre_hook(lambda _, args, given: seen.append(given["sample"]), with_kwargs=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = {"batch_size": 2, "timesteps": 1000, "progress": False}
+        dp.calibrate(unet.to(dtype), scheduler, images, Sweep(sampling="reference", threshold=1.0), **given)
+    full, half = seen[0], seen[len(seen) // 2]
+    assert half.dtype is torch.bfloat16
+    assert torch.equal(half, full.bfloat16())
+
+
+def test_gradients_of_float16_do_not_round_to_nothing(images) -> None:
+    """Of a mean over many numbers: some below 6e-8, the smallest that float16 has."""
+    sums, exact = {}, {}
+    for dtype, found in ((torch.float16, sums), (torch.float64, exact)):
+        model = torch.nn.Linear(2, 1, bias=False).to(dtype)
+        torch.nn.init.constant_(model.weight, 0.5)
+        collected = GradientSums(model)
+        with collected.collecting():
+            for _ in range(2):
+                loss = (
+                    model(torch.tensor([[1.0, 2.0]], dtype=dtype)).sum().to(torch.promote_types(dtype, torch.float32))
+                )
+                (loss * 3e-8 * collected.scale).backward()
+        found.update(collected.totals)
+    torch.testing.assert_close(sums["weight"], exact["weight"].float(), rtol=1e-2, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_is_named(images) -> None:
+    unet = make_unet()
+    unet.conv_out.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(CheckFailed, match=r"the gradient of conv_out\.weight is not finite; .* dtype: bfloat16"):
+        calibrated(unet, images)
 
 
 def test_gradient_checkpointing_changes_nothing_but_the_memory_and_is_switched_off_again(images) -> None:

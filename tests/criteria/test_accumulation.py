@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from test_criteria import TwoLayers, hidden_group, oracle_score
 from tiny import make_unet
 
@@ -107,6 +107,13 @@ def test_weights_scale_each_timesteps_gradient_in_the_plain_sum(images: np.ndarr
     same(calibration.gradients, expected)
 
 
+def test_the_rule_of_flow_matching_is_told_that_it_is_one() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=10)
+    sigma = np.arange(1, 11) / 10
+    expected = np.minimum(((1 - sigma) / sigma) ** 2, 5) * sigma**2
+    np.testing.assert_allclose(weights_of_timesteps("min_snr", scheduler), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weighs_the_predicted_samples_loss_by_at_most_five(kind: str) -> None:
     scheduler = DDPMScheduler(num_train_timesteps=50, prediction_type=kind)
@@ -156,6 +163,8 @@ def test_a_plugin_brings_weights_of_its_own(images: np.ndarray, scheduler: DDPMS
     wrong = {"complex": lambda alphas, kind: 1j * alphas, "none": lambda *given: None, "words": lambda *given: "one"}
     for name, rule in {**wrong, "raising": lambda alphas, kind: 1 / 0, "ending": lambda *given: sys.exit(0)}.items():
         plugins.register(offering(name, rule), name, name, "1")
+    plugins.register(offering("backwards", lambda alphas, kind: alphas[::-1].astype(np.longdouble)), "b", "b", "1")
+    assert torch.from_numpy(weights_of_timesteps("backwards", scheduler, plugins))[0] < 1
     for name in ("short", "minus", *wrong, "raising", "ending"):
         with pytest.raises(BadInput, match=rf"timestep_weights '{name}' of \w+ .*mend the plugin"):
             weights_of_timesteps(name, scheduler, plugins)

@@ -214,8 +214,20 @@ def test_a_score_without_gradients_names_the_layer_and_the_remedy(unet) -> None:
         ({"round_to": 0}, r"outside \[1, "),
         ({"preset": [1]}, "is none of paper"),
         ({"normalizer": "max"}, "neither 'mean'"),
+        ({"micro_batch": 1}, "micro_batch 1 is for stratified sampling of absolute values or squares, and changes not"),
+        ({"include_last": True}, "include_last True is for the authors' loop, and changes nothing here; leave it out"),
+        ({"preset": "ddpm_exp", "samples": 128}, "samples 128 is for stratified sampling"),
+        ({"sampling": "fresh", "curve_samples": 4}, "curve_samples 4 is for stratified sampling"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(options, words) -> None:
     with pytest.raises(BadInput, match=words):
         dp.importance("diff_taylor", **options)
+
+
+def test_what_changes_nothing_is_refused_of_the_caller_alone() -> None:
+    assert dp.importance("diff_taylor", preset="diffusers", sampling="stratified").sweep.sampling == "stratified"
+    assert dp.importance("diff_taylor", micro_batch=8, include_last=False).sweep.micro_batch == 8
+    assert dp.importance("fisher", sampling="reference").sweep.accumulate == "square"
+    with pytest.raises(BadInput, match="samples 4 is for stratified sampling"):
+        dp.importance("fisher", sampling="reference", samples=4)

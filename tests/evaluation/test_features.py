@@ -58,7 +58,9 @@ def test_a_float_network_gets_pixels_up_to_1_and_an_integer_one_up_to_255(
 def test_a_network_is_told_from_another_whose_weights_lie_beside_it(tmp_path: Path) -> None:
     found = []
     for number in range(2):
-        weights = helper.make_tensor("w", TensorProto.FLOAT, [64, 300], np.full(19200, number, np.float32).tobytes(), True)
+        weights = helper.make_tensor(
+            "w", TensorProto.FLOAT, [64, 300], np.full(19200, number, np.float32).tobytes(), True
+        )
         nodes = [helper.make_node("Flatten", ["image"], ["x"]), helper.make_node("MatMul", ["x", "w"], ["out"])]
         ends = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,22 @@ def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Refit, "finish", interrupted)
     return finished
+
+
+def test_it_goes_on_whatever_order_diffusers_notes_the_schedulers_defaults_in(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes them a set, whose order is another one in each process."""
+    dense, schedulers = make_unet(), [DDPMScheduler(num_train_timesteps=100) for _ in range(2)]
+    schedulers[1].config["_use_default_values"] = schedulers[0].config["_use_default_values"][::-1]
+    assert dict(schedulers[0].config) != dict(schedulers[1].config)
+    interrupt_after(3, monkeypatch)
+    options = {"samples": 64, "batch_size": 16, "progress": False, "checkpoint": tmp_path}
+    for scheduler, ends in zip(schedulers, (pytest.raises(KeyboardInterrupt), contextlib.nullcontext()), strict=True):
+        unet, plan = pruned(dense)
+        with ends:
+            compensate_(unet, dense, plan, scheduler, images, **options)
+        assert len(list(tmp_path.iterdir())) == (1 if scheduler is schedulers[0] else 0), "the one that was begun"
 
 
 def test_an_interrupted_run_goes_on_and_gives_identical_weights(

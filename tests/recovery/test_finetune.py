@@ -207,7 +207,10 @@ def test_features_are_compared_at_the_kept_channels(made) -> None:
     shifted = {name: value[:, (kept[name] + 1) % value.shape[1]] for name, value in taught.items()}
     assert feature_error(shifted, taught, kept).gt(0.01).all()
     twice = {name: 2 * value for name, value in perfect.items()}
-    assert feature_error(twice, taught, kept).mean().item() == pytest.approx(1, rel=1e-4)
+    assert feature_error(twice, taught, kept).tolist() == pytest.approx([1, 1], rel=1e-4)
+    parts = [{n: value[i : i + 1] for n, value in of.items()} for of in (shifted, taught) for i in range(2)]
+    alone = [feature_error(parts[i], parts[2 + i], kept).item() for i in range(2)]
+    assert feature_error(shifted, taught, kept).tolist() == pytest.approx(alone, rel=1e-5), "however a step is split"
 
 
 def test_the_teacher_moves_the_student_towards_its_features(values, tmp_path) -> None:
@@ -546,6 +549,14 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_training_does_not_take_the_precision_of_one_before_it(values) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(mixed_precision="bf16")
+    with pytest.raises(BadInput, match="mixed_precision: no: AcceleratorState has already been initialized"):
+        tune(values)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_small_number_is_a_number_in_yaml_too(values, tmp_path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from tiny_transformers import make
 
 import diffprune_plugin as dp
@@ -59,6 +60,14 @@ def test_it_learns_from_the_dense_model_and_stays_what_it_is(place: Path, name: 
     assert ("import diffprune_plugin" in card) == (name == "both")
     again = tune(place, model=str(place / "tuned"), output=str(place / "again"))
     assert again.curve["loss"][0] < report.curve["loss"][0]
+
+
+def test_labels_are_dropped_by_the_config_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of a DiT would drop a tenth of them, by itself and once more, in training mode."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(LabelEmbedding, "token_drop", lambda self, labels, *_: seen.append(labels) or labels)
+    tune(place, condition_dropout=0.0)
+    assert not seen
 
 
 @pytest.mark.parametrize(
