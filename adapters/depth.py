@@ -95,7 +95,11 @@ def bk_sdm(stages: int, middle: bool) -> Callable[[Config], Shallower]:
         total, layers = len(config["down_block_types"]), config["layers_per_block"]
         if layers != 2 or total != 4:
             raise ValueError(f"BK-SDM is for 4 stages of 2 layers, this UNet has {total} of {layers}")
-        less = total - stages
+        less, widths = total - stages, config["block_out_channels"]
+        if widths[stages - 1] != widths[-1]:
+            raise ValueError(
+                f"its stage {stages} has other channels than its last, {widths[stages - 1]} and {widths[-1]}"
+            )
         changes: dict[str, Any] = {"layers_per_block": 1}
         for key, value in config.items():
             if isinstance(value, (list, tuple)) and len(value) == total:

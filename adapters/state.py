@@ -55,6 +55,28 @@ def check_plain(model: nn.Module) -> None:
             )
 
 
+def check_own_layers(model: nn.Module) -> None:
+    """Raises BadInput for layers that a class does not make of its config: LoRA's, fused projections, processors with
+    weights. Who loads the model again does not know of them."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            adapters = ", ".join(getattr(model, "peft_config", {})) or type(module).__name__
+            raise BadInput(
+                f"{name} carries a loaded LoRA or other adapter ({adapters}); "
+                "call pipeline.unload_lora_weights() first, and before that pipeline.fuse_lora() to keep its effect"
+            )
+        processor = getattr(module, "processor", None)
+        if getattr(module, "fused_projections", False):
+            raise BadInput(f"{name} has fused projections; {remedy_of('Fused')}")
+        if any(True for each in (processor,) if hasattr(each, "parameters") for _ in each.parameters()):
+            kind = type(processor).__name__
+            raise BadInput(f"{name} uses {kind}, which has weights of its own; {remedy_of(kind)}")
+
+
+def remedy_of(processor: str) -> str:
+    return next(remedy for start, remedy in REMEDIES if processor.startswith(start))
+
+
 def check_unhooked(model: nn.Module) -> None:
     """Raises BadInput for a model that Accelerate or diffusers moves, casts or skips parts of: a copy would not run."""
     for name, module in model.named_modules():

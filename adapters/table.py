@@ -21,7 +21,14 @@ from diffprune_plugin.adapters.ports import (
     whole_ones,
 )
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
-from diffprune_plugin.adapters.state import REMEDIES, check_plain, check_stock, check_unhooked, check_unquantized
+from diffprune_plugin.adapters.state import (
+    check_own_layers,
+    check_plain,
+    check_stock,
+    check_unhooked,
+    check_unquantized,
+    remedy_of,
+)
 from diffprune_plugin.errors import BadInput
 
 if TYPE_CHECKING:
@@ -293,21 +300,13 @@ class ModelAdapter(AttentionFacts):
             if refused.when(config):
                 why = refused.why if isinstance(refused.why, str) else refused.why(config)
                 raise BadInput(f"{refused.key}: {config.get(refused.key)!r} {why}")
+        check_own_layers(model)
         for name, module in model.named_modules():
-            if hasattr(module, "base_layer"):
-                adapters = ", ".join(getattr(model, "peft_config", {})) or type(module).__name__
-                raise BadInput(
-                    f"{name} carries a loaded LoRA or other adapter ({adapters}); "
-                    "call pipeline.unload_lora_weights() first, and before that pipeline.fuse_lora() to keep its effect"
-                )
             processor = type(getattr(module, "processor", None)).__name__
-            if getattr(module, "fused_projections", False):
-                processor = "FusedAttnProcessor2_0"
             if processor not in (*self.processors, "NoneType"):
-                remedy = next(remedy for start, remedy in REMEDIES if processor.startswith(start))
                 raise BadInput(
                     f"{name} uses {processor}; the adapter for {self.model_class} knows {', '.join(self.processors)}; "
-                    f"{remedy}"
+                    f"{remedy_of(processor)}"
                 )
 
     def mend_(self, model: nn.Module) -> None:

@@ -51,6 +51,17 @@ def test_pruned_by_a_config_with_captions_it_reloads_in_diffusers_and_draws_the_
         assert not np.array_equal(images_of(loaded, "nothing"), images), "the condition has an effect"
 
 
+def test_text_encoders_are_float32_too_unless_told_otherwise(tmp_path) -> None:
+    """transformers would take the dtype that their config states."""
+    pipeline = PIPELINES["stable diffusion"][0](tmp_path)
+    pipeline.text_encoder.half()
+    dp.save(pipeline, tmp_path / "dense")
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_pipeline(tmp_path / "dense", dtype)
+        assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {dtype}
+    assert np.isfinite(images_of(load_pipeline(tmp_path / "dense"))).all()
+
+
 @pytest.mark.parametrize(
     "families",
     [("stable diffusion", "latent diffusion"), pytest.param(("stable diffusion xl",), marks=pytest.mark.slow)],

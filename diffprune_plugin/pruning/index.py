@@ -47,6 +47,8 @@ def check_component(directory: Path, name: str, library: str, kind: str) -> None
         raise BadInput(
             f"{place}: code from {library!r} is not run; known are {', '.join(LIBRARIES)} and the packages of adapters"
         )
+    if (directory / name / INDEX_FILE).exists():
+        raise BadInput(f"{place}: {name} holds a pipeline of its own, whose code is not looked at; remove {INDEX_FILE}")
     for file in (folder / f"{word}.py" for folder in (directory, directory / name) for word in (library, package)):
         if file.exists() and not is_our_loader(file, directory / name):
             raise BadInput(f"{place}: {file} would be run in its place; remove that file")

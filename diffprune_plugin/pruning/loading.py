@@ -66,7 +66,16 @@ def load_dense(
         model, info = cls.from_pretrained(folder, use_safetensors=True, variant=variant, output_loading_info=True)
     check_used(model, tensors, info, folder, unused_tensors)
     check_computes(model.eval(), folder / "config.json")
-    return model.to(torch_dtype) if torch_dtype not in (None, model.dtype) else model
+    return model if torch_dtype in (None, model.dtype) else cast_(model, torch_dtype)
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What is saved of a model in another dtype; what it computes itself, as DiT's positions, stays as in diffusers."""
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 @torch.no_grad()
@@ -139,7 +148,8 @@ def load_pipeline(
     if any(library == "transformers" for library, _ in parts.values()):
         check_installed("transformers")
     name = component_in(directory)
-    given: dict[str, Any] = absent(directory)
+    # Not left open: transformers would take what a text encoder's config says.
+    given: dict[str, Any] = {**absent(directory), "torch_dtype": torch_dtype or torch.float32}
     if (directory / name).is_dir():
         given[name] = load(directory, torch_dtype, variant=variant, unused_tensors=unused_tensors)
     variants = {
@@ -147,13 +157,14 @@ def load_pipeline(
         for part in parts.keys() - {name}
         if weight_files(directory / part)
     }
-    if torch_dtype not in (None, torch.float32):
-        given["torch_dtype"] = torch_dtype
+    named = sorted(each for each in variants if each)
+    if len(named) > 1:
+        raise BadInput(f"{directory}: its parts have weights of {' and '.join(named)} alone; save it with one of them")
     diffusers.utils.logging.disable_progress_bar()
     try:
         with foreign_errors(f"{directory}: cannot be loaded as a pipeline"), without_a_doubt():
             return DiffusionPipeline.from_pretrained(
-                directory, use_safetensors=True, variant=next((each for each in variants if each), None), **given
+                directory, use_safetensors=True, variant=next(iter(named), None), **given
             )
     finally:
         diffusers.utils.logging.enable_progress_bar()

@@ -72,11 +72,23 @@ class MaskSchedule:
             fold_(self.model)
             stock_(self.model)
         try:
-            self.plan = make_plan(self.model, nested, pruning_ratio=ratio, **self.options)
-            self.current_ratio = ratio
+            plan = make_plan(self.model, nested, pruning_ratio=ratio, **self.options)
+            self.check_nested(plan, ratio)
+            self.plan, self.current_ratio = plan, ratio
         finally:  # a plan that cannot be made leaves the masks as they were
             report = None if self.plan is None else mask_(self.model, self.plan, exact_norms=self.exact_norms)
         return report
+
+    def check_nested(self, plan: PruningPlan, ratio: float) -> None:
+        """Raises BadInput for a plan that has a masked channel again: an allocation, or ratios of some layers, may have
+        masked more than a level does."""
+        removed = {group.root: set(group.removed) for group in plan.groups}
+        for group in self.plan.groups if self.plan else ():
+            if not set(group.removed) <= removed.get(group.root, set()):
+                raise BadInput(
+                    f"levels: {ratio} masks fewer channels of {group.root} than are masked already "
+                    f"({len(group.removed)} of {group.units}); begin with a higher level, or with a UNet without masks"
+                )
 
     def scoring(self) -> Criterion:
         """The criterion, calibrated anew on the UNet as it is now; its gradients are those of the dense scale."""

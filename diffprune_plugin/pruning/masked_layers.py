@@ -5,8 +5,9 @@ Zeroed channels still count in a norm's mean and variance, and in the head size 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,18 @@ def stock_(model: nn.Module) -> None:
                 scale_(layer, layer.gain)
             layer.__class__ = STOCK[type(layer)]
             del layer.kept
+
+
+@contextlib.contextmanager
+def stocked(model: nn.Module) -> Iterator[None]:
+    """The stock layers, inside and afterwards; those of `keep_` again where anything fails."""
+    kept: dict[str, Tensor] = {name: layer.kept for name, layer in model.named_modules() if type(layer) in STOCK}
+    stock_(model)
+    try:
+        yield
+    except BaseException:
+        keep_(model, kept)
+        raise
 
 
 @torch.no_grad()

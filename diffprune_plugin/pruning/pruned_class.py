@@ -36,6 +36,7 @@ from diffprune_plugin.pruning.skipped import skip_, skipped_in
 from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
 PLAN_KEY = "_pruning_plan"  # of a pruned model's config
+TENSORS = 100  # of a block at most
 PLAN_IN_WEIGHTS = "pruning_plan"  # of the weights' metadata: diffusers downloads no further files from a hub
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # diffusers' names
 
@@ -224,7 +225,8 @@ def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
     state = read_weights(directory / WEIGHTS, plan)
     dtype = next(iter(state.values())).dtype if dtype == "auto" else as_dtype(dtype)
     place = str(described_in(directory))
-    with foreign_errors(f"{place}: no {plan.model_class}"), at_most(len(state), place), init_empty_weights():
+    expected = len(state) + TENSORS * len(plan.skipped)  # blocks are made before they are skipped
+    with foreign_errors(f"{place}: no {plan.model_class}"), at_most(expected, place), init_empty_weights():
         model = cls.from_config(directory)
     try:
         # Copied: tensors as the file maps them may lie unaligned, and then some kernels round differently.

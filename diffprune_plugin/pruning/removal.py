@@ -18,7 +18,7 @@ from diffprune_plugin.graph.groups import ChannelsToGo, CoupledGroup, removed_ch
 from diffprune_plugin.graph.running import smallest_output
 from diffprune_plugin.planning.plan import PruningPlan
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.masked_layers import stock_
+from diffprune_plugin.pruning.masked_layers import stocked
 from diffprune_plugin.pruning.pruned_class import as_pruned_, check_architecture
 from diffprune_plugin.pruning.skipped import skipped_in, skipping
 
@@ -45,8 +45,7 @@ def remove_(model: nn.Module, plan: PruningPlan, *, adapter: ModelAdapter | None
     adapter = adapter or find_adapter(model)
     check_hooks(model)
     check_architecture(model, plan, type(model).__name__)
-    stock_(model)
-    with skipping(model, plan.skipped, adapter):
+    with stocked(model), skipping(model, plan.skipped, adapter):
         gone = channels_to_go(model, plan, adapter)
         check_trial(model, gone, plan, adapter)
     shrink_(model, gone, plan.heads, adapter)

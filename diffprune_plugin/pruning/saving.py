@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from diffprune_plugin.adapters.state import check_loaded, check_stock
+from diffprune_plugin.adapters.state import check_loaded, check_own_layers, check_stock
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import PLAN_FILE
 from diffprune_plugin.plugins import denoiser_of, find_adapter
@@ -41,6 +41,7 @@ def save(
     find_adapter(denoiser)
     check_stock(denoiser)
     check_loaded(denoiser)
+    check_own_layers(denoiser)
     check_loadable(denoiser)
     pruned = isinstance(denoiser, PrunedModelMixin) or PLAN_FILE in (extra or {})  # where blocks alone went, it is none
     with new_directory(path, overwrite, PRUNED if pruned else DENSE) as temporary:

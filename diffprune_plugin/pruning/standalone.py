@@ -50,9 +50,14 @@ class Pruned:
             model = cls.from_config(json.loads((folder / "config.json").read_text()))
         for name, wrapped in json.loads(facts.get("skipped", "{}")).items():
             model.set_submodule(name, Skip(wrapped))
-        resize(model, tensors, json.loads(facts["heads"]))
+        kind = dtype or torch_dtype or torch.float32  # of what is saved: what a model computes itself stays
+        resize(
+            model,
+            {k: t.to(kind) if t.is_floating_point() else t for k, t in tensors.items()},
+            json.loads(facts["heads"]),
+        )
         device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map or "cpu"
-        return nn.Module.to(model, device, dtype or torch_dtype or torch.float32).eval()
+        return nn.Module.to(model, device).eval()
 
     def save_pretrained(self, *_, **__):
         raise ValueError(f"{type(self).__name__} was loaded without {PACKAGE}; install that to save it")
@@ -105,9 +110,8 @@ def resize(model, tensors, heads):
         prefix = f"{name}." if name else ""
         for key, old in list(layer.named_parameters(recurse=False)):
             setattr(layer, key, nn.Parameter(tensors.pop(prefix + key).clone(), old.requires_grad))
-    for key, buffer in model.named_buffers():
-        if key in tensors:
-            buffer.copy_(tensors.pop(key))
+        for key in [key for key in layer._buffers if prefix + key in tensors]:
+            layer._buffers[key] = tensors.pop(prefix + key).clone()
     if tensors:
         raise ValueError(f"{WEIGHTS}: {next(iter(tensors))} has no place in the model that config.json describes")
     for name, layer in model.named_modules():
@@ -116,8 +120,9 @@ def resize(model, tensors, heads):
             owner, size = at(layer, attribute.rpartition(".")[0]), at(layer, source)
             if owner is not None and size is not None:
                 setattr(owner, attribute.rpartition(".")[2], size)
+        if name in heads:
+            layer.heads = heads[name]
         if kind == "Attention":
-            layer.heads = heads.get(name, layer.heads)
             layer.scale = (layer.to_q.out_features // layer.heads) ** -0.5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from peft import LoraConfig
 from tiny_conditional import (
     ADDED,
     CLASSES,
@@ -244,7 +246,9 @@ def test_another_attention_processor_is_refused_by_name_and_the_remedy_helps() -
 def test_an_ip_adapter_is_refused_by_name() -> None:
     unet = make_unet(SD)
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = IPAdapterAttnProcessor2_0(64, 24)
-    with pytest.raises(BadInput, match=r"attn2 uses IPAdapterAttnProcessor2_0; .* call pipeline.unload_ip_adapter\(\)"):
+    with pytest.raises(
+        BadInput, match=r"attn2 uses IPAdapterAttnProcessor2_0, .*; call pipeline.unload_ip_adapter\(\)"
+    ):
         dp.make_plan(unet, "magnitude")
 
 
@@ -254,9 +258,30 @@ def test_fused_projections_are_refused_even_when_unfused_again() -> None:
     unet.fuse_qkv_projections()
     for undo in (lambda: None, unet.unfuse_qkv_projections):
         undo()
-        with pytest.raises(BadInput, match=r"FusedAttnProcessor2_0; .* load the model again"):
+        with pytest.raises(BadInput, match=r"has fused projections; load the model again"):
             dp.make_plan(unet, "magnitude")
     assert any(name.endswith("to_qkv") for name, _ in unet.named_modules())
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_a_class_does_not_make_of_its_config_is_refused_before_it_is_written(pruned: bool, tmp_path: Path) -> None:
+    def made() -> Any:
+        unet = make_unet(SD)
+        if pruned:
+            dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.3))
+        return unet
+
+    with_lora, fused, prompted = made(), made(), made()
+    with_lora.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    fused.fuse_qkv_projections()
+    prompted.mid_block.attentions[0].transformer_blocks[0].attn2.processor = IPAdapterAttnProcessor2_0(64, 24)
+    for unet, words in ((with_lora, "carries a loaded LoRA"), (fused, "has fused proj"), (prompted, "weights of its")):
+        with pytest.raises(BadInput, match=words):
+            dp.save(unet, tmp_path / "unet")
+    assert not list(tmp_path.iterdir())
+    sliced = made()
+    sliced.set_attn_processor(SlicedAttnProcessor(2))
+    assert dp.load(dp.save(sliced, tmp_path / "unet")), "a processor without weights is no part of the model"
 
 
 def test_a_controlnet_is_refused_with_the_reason() -> None:

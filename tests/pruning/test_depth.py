@@ -164,6 +164,14 @@ def test_a_plan_for_another_shape_of_unet_is_refused() -> None:
         without_blocks(UNet2DConditionModel(**SD), "bk-sdm-base")
 
 
+def test_the_tiny_plan_wants_two_last_stages_of_the_same_width() -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4, "layers_per_block": 2}
+    unet = UNet2DConditionModel(**{**SD, **blocks, "block_out_channels": (8, 8, 16, 32)})
+    with pytest.raises(BadInput, match=r"bk-sdm-tiny.*its stage 3 has other channels than its last, 16 and 32"):
+        without_blocks(unet, "bk-sdm-tiny")
+    assert without_blocks(unet, "bk-sdm-small")[1]
+
+
 @pytest.mark.parametrize("error", [KeyError, IndexError, ValueError])
 def test_a_published_plan_that_a_config_does_not_fit_is_one_line(error: type[Exception]) -> None:
     def of(_: Any) -> Any:

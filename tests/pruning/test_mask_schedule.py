@@ -110,6 +110,18 @@ def test_a_schedule_goes_on_from_a_loaded_checkpoint(unet, tmp_path) -> None:
     assert torch.equal(output_of(again), output_of(unet))
 
 
+def test_a_level_that_would_take_masks_away_is_refused_and_leaves_them(unet) -> None:
+    dp.nncf_prune(unet, "magnitude", ratio=0.1, pruning_ratio_dict={"down_blocks.1.*": 0.6})
+    before, output = removed_by(unet.mask_report.plan), output_of(unet)
+    schedule = dp.MaskSchedule(unet, [0.3, 0.7], "magnitude")
+    with pytest.raises(BadInput, match=r"levels: 0\.3 masks fewer channels of down_blocks\S* than are masked already"):
+        schedule.step()
+    assert removed_by(unet.mask_report.plan) == before
+    torch.testing.assert_close(output_of(unet), output, rtol=0, atol=1e-5)
+    after = removed_by(schedule.step(1).plan)
+    assert all(before[root] <= after[root] for root in before)
+
+
 def test_a_plan_that_cannot_be_made_leaves_the_masks_as_they_were(unet) -> None:
     schedule = dp.MaskSchedule(unet, [0.3, 0.97], "magnitude")
     first, before = schedule.step(), output_of(unet)

@@ -245,6 +245,19 @@ def test_folding_leaves_nothing_of_nncf_behind() -> None:
         dp.fold_(unet)
 
 
+def test_a_removal_that_is_refused_leaves_a_folded_model_as_it_was() -> None:
+    plan = plan_for(make_unet())
+    unet = masked(make_unet, plan)
+    dp.fold_(unet)
+    before = output_of(unet)
+    wrong = plan.groups[0].model_copy(update={"removed": (999,)})
+    with pytest.raises(BadInput, match="removes unit 999"):
+        dp.remove_(unet, plan.model_copy(update={"groups": (wrong, *plan.groups[1:])}))
+    torch.testing.assert_close(output_of(unet), before, rtol=0, atol=1e-5)
+    dp.remove_(unet, plan)
+    torch.testing.assert_close(output_of(unet), before, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("exact_norms", [True, False])
 def test_nncfs_config_and_the_state_dict_bring_the_masks_back(exact_norms) -> None:
     plan = plan_for(make_unet())

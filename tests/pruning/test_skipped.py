@@ -69,6 +69,19 @@ def test_without_a_block_a_unet_is_the_dense_one_whose_block_adds_nothing(name: 
     assert output(everything).isfinite().all()
 
 
+def test_a_model_that_has_lost_far_more_blocks_than_it_has_left_loads(tmp_path: Path) -> None:
+    """Those that go are made first, from the dense config, and counted."""
+    model = make_conditional({**SDXL, "transformer_layers_per_block": [1, 40]})
+    known = find_adapter(model).residual_modules(model)
+    blocks = [name for name, row in known.items() if row.owner == "BasicTransformerBlock" and ".down" not in name]
+    dp.save(model, tmp_path / "dense")
+    values = {"model": str(tmp_path / "dense"), "output": str(tmp_path / "pruned"), "importance": "magnitude"}
+    result = prune(PruningConfig(**values, depth=blocks, pruning_ratio=0.3), progress=False)
+    dense, left = len(model.state_dict()), len(result.model.state_dict())
+    assert dense > 2 * left + 1000
+    assert torch.equal(output(dp.load(tmp_path / "pruned")), output(result.model))
+
+
 BLOCKS = ("down_blocks.0.resnets.1", "mid_block.attentions.0")
 
 

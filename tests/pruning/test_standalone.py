@@ -19,10 +19,12 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from tiny import make_unet, output_of
 from tiny_pipelines import PIPELINES
+from tiny_transformers import make
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d_condition import UNET_2D_CONDITION
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning import index
 from diffprune_plugin.pruning.directory import LOADER_FILE, LOADERS, WEIGHTS, loader_bytes
 from diffprune_plugin.pruning.loading import load_pipeline
@@ -85,6 +87,33 @@ def test_attention_keeps_its_heads_and_scale(heads: dict[str, float], tmp_path: 
     inputs = UNET_2D_CONDITION.example_inputs(unet, batch=2)
     with torch.no_grad():
         assert torch.equal(model(**inputs).sample, unet(**inputs).sample)
+
+
+@pytest.mark.parametrize("name", ["DiT", "Flux", "SD 3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transformer_computes_the_same_with_this_package_and_without(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Whole heads are gone, and DiT's positions, which are not saved, stay float32 as in diffusers."""
+    dp.save(make(name), tmp_path / "dense")
+    model = dp.load(tmp_path / "dense", dtype)
+    dp.remove_(model, dp.make_plan(model, "magnitude", pruning_ratio=0.5, head_pruning_ratio=0.5))
+    dp.save(model, tmp_path / "pruned")
+    cls = type(model).__name__
+    alone = getattr(loader(tmp_path / "pruned"), cls).from_pretrained(tmp_path / "pruned", torch_dtype=dtype)
+    again = dp.load(tmp_path / "pruned", dtype)
+    heads = {
+        part: [m.heads for m in each.modules() if hasattr(m, "to_q")] for part, each in (("1", model), ("2", alone))
+    }
+    assert heads["1"] == heads["2"]
+    inputs = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in find_adapter(model).example_inputs(model).items()
+    }
+    with torch.no_grad():
+        outputs = [each(**inputs, return_dict=False)[0] for each in (model, again, alone)]
+    assert outputs[0].dtype is dtype
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_changed_weights_or_a_changed_loader_are_refused_and_named_by_their_hash(folder: Path) -> None:

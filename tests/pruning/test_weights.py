@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 from tiny import make_unet, output_of
+from tiny_pipelines import PIPELINES
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
@@ -71,6 +72,21 @@ def test_the_only_variant_is_found_and_one_of_several_is_asked_for(pipeline, tmp
     assert torch.equal(output_of(dp.load(tmp_path / "dense", variant="ema")), output_of(other))
     with pytest.raises(BadInput, match=r"variant: 'fp8': no such weights in .*; it has ema, fp16"):
         load_pipeline(tmp_path / "dense", variant="fp8")
+
+
+def test_parts_that_are_there_in_different_variants_alone_are_refused(tmp_path) -> None:
+    pipeline = PIPELINES["stable diffusion"][0](tmp_path / "words")
+    pipeline.save_pretrained(tmp_path / "dense", variant="fp16")
+    for path in (tmp_path / "dense" / "vae").glob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace("fp16", "bf16")))
+    with pytest.raises(BadInput, match=r"its parts have weights of bf16 and fp16 alone; save it with one of them"):
+        load_pipeline(tmp_path / "dense")
+
+
+def test_a_pipeline_inside_a_pipeline_is_not_looked_into(dense_dir, pipeline) -> None:
+    pipeline.save_pretrained(dense_dir / "scheduler", safe_serialization=False)
+    with pytest.raises(BadInput, match=r"scheduler holds a pipeline of its own, whose code is not looked at; remove"):
+        load_pipeline(dense_dir)
 
 
 def test_weights_in_several_files_are_read_and_one_that_is_missing_is_told(unet, tmp_path) -> None:
