@@ -47,6 +47,11 @@ class Plugins:
 
     def register(self, module: Any, name: str, package: str, version: str) -> None:
         """Take a plugin in; a hook it misspells, or any failure, is recorded and keeps the plugin out."""
+        if self.manager.has_plugin(name):
+            other = next((plugin.package for plugin in self.found if plugin.name == name), "another package")
+            failure = f"its entry point is named {name!r} as that of {other} is; give it a name of its own"
+            self.found.append(Plugin(name, package, version, failure=failure))
+            return
         with faults() as failures:
             self.manager.register(module, name=name)
             self.manager.check_pending()

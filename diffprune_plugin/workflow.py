@@ -323,7 +323,7 @@ def timed_plan(
     def plan(options: PlanOptions, costs: LatencyCosts) -> PruningPlan:
         return plan_from(material, options, told, sensitivity, costs)
 
-    return meet_latency(config, config.latency, job.model, material, plan, file, progress)
+    return meet_latency(config, config.latency, job.model, material, plan, file, progress, store=store)
 
 
 def finish(job: Job, plan: PruningPlan, overwrite: bool, progress: bool) -> CompensationReport | None:

@@ -79,7 +79,7 @@ class Ratio:
 class Latency:
     """Everything that one benchmark found, and under which conditions; ``lost``: see `lost_kernels`.
 
-    ``per``: what a time is that of, a forward or a whole image.
+    ``per``: what a time is that of, a forward or a whole image. ``fused``: whether the pruned file has fused operators.
     ``tuned``: what `--tune` tried; the dense model then ran on ``dense_provider``, with options of its own.
     """
 
@@ -94,6 +94,7 @@ class Latency:
     lost: list[Waste] = field(default_factory=list)
     dense_provider: str = ""
     per: str = "forward"
+    fused: bool = False
     tuned: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -159,7 +160,8 @@ def measure(
     result = Latency(provider, dtype, threads, rounds or wanted.rounds, dense_provider=dense_provider or provider)
     waste = {n: wasteful_layers(path, provider, dtype, "fused" in facts[n]) for n, path in files.items()}
     result.waste = waste[PRUNED]
-    result.lost = lost_kernels(waste[PRUNED], waste.get(DENSE, waste[PRUNED])) if "fused" in facts[PRUNED] else []
+    result.fused = "fused" in facts[PRUNED]
+    result.lost = lost_kernels(waste[PRUNED], waste.get(DENSE, waste[PRUNED])) if result.fused else []
     macs = int(facts[DENSE]["macs"]) / int(facts[PRUNED]["macs"]) if dense else None
     for batch in batches:
         seen: list[dict[str, list[list[float]]]] = []

@@ -16,7 +16,7 @@ def promised(plan: PruningPlan | None, found: Latency | None) -> dict[str, Any]:
     if plan is None or plan.latency is None:
         return {}
     made, asked = plan.latency, plan.target["latency_target"]
-    runtime = {key: getattr(made, key) for key in ("provider", "dtype", "batch", "size", "threads")}
+    runtime = {key: getattr(made, key) for key in ("provider", "dtype", "batch", "size", "threads", "fuse")}
     told = {"latency_target": asked, "max_ms": made.max_ms, "made_for": {**runtime, "device": made.device}}
     return {**told, "measured_then": list(made.measured), **judged(plan, found)}
 
@@ -27,6 +27,8 @@ def judged(plan: PruningPlan, found: Latency | None) -> dict[str, Any]:
         return {"holds": None, "why": "no latency was measured"}
     here = {"provider": found.provider, "dtype": found.dtype, "threads": found.threads}
     other = [f"{key} {value}, not {getattr(made, key)}" for key, value in here.items() if value != getattr(made, key)]
+    if found.fused != made.fuse:
+        other.append("fused operators" if found.fused else "no fused operators (--fuse)")
     if made.size is not None:
         other.append(f"the config's size, not {made.size}")
     ratio = next((r for r in found.ratios if r.name == "dense / pruned" and r.batch == made.batch), None)

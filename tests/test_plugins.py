@@ -163,6 +163,18 @@ def test_a_name_registered_twice_is_an_error_that_names_both_plugins() -> None:
         criteria(manager)
 
 
+def test_a_plugin_named_as_another_stays_out_and_the_other_in() -> None:
+    manager = plugin_manager(entry_points=False)
+    before = set(criteria(manager))
+    for name in ("criteria", "mine", "mine"):
+        manager.register(SimpleNamespace(), name, f"package of {name}", "1")
+    assert set(criteria(manager)) == before
+    assert {p.name for p in manager.found if not p.failure} >= {"criteria", "mine"}
+    assert [p.failure for p in manager.found if p.failure and p.name == "mine"] == [
+        "its entry point is named 'mine' as that of package of mine is; give it a name of its own"
+    ]
+
+
 def test_an_unknown_criterion_lists_those_known_and_where_they_come_from() -> None:
     with pytest.raises(BadInput, match=r"unknown criterion 'magnitud'; did you mean 'magnitude'.*taylor \(criteria\)"):
         dp.importance("magnitud")

@@ -116,7 +116,9 @@ def main(
     places = itertools.product(range(seeds), shares, ways.split(","))
     possible = [(way, share, seed) for seed, share, way in places if share >= LEAST.get(way, 0)]
     jobs = {f"{way} {share} {seed}": partial(measured, way, share, seed) for way, share, seed in possible}
-    first = {key: jobs[key] for key in (f"{ways.split(',')[0]} {shares[0]} {seed}" for seed in range(seeds)) if key in jobs}
+    first = {
+        key: jobs[key] for key in (f"{ways.split(',')[0]} {shares[0]} {seed}" for seed in range(seeds)) if key in jobs
+    }
     store.fill({"dense": partial(measure_dense, LOOK)} | first, workers)  # each makes the calibration of its seed
     store.fill(jobs, workers)
     of_dense = store.values["dense"]

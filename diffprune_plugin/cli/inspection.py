@@ -63,13 +63,13 @@ def card(
     verdict: Annotated[Path | None, typer.Option(help="Verdict (.json) of diffprune-export.")] = None,
 ) -> None:
     """Write or renew a pipeline's model card, README.md; what was written around our part of it stays."""
-    from diffprune_plugin.pruning.card import evaluation_lines, read_report, renew_card, verdict_lines
+    from diffprune_plugin.pruning.card import renew_card, report_lines
 
     proofs: dict[str, Any] = {}
     if evaluation:
-        proofs["`diffprune evaluate`"] = evaluation_lines(read_report(evaluation / "evaluation.json"))
+        proofs["`diffprune evaluate`"] = report_lines(evaluation / "evaluation.json")
     if verdict:
-        proofs["the export"] = verdict_lines(read_report(verdict))
+        proofs["the export"] = report_lines(verdict)
     say(f"wrote {renew_card(directory, proofs)}")
 
 

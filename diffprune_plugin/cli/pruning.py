@@ -105,7 +105,10 @@ def frontier(
         check_report(report, overwrite)
     check_plot(plot, overwrite, drawing=report is not None)
     listing = read(config, flags)
-    found = frontier_of(settle(listing, keys or [], model=model, data=data), verify, latency=latency)
+    try:
+        found = frontier_of(settle(listing, keys or [], model=model, data=data), verify, latency=latency)
+    except BadInput as error:
+        raise listing.located(error) from None
     if report:
         write_frontier(report, found)
     if json:

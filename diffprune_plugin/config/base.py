@@ -13,6 +13,7 @@ from diffprune_plugin.config.documents import check_tree, parse_yaml, read_mappi
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.checked import Checked
 
+CRITERION = "diff_taylor"  # of a config that names none
 ConfigType = TypeVar("ConfigType", bound=Checked)
 
 
@@ -51,12 +52,12 @@ def apply_(values: dict[str, Any], settings: Sequence[str], overrides: Mapping[s
 def set_at(values: dict[str, Any], key: str, value: Any) -> None:
     """``values[key] = value``; what follows the key's first dot is a key of the mapping there, dots and all.
 
-    A criterion's name becomes a mapping when options are set on it.
+    A criterion's name, and the default's, becomes a mapping when options are set on it.
     """
     first, dot, inner = key.partition(".")
     if dot:
-        before = values.get(first) or {}
-        before = {"name": before} if first == "importance" and isinstance(before, str) else before
+        before = values.get(first) or (CRITERION if first == "importance" else {})
+        before = {"name": before} if isinstance(before, str) and first == "importance" else before
         if not isinstance(before, dict):
             raise BadInput(f"--set {key}: {first} is {before!r}, not a mapping")
         value = {**before, inner: value}

@@ -24,4 +24,4 @@ def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:
     """The criterion as asked for, with what its sweep filled in: the plan's provenance."""
     sweep = getattr(getattr(criterion, "calibration", None) or criterion, "sweep", None)
     filled = sweep.as_dict() if sweep is not None else {}
-    return {**filled, **config.importance, "seed": config.seed}
+    return {"seed": config.seed, **filled, **config.importance}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from diffprune_plugin.config.base import PathText, read_as
+from diffprune_plugin.config.base import CRITERION, PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.options import Patterns, PlanOptions
@@ -35,7 +35,7 @@ class Subject(Checked):
     model: PathText = Field(description="Directory of the dense model: a pipeline, or the model by itself.")
     output: PathText = Field(default="pruned", description="Directory of the result.")
     importance: dict[str, Any] = Field(
-        default_factory=lambda: {"name": "diff_taylor"},
+        default_factory=lambda: {"name": CRITERION},
         description="The criterion: its name, or a mapping of name and its options.",
     )
 

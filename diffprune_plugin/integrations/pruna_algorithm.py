@@ -20,7 +20,9 @@ from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.planner import make_plan
 from diffprune_plugin.plugins import criteria, denoiser_of, find_adapter, importance, plugin_manager
+from diffprune_plugin.pruning.loading import model_of
 from diffprune_plugin.pruning.removal import remove_
+from diffprune_plugin.sensitivity.linear import measure_sensitivity
 
 
 class DiffPrune(PrunaAlgorithmBase):  # type: ignore[misc]
@@ -44,21 +46,26 @@ class DiffPrune(PrunaAlgorithmBase):  # type: ignore[misc]
     def model_check_fn(self, model: Any) -> bool:
         """Whether this is a pipeline whose UNet has an adapter."""
         try:
-            find_adapter(denoiser_of(model)[1])
+            find_adapter(model_of(model))
         except BadInput:
             return False
         return True
 
     def _apply(self, model: Any, smash_config: Any) -> Any:
-        name, denoiser = denoiser_of(model)
-        criterion: Any = importance(smash_config["importance"])
-        if (sweep := getattr(criterion, "sweep", None)) is not None:
+        denoiser, wanted = model_of(model), smash_config["importance"]
+        criterion: Any = importance(wanted)
+        sweep, by_outputs = getattr(criterion, "sweep", None), hasattr(criterion, "sensitivity")
+        if sweep is not None or by_outputs:
             if smash_config["data"] is None:
-                raise BadInput(f"diffprune_data is missing: {smash_config['importance']} needs images; give a folder")
-            samples = encode(model, smash_config["data"])
-            criterion.calibration = calibrate(denoiser, model.scheduler, samples, sweep, progress=False)
-        remove_(denoiser, make_plan(denoiser, criterion, pruning_ratio=smash_config["pruning_ratio"]))
-        model.register_modules(**{name: denoiser})  # its class is another now
+                raise BadInput(f"diffprune_data is missing: {wanted} needs images; give a folder")
+            given = denoiser, model.scheduler, encode(model, smash_config["data"])
+            if sweep is not None:
+                criterion.calibration = calibrate(*given, sweep, progress=False)
+            if by_outputs:
+                criterion.sensitivity = measure_sensitivity(*given, progress=False)
+        ratio, description = smash_config["pruning_ratio"], {"name": wanted}
+        remove_(denoiser, make_plan(denoiser, criterion, pruning_ratio=ratio, description=description))
+        model.register_modules(**{denoiser_of(model)[0]: denoiser})  # its class is another now
         return model
 
 

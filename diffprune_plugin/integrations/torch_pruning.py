@@ -113,6 +113,7 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
             Scope(f"pruning_ratio_dict[{i}]", layers[key], self._ratios(ratios[key])) for i, key in enumerate(ratios)
         ]
         self._ratios(self.pruning_ratio)
+        self._ratios(self.head_pruning_ratio, "head_pruning_ratio")
         self._head_layers = self.adapter.head_layers(model, whole=not self.prune_num_heads)
         self._heads = self.adapter.head_sizes(model)
         self._dense, self._costs = self._groups(), layer_costs(model, self.adapter)
@@ -170,11 +171,11 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
         super().load_pruning_history(pruning_history)
         self._refresh()
 
-    def _ratios(self, ratio: float) -> Sequence[float]:
+    def _ratios(self, ratio: float, key: str = "pruning_ratio") -> Sequence[float]:
         """The ratio at each step; raises BadInput for one outside [0, 1)."""
         ratios: Sequence[float] = self.iterative_pruning_ratio_scheduler(ratio, self.iterative_steps)
         for value in (ratio, *ratios[1:]):
-            check_ratio(value, "pruning_ratio")
+            check_ratio(value, key)
         return ratios
 
     def _groups(self) -> list[CoupledGroup]:

@@ -32,6 +32,8 @@ def named(wanted: Any) -> tuple[str | None, dict[str, Any]]:
 def importance_of(wanted: Any, calibration: Calibration | None = None) -> Criterion:
     """The importance that was asked for by name, or as an object."""
     name, options = named(wanted)
+    if "calibration" in options:
+        raise BadInput("importance: 'calibration' is an argument of its own: Pruner(..., calibration=...)")
     if name is not None:
         return importance(name, calibration=calibration, **options)
     return wanted if calibration is None else with_calibration(wanted, calibration)

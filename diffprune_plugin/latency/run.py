@@ -74,11 +74,12 @@ def no_timer(piece: object) -> float:
     raise AssertionError(piece)
 
 
-def table_of(config: LatencyConfig, file: Path | None, progress: bool) -> Table:
-    """The table of measured pieces: the config's file, else ``file``, which an interrupted run leaves."""
+def table_of(config: LatencyConfig, file: Path | None, progress: bool, store: bool = True) -> Table:
+    """The table of measured pieces: the config's file, else ``file``, which an interrupted run leaves; written only if
+    ``store``."""
     place = Path(config.table) if config.table else file
     timer = PieceTimer(config.spec, config.dtype, config.threads)
-    return Table(timer, {**context(config), "opset": OPSET}, place, progress)
+    return Table(timer, {**context(config), "opset": OPSET}, place, progress, store=store)
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,17 @@ def timed_on(
     material: Material,
     file: Path | None,
     progress: bool,
+    store: bool = True,
 ) -> Iterator[Timed]:
     """The pieces measured, the dense model exported: for as long as the whole is to be measured.
 
-    file: of the pieces where the config names none; None: they are not kept.
+    file: of the pieces where the config names none; None: they are not kept. store: whether a file is written.
     """
     asked = options.with_wishes_of(material.criterion)
     if not asked.timed:  # for as many widths as it would have then
         free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS), "latency_target": 0.5}
         asked = asked.model_copy(update=free)
-    structures, table = Structures(model, material, config.batch, config.size), table_of(config, file, progress)
+    structures, table = Structures(model, material, config.batch, config.size), table_of(config, file, progress, store)
     costs = latency_costs(structures, asked, table, layer_multiple(config.runtime))
     with whole_files(structures.bare, material.adapter, config) as whole:
         yield Timed(asked, structures, table, costs, whole)
@@ -131,7 +133,8 @@ def meet_latency(
     plan: Planner,
     file: Path | None,
     progress: bool,
+    store: bool = True,
 ) -> PruningPlan:
     """The plan whose measured latency is nearest to what the options ask for; raises what `Meeting.run` raises."""
-    with timed_on(options, config, model, material, file, progress) as on:
+    with timed_on(options, config, model, material, file, progress, store) as on:
         return Meeting(on.options, on.structures, on.table, on.costs, on.whole, plan).run()

@@ -30,6 +30,7 @@ class Table:
     file: Path | None = None
     progress: bool = True
     times: dict[str, float] = field(default_factory=dict)
+    store: bool = True  # whether the file is written
 
     def __post_init__(self) -> None:
         if self.file is not None and self.file.exists():
@@ -61,7 +62,7 @@ class Table:
 
     def save(self) -> None:
         """With what other runs have put there meanwhile."""
-        if self.file is not None:
+        if self.file is not None and self.store:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with alone_in(self.file.parent):
                 content = read_table(self.file) if self.file.exists() else {}

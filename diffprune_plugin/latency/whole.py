@@ -59,7 +59,8 @@ class WholeFiles:
     @property
     def facts(self) -> dict[str, Any]:
         """What it is measured on, in the words of a plan's `Latency`."""
-        return {**context(self.config), "clock": clock_of(self.provider, self.config.threads)[0]}
+        clock = clock_of(self.provider, self.config.threads)[0]
+        return {**context(self.config), "clock": clock, "fuse": self.config.fuse}
 
     def __call__(self, bare: nn.Module) -> Measured:
         pruned = self.written(bare, "pruned")

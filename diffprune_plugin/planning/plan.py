@@ -77,8 +77,8 @@ class Latency(Frozen):
     ``predicted``: by the sum of pieces; ``measured``: of the whole file on its provider, the median of ``rounds`` with
     its 95 % interval; ``noise``: the interval of the dense model against itself; ``dense_ms``: what that took there,
     by ``clock`` (the wall's, or the computing thread's own); ``max_ms``: the latency that was asked for, if one was;
-    ``attempts``: plans that were measured; ``size``: the side of a sample, None for the config's; ``device``,
-    ``versions``: what it ran on.
+    ``attempts``: plans that were measured; ``fuse``: with fused operators; ``size``: the side of a sample, None for the
+    config's; ``device``, ``versions``: what it ran on.
     """
 
     provider: str
@@ -95,6 +95,7 @@ class Latency(Frozen):
     dense_ms: float
     max_ms: float | None = None
     attempts: int
+    fuse: bool = False
 
 
 class BlockChoice(Frozen):
@@ -150,6 +151,8 @@ class PruningPlan(Frozen):
         content = self.model_dump(mode="json", exclude={"versions", *absent})
         if self.allocation and not self.allocation.measured:
             del content["allocation"]["measured"]
+        if self.latency and not self.latency.fuse:
+            del content["latency"]["fuse"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def shortfalls(self) -> list[str]:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.planning.report import error_text, quantity
+from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import (
     COMPENSATION_FILE,
     CONFIG_FILE,
@@ -53,14 +54,16 @@ def card_text(directory: Path, source: Path | str | None, proofs: dict[str, Any]
 
 
 def renew_card(directory: Path, proofs: Mapping[str, Any] | None = None) -> Path:
-    """Renew README.md of a directory that is there, whose list of files is told.
+    """Renew README.md of a directory that is there, whose list of files is told; proofs of other titles stay in it.
 
     Raises BadInput for a directory that is no pipeline, or a card that cannot be read.
     """
     if not (directory / INDEX_FILE).is_file():
         raise BadInput(f"{directory}: no {INDEX_FILE}; give a pipeline directory")
     with alone_in(directory):
-        write_text(directory / CARD, card_text(directory, None, dict(proofs or {})))
+        old = read_card(directory / CARD)
+        kept = {} if old is None else proofs_in(old.text)
+        write_text(directory / CARD, card_text(directory, None, kept | dict(proofs or {})))
         renew_listed(directory, CARD)
     return directory / CARD
 
@@ -73,6 +76,18 @@ def read_card(path: Path) -> ModelCard | None:
         return card
     except Exception as error:  # of its YAML, in whichever library
         raise BadInput(f"{path}: its header cannot be read: {first_line(error)}; mend or remove it") from None
+
+
+def proofs_in(text: str) -> dict[str, list[str]]:
+    """The proofs in our part of a card, by title."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for line in text.partition(BEGIN)[2].partition(END)[0].splitlines():
+        if line.startswith("  - ") and title:
+            found.setdefault(title, []).append(line[4:])
+        else:
+            title = line[2:] if line.startswith("- ") else ""
+    return found
 
 
 def facts_of(card: ModelCard) -> dict[str, Any]:
@@ -264,16 +279,36 @@ def latency_parts(latency: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def evaluation_lines(facts: Mapping[str, Any]) -> list[str]:
     """What `diffprune evaluate` measured, in lines for a card."""
-    return [
-        f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float))
-        for name, found in facts.get("models", {}).items()
-    ]
+    found = {**facts["models"], "compared, from the same noise": facts.get("compared", {})}
+    lines = {name: ", ".join(numbers(values)) for name, values in found.items()}
+    return [f"{name}: {line}" for name, line in lines.items() if line] or ["nothing but sizes was measured"]
+
+
+def numbers(values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        number = value.get("mean") if isinstance(value, Mapping) else value
+        if isinstance(number, float):
+            yield f"{key} {number:.4g}"
 
 
 def source_of(model: Any) -> str | None:
     """Where a live pipeline or model was loaded from."""
     stated = getattr(model, "config", {}).get(SOURCE_KEY)
     return str(stated) if stated else None
+
+
+def report_lines(path: Path) -> list[str]:
+    """What a report says, in lines for a card: a verdict of an export, or an evaluation.
+
+    Raises BadInput for a file that is neither.
+    """
+    found = read_report(path)
+    with foreign_errors(f"{path}: damaged"):
+        if isinstance(found.get("passed"), bool):
+            return verdict_lines(found)
+        if isinstance(found.get("models"), Mapping):
+            return evaluation_lines(found)
+    raise BadInput(f"{path}: neither a verdict of diffprune-export nor an evaluation; give such a file")
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def nncf_prune(
 
     Raises as `make_plan` and `mask_` do, and BadInput for a scope that matches nothing.
     """
+    if "pruning_ratio" in options:
+        raise BadInput(f"pruning_ratio: {options['pruning_ratio']} is called ratio here, as in nncf.prune")
     adapter = adapter or plugins.find_adapter(model)
     examples_inputs = adapter.trace_inputs(model) if examples_inputs is None else examples_inputs
     ignored = ignored_layers(model, ignored_scope, examples_inputs)

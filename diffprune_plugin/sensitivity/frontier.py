@@ -22,6 +22,7 @@ from diffprune_plugin.planning.allocated import LatencyCosts
 from diffprune_plugin.planning.options import BUDGETS, LATENCIES, PlanOptions
 from diffprune_plugin.planning.plan import TARGETS, WITHIN, PruningPlan
 from diffprune_plugin.planning.planner import Material, plan_from, share_of
+from diffprune_plugin.pruning.index import INDEX_FILE
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.sensitivity.sensitivity import Sensitivity
 from diffprune_plugin.sensitivity.trials import Look
@@ -170,6 +171,9 @@ def frontier(
 
 def check_frontier(config: PruningConfig, latency: bool) -> None:
     """Raises BadInput for what a config asks that has no frontier; ``latency``: whether it is one of latencies too."""
+    folder = Path(config.model)
+    if config.data is None or (folder.is_dir() and not (folder / INDEX_FILE).exists()):
+        raise BadInput("frontier: needs 'data' and a pipeline directory as 'model', to measure cuts by; add them")
     if config.chooses_depth:
         raise BadInput("depth: auto has one budget, a frontier many; name the blocks or drop it")
     if config.timed and not latency:

@@ -275,7 +275,10 @@ def current_umask() -> int:
 
 
 def relative(value: Any) -> Any:
-    """An absolute path as seen from the working directory: what is handed on does not name this machine's folders."""
+    """An absolute path, also inside a mapping, as seen from the working directory: what is handed on does not name this
+    machine's folders."""
+    if isinstance(value, Mapping):
+        return {key: relative(inner) for key, inner in value.items()}
     if not isinstance(value, str) or not os.path.isabs(value):
         return value
     try:

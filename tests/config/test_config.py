@@ -7,7 +7,8 @@ import json
 import pytest
 
 import diffprune_plugin as dp
-from diffprune_plugin.config.pruning import read_config
+from diffprune_plugin.config.criterion import criterion_of, describe
+from diffprune_plugin.config.pruning import PruningConfig, read_config
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.checked import HIGH, LOW, facts
 
@@ -32,6 +33,15 @@ def test_settings_and_overrides_win_over_the_file(tmp_path) -> None:
     config = read_config(path, ["importance.threshold=0.02", "pruning_ratio=0.5"], output="small", model=None)
     assert config.importance == {"name": "diff_taylor", "threshold": 0.02}
     assert (config.pruning_ratio, config.output, config.model) == (0.5, "small", "dense")
+    path.write_text("model: dense\n")
+    assert read_config(path, ["importance.threshold=0.02"]).importance == {"name": "diff_taylor", "threshold": 0.02}
+    assert read_config(path, ["importance.name=taylor"]).importance == {"name": "taylor"}
+
+
+def test_a_plan_says_the_seed_that_its_criterion_scored_with() -> None:
+    for importance, seed in (({"name": "random", "seed": 7}, 7), ("random", 3)):
+        config = PruningConfig.make({"model": "dense", "importance": importance, "seed": 3})
+        assert describe(criterion_of(config), config)["seed"] == seed
 
 
 def test_a_setting_may_be_a_number_in_any_notation_or_a_pattern_with_dots(tmp_path) -> None:

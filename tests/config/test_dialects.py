@@ -191,6 +191,7 @@ def plan_of(unet: nn.Module, content: dict[str, Any]) -> dp.PruningPlan:
 def test_a_target_in_flops_is_a_target_in_macs() -> None:
     plan = plan_of(make_unet(), nncf({"pruning_flops_target": 0.4, "prune_first_conv": True, "all_weights": True}))
     assert plan.target == {"macs_target": 0.6}
+    assert translated(listing_of(nncf({"pruning_flops_target": 0.4})))["allocation"] == "uniform", "one ratio, as there"
     assert plan.macs[1] / plan.macs[0] == pytest.approx(0.6, abs=0.1)
 
 

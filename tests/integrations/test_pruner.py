@@ -387,6 +387,11 @@ def test_a_pruning_history_replayed_on_the_dense_unet_gives_the_same_plan() -> N
         ({"out_channel_groups": {torch.nn.Linear(2, 2): 2}}, "out_channel_groups: a Linear outside the model"),
         ({"head_pruning_ratio": 0.5}, "one has no effect without the other"),
         ({"head_pruning_ratio": 0.5, "prune_num_heads": True}, "add prune_head_dims=False"),
+        (
+            {"head_pruning_ratio": 1.0, "prune_num_heads": True, "prune_head_dims": False},
+            r"head_pruning_ratio: 1.0 is outside \[0, 1\)",
+        ),
+        ({"importance": {"name": "taylor", "calibration": 3}}, "'calibration' is an argument of its own"),
         ({"calibration": {}}, "calibration: GroupMagnitudeImportance takes none; leave it out"),
         (
             {"importance": "taylor", "calibration": {"scheduler": 1, "imges": 2}},

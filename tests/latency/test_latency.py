@@ -362,6 +362,14 @@ def test_the_table_goes_on_where_it_was_and_keeps_other_machines(quick: Quick, t
     assert len(json.loads(file.read_text())) == 2
 
 
+def test_a_dry_run_reads_a_table_and_writes_none(quick: Quick, tmp_path: Path) -> None:
+    pieces = quick.pieces([of[min(of)] for of in choices(quick.material.items, options(), MOST)])[:2]
+    dry = Table(cost_of, {}, tmp_path / "folder" / "table.json", progress=False, store=False)
+    dry.measure(pieces)
+    assert dry.total(pieces)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_runs_that_share_a_table_keep_what_the_other_measures(quick: Quick, tmp_path: Path) -> None:
     first, second = quick.pieces([of[min(of)] for of in choices(quick.material.items, options(), MOST)])[:2]
     file = tmp_path / "table.json"
@@ -399,6 +407,13 @@ def test_an_export_says_whether_the_latency_holds_here(quick: Quick) -> None:
     assert promise_line(promised(plan, here)).startswith(
         "made for a latency of 60.0% on cpu (fp32): does NOT hold: 70.0%"
     )
+    here.fused = True
+    assert promised(plan, here)["why"] == "measured with fused operators"
+    fused = plan.model_copy(update={"latency": plan.latency.model_copy(update={"fuse": True})})
+    assert promised(fused, here)["holds"] is False
+    assert fused.sha256 != plan.sha256
+    here.fused = False
+    assert promised(fused, here)["why"] == "measured with no fused operators (--fuse)"
     here.provider = "cuda"
     assert "provider cuda, not cpu" in promised(plan, here)["why"]
     sized = plan.model_copy(update={"latency": plan.latency.model_copy(update={"size": 24})})

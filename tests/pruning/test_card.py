@@ -81,6 +81,39 @@ def test_what_people_wrote_around_it_stays_when_it_is_renewed_and_so_does_the_li
         read_report(path)
 
 
+def test_the_card_tells_what_was_measured_of_each_and_keeps_what_an_earlier_one_told(pruned: Path, run: Any) -> None:
+    place = pruned.parent
+    facts = {
+        "models": {"model": {"name": "small", "params": 5, "KID": {"mean": 0.25, "subsets_std": 0.1}}, "against": {}},
+        "compared": {"SSIM": 0.951, "PSNR": None, "loss_difference": 1.5e-4},
+    }
+    (place / "evaluation").mkdir()
+    (place / "evaluation/evaluation.json").write_text(json.dumps(facts))
+    (place / "m.verdict.json").write_text('{"passed": true, "verify": "left out (--no-verify)"}')
+    assert run("card", pruned, "--verdict", place / "m.verdict.json")[0] == 0
+    assert run("card", pruned, "--evaluation", place / "evaluation")[0] == 0
+    assert run("card", pruned)[0] == 0
+    text = (pruned / "README.md").read_text()
+    part = text.partition("## Measured")[2].partition("##")[0].strip()
+    assert part.splitlines() == [
+        "- the export",
+        "  - it held",
+        "  - the file: left out (--no-verify)",
+        "- `diffprune evaluate`",
+        "  - model: KID 0.25",
+        "  - compared, from the same noise: SSIM 0.951, loss_difference 0.00015",
+    ]
+    for content, words in (
+        ('{"files": {}}', "neither a verdict"),
+        ('{"passed": true, "verify": {}}', "damaged: KeyErr"),
+    ):
+        (place / "m.verdict.json").write_text(content)
+        code, _, err = run("card", pruned, "--verdict", place / "m.verdict.json")
+        assert code == 2
+        assert words in err
+    assert (pruned / "README.md").read_text() == text
+
+
 def test_an_export_that_gave_nothing_finite_is_told_by_the_card_too() -> None:
     """As the verdict has it: JSON has no number for an error without an end."""
     verify = {"cases": [{}, {}], "worst": {"absolute": None, "relative": None}, "passed": False}

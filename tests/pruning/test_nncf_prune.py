@@ -86,6 +86,7 @@ def test_an_ignored_scope_spares_the_layers_that_nncf_spares(unet, scope) -> Non
         ({"ratio": 1.0}, "pruning_ratio: 1.0 is outside [0, 1)"),
         ({"importance": nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL}, "unknown criterion"),
         ({"importance": "diff_tailor"}, "did you mean 'diff_taylor'"),
+        ({"pruning_ratio": 0.3}, "pruning_ratio: 0.3 is called ratio here, as in nncf.prune"),
     ],
     ids=str,
 )

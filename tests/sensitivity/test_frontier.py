@@ -86,6 +86,7 @@ def test_what_cannot_be_met_or_is_missed_is_said(run: Any, config_file: Path) ->
             "global_pruning: true ranks groups together, a frontier weighs",
         ),
         (["latency_target=0.5"], "a frontier is of sizes; add --latency"),
+        (["data=null"], "frontier: needs 'data' and a pipeline directory as 'model'"),
     ],
 )
 def test_what_a_frontier_does_not_do_is_refused_before_anything_is_measured(
@@ -161,3 +162,13 @@ def test_a_point_is_the_plan_that_a_prune_to_its_budget_makes(preset: str | None
     for way in ("linear", "uniform"):
         config = PruningConfig(**values, macs_target=0.9, allocation=way)
         assert plans[way, 0.9].removed_units() == prune(config, dry_run=True, progress=False).plan.removed_units()
+
+
+def test_a_pattern_is_told_by_the_key_that_the_user_gave(run: Any, tmp_path: Path, dense_dir: Path, npz: Path) -> None:
+    params = {"filter_importance": "L2", "pruning_target": 0.3}
+    compression = {"algorithm": "filter_pruning", "params": params, "ignored_scopes": ["{re}conv_inn"]}
+    (tmp_path / "nncf.json").write_text(json.dumps({"compression": compression}))
+    given = ["--model", dense_dir, "--data", npz]
+    lines = [run(command, tmp_path / "nncf.json", *given) for command in ("prune", "frontier")]
+    assert [code for code, _, _ in lines] == [2, 2]
+    assert all("nncf.json: compression.ignored_scopes:" in err for _, _, err in lines)

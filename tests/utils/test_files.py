@@ -12,7 +12,7 @@ import pytest
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils import files
-from diffprune_plugin.utils.files import LIST_FILE, check_absent, new_directory, new_file
+from diffprune_plugin.utils.files import LIST_FILE, check_absent, new_directory, new_file, relative
 
 
 def write(path: Path, text: str = "ours", kind: str = "result", overwrite: bool = False) -> Path:
@@ -134,3 +134,9 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     write(tmp_path / "out", overwrite=True)
     assert [name.split(".")[1] for name in left()] == ["file"]
     assert (tmp_path / ".out.mine").exists()
+
+
+def test_a_path_inside_a_mapping_names_no_folder_of_this_machine_either(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"table": str(tmp_path / "pieces.json"), "provider": "cpu", "options": {"n": 1}}
+    assert relative(given) == {"table": "pieces.json", "provider": "cpu", "options": {"n": 1}}

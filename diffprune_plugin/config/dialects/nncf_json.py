@@ -114,7 +114,7 @@ PARAMS = {
         RATIO,
         "honoured",
         "one ratio is searched that leaves 1 - target of the MACs",
-        lambda value: {"macs_target": round(1 - value, 12)},
+        lambda value: {"macs_target": round(1 - value, 12), "allocation": "uniform"},
         instead_of="pruning_target",
     ),
     "num_init_steps": Fact(
