@@ -38,7 +38,7 @@ bench-quick: $(READY)
 	$(BIN)/pip install -q -c constraints.txt mlxtend
 	$(BIN)/python benchmarks/bench.py readme --quick
 
-# The models that the further tables need and the package does not hold: two hours or more; needs npm.
+# The models that the further tables need and the package does not hold: three hours or more; needs npm.
 models: $(READY)
 	$(BIN)/python benchmarks/making/train_emoji.py
 	$(BIN)/python benchmarks/making/train_classifier.py emoji
@@ -56,7 +56,7 @@ bench-more: $(READY) models
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/bench.py sizes
 
-# On an NVIDIA GPU: the tests that need one, then proofs and latency in 8 minutes; without one: exit code 3.
+# On an NVIDIA GPU: the tests that need one, then proofs and latency in at most 8 minutes; without one: exit code 3.
 gpu: .venv-gpu/ready
 	-.venv-gpu/bin/python -m pytest -q -n 2 -m gpu tests/test_gpu.py
 	.venv-gpu/bin/python benchmarks/bench.py gpu

@@ -1,6 +1,6 @@
 """Which criterion: the embedded model right after removal, and after 10 % of the dense model's training steps.
 
-    python benchmarks/bench.py criteria            # about an hour on two cores
+    python benchmarks/bench.py criteria            # a part of make bench
     python benchmarks/bench.py criteria --quick    # one ratio, two seeds, 30 steps
 
 Nothing is repaired before the fine-tune, which is the paper's protocol. Every criterion that needs gradients gets about
