@@ -166,6 +166,7 @@ def measure(
     for batch in batches:
         seen: list[dict[str, list[list[float]]]] = []
         for number in range(opened):
+            runs: dict[str, Any] = {}  # those of before go first: memory holds one set of sessions
             runs = sessions(result, files, batch, dims[batch], back=number % 2 == 1)
             for name, model in (eager or {}).items():
                 from diffprune_plugin.export.eager import eager_run  # with torch, which sessions alone do not need

@@ -20,6 +20,8 @@ def eager_run(model: Any, path: Path, dims: Mapping[str, int], threads: int) -> 
     parameter = next(model.parameters())
     inputs = {name: torch.from_numpy(value).to(parameter.device) for name, value in example_feeds(path, dims).items()}
     inputs = {name: v.to(parameter.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+    # One for all samples in a file; PixArt wants one for each.
+    inputs[adapter.timestep] = inputs[adapter.timestep].expand(len(inputs[adapter.sample]))
 
     cudnn = torch.backends.cudnn
     tf32 = cudnn.allow_tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # which cuDNN reads once, maybe before

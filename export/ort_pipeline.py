@@ -74,8 +74,12 @@ class ORTVae(nn.Module):
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
     def to(self, *args: Any, **kwargs: Any) -> ORTVae:
-        """Itself: a session stays where it was opened."""
-        self.decoder.to(*args, **kwargs)
+        """Itself: a session stays where it was opened, and takes tensors of any dtype, as diffusers upcasts a VAE's.
+
+        Raises BadInput for another device than its own.
+        """
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        self.decoder.to(device or self.device)
         return self
 
 

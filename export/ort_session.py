@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -61,6 +62,10 @@ class StandIn(nn.Module):
         self.config = FrozenDict(json.loads(facts["config"]))
         self.dtype = DTYPES[facts["dtype"]]
         self.device = torch.device("cpu")
+
+    def cache_context(self, _: str) -> contextlib.AbstractContextManager[None]:
+        """Of diffusers' caches, which a file has none of; FLUX's pipelines enter it at every step."""
+        return contextlib.nullcontext()
 
     def to(self, *args: Any, **kwargs: Any) -> StandIn:
         """Itself: a session stays where it was opened. Raises BadInput for another device or dtype than its own."""

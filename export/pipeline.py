@@ -18,6 +18,7 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed
 from diffprune_plugin.export.components import (
     DECODER,
+    ENCODER,
     LEFT_OUT,
     MODEL_FILE,
     PARTS,
@@ -191,7 +192,8 @@ def export_component(
         folder = place / (name + part.ending)
         folder.mkdir()
         dtype = options.dtype
-        if dtype == "fp16" and part is DECODER and overflows(live, side):
+        upcast = part is ENCODER and live.config.get("force_upcast")  # diffusers then encodes in fp32
+        if dtype == "fp16" and (upcast or (part is DECODER and overflows(live, side))):
             say(f"{folder.name}: kept in fp32, since it overflows in fp16")
             dtype = "fp32"
         cast = live if dtype == "fp32" else copy.deepcopy(live).to(DTYPES[dtype])

@@ -40,8 +40,9 @@ def run_pipeline(
 ) -> Verdict:
     """Export a pipeline directory and prove it: each part's numerics, the images, latency of UNet and whole.
 
-    The verdict lies beside the directory as JSON. Raises BadInput, CheckFailed or HardwareUnproved: with a part or an
-    image that missed there is no directory, with a gate that missed there is one.
+    The verdict lies beside the directory as JSON, with .rejected in its name where an earlier directory stays. Raises
+    BadInput, CheckFailed or HardwareUnproved: with a part or an image that missed there is no directory, with a gate
+    that missed there is one.
     """
     check_absent(output, options.overwrite, KIND)
     check_apart(output, {"--model": str(model), "--baseline": str(options.baseline) if options.baseline else None})
@@ -50,7 +51,8 @@ def run_pipeline(
     check_honoured(model, options)
     verdict = Verdict({"passed": False, "model": told(model), "directory": told(output), "failure": "interrupted"})
     verdict.content["command"] = command(model, output, options)
-    path = options.verdict or output.with_name(output.name + VERDICT)
+    # Until a directory takes the place of an earlier one, what is told is not of that.
+    ending = f".rejected{VERDICT}" if output.exists() else VERDICT
     try:
         with outcome(verdict.content, [model, output, options.baseline]):
             options = with_kept_layers(model, options, say)
@@ -61,10 +63,11 @@ def run_pipeline(
                     check_placement(verdict.content, unet, options.check_placement, options.batches[0], say)
                 time_both(verdict, model, place, options, say, show)
                 write_card(place, model, proofs={"the export": verdict_lines(held(verdict))})
+            ending = VERDICT
             if verdict.latency:
                 gate(verdict.latency, options.max_latency_ms, options.min_speedup)
     finally:
-        write_json(path, verdict.content)
+        write_json(options.verdict or output.with_name(output.name + ending), verdict.content)
         write_page(options.report, verdict)
     return verdict
 
@@ -100,6 +103,8 @@ def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say
 def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], str]:
     """PyTorch's images by batch size; none and why, for a pipeline that is not drawn from."""
     pipeline = load_pipeline(model)
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # it has no ONNX form, and what it blacks out could not be compared
     denoiser = denoiser_of(pipeline)[1]
     check_time_table(denoiser, find_adapter(denoiser), pipeline.scheduler)
     if why := not_drawn(type(pipeline)):

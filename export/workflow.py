@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -61,10 +62,10 @@ def run(
     path = options.verdict or output.with_name(output.name + VERDICT)
     try:
         with outcome(verdict.content, [model, output, options.baseline]):
-            for old in filter(None, (options.verdict, options.report)):  # of a file that this one replaces
-                old.unlink(missing_ok=True)
             options = with_kept_layers(model, options, say)
             to_file(verdict, model, output, options, say)
+            for old in filter(None, (options.verdict, options.report)):  # of a file that this one has replaced
+                old.unlink(missing_ok=True)
             verdict.content["failure"] = "interrupted before all of it was proved"
             write_verdict(path, output, verdict.content)
             prove_all(verdict, model, output, options, say)
@@ -280,6 +281,8 @@ def dense_file(model: Path, output: Path, options: Options) -> Iterator[Path | N
     # Beside the file: what a killed run leaves there, the next one removes.
     with scratch(output.with_name(f"{output.stem}-dense.onnx")) as path:
         to_onnx(dense, path, **options.of_file())
+        del dense
+        gc.collect()  # the exporter's program holds the weights in cycles
         yield path
 
 

@@ -153,6 +153,12 @@ class PruningConfig(PlanOptions, Subject):
                     raise ValueError(f"{key}: does not go with depth: auto; {UNCHOSEN[key]}")
         return self
 
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.allocation == "measured" and self.sensitivity_samples < 2:
+            raise ValueError("sensitivity_samples: 1: allocation: measured holds one out; give 2 or more")
+        return self
+
     @property
     def chooses_depth(self) -> bool:
         """Whether the blocks that go are to be chosen."""

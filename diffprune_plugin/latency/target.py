@@ -13,7 +13,7 @@ from diffprune_plugin.latency.whole import Measured, Whole
 from diffprune_plugin.planning.allocated import LatencyCosts, choices
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import TIMED_WITHIN, GroupPlan, Latency, PruningPlan
-from diffprune_plugin.planning.planner import share_of
+from diffprune_plugin.planning.planner import share_of, strictly
 
 ATTEMPTS = 3  # plans that are measured
 NEXT = 2  # larger widths that each is compared with
@@ -133,9 +133,7 @@ class Meeting:
             attempts=attempts,
         )
         found = plan.model_copy(update={"target": {**plan.target, "latency_target": share}, "latency": latency})
-        if self.options.strict and found.shortfalls():
-            raise CheckFailed("strict: " + "; ".join(found.shortfalls()))
-        return found
+        return strictly(found, self.options)
 
 
 def aimed(seen: Sequence[tuple[float, float]], share: float) -> float:

@@ -158,7 +158,9 @@ def widths(item: AskedGroup, options: PlanOptions, most: float) -> list[GroupPla
             every *= 2
             counts = range(item.group.units % every, counts[-1] + 1, every)
         plans = [plan_group(item, count, options) for count in dict.fromkeys([0, *counts])]
-    return [plan.model_copy(update={"requested": len(plan.removed), "reason": ""}) for plan in plans]
+    # What keeps a group from losing anything is told; else its reason is what its width costs.
+    kept = "" if len(plans) > 1 or item.heads or item.group.units < 2 else plan_group(item, 1, options).reason
+    return [plan.model_copy(update={"requested": len(plan.removed), "reason": kept}) for plan in plans]
 
 
 def described(plans: Sequence[GroupPlan], menus: Sequence[Menu], errors: Errors) -> tuple[list[GroupPlan], Allocation]:
@@ -167,12 +169,12 @@ def described(plans: Sequence[GroupPlan], menus: Sequence[Menu], errors: Errors)
         menu.root: menu.errors[menu.removed.index(len(plan.removed))] for plan, menu in zip(plans, menus, strict=True)
     }
     total = sum(costs.values())
-    told = [plan if plan.reason else plan.model_copy(update={"reason": why(costs[plan.root], total)}) for plan in plans]
+    told = [plan if plan.reason else plan.model_copy(update={"reason": why(plan, costs, total)}) for plan in plans]
     return told, Allocation(error=total, errors=costs, sensitivity=errors.sha256)
 
 
-def why(cost: float, total: float) -> str:
+def why(plan: GroupPlan, costs: Mapping[str, float], total: float) -> str:
     """What a width costs, in words."""
-    if cost == 0:
+    if not plan.removed:
         return "allocation: any step costs more here than elsewhere"
-    return f"allocation: {cost / total:.1%} of the output's error"
+    return f"allocation: {costs[plan.root] / total if total else 0.0:.1%} of the output's error"

@@ -138,6 +138,11 @@ def plan_from(
         macs=(before.macs, after.macs),
         versions=library_versions(),
     )
+    return strictly(plan, options)
+
+
+def strictly(plan: PruningPlan, options: PlanOptions) -> PruningPlan:
+    """The plan; raises CheckFailed where it falls short and the options are strict."""
     if options.strict and plan.shortfalls():
         raise CheckFailed("strict: " + "; ".join(plan.shortfalls()))
     return plan

@@ -97,7 +97,7 @@ class Branches:
                 return tuple(outputs) if isinstance(output, tuple) else outputs[0]
 
             def take(moved: Tensor, gradient: Tensor) -> None:
-                product = (by_position(gradient) * moved).sum((1, 2)).float().cpu()[:, None]
+                product = (by_position(gradient).float() * moved).sum((1, 2)).cpu()[:, None]
                 found[name] = found[name] + product if name in found else product
 
             return hook

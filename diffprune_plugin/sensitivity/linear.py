@@ -264,7 +264,7 @@ class Run:
                 centred = by_position(own.detach()) - self.centres[name].to(own)
 
                 def back(gradient: Tensor) -> None:
-                    moved = (centred * by_position(gradient)).sum(1).float().cpu()
+                    moved = (centred * by_position(gradient).float()).sum(1).cpu()
                     found[name] = found[name] + moved if name in found else moved
 
                 own.register_hook(back)

@@ -18,7 +18,7 @@ from typing import Any
 from diffprune_plugin.planning.allocated import Errors, choices
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import Allocation, GroupPlan, PruningPlan
-from diffprune_plugin.planning.planner import Material, plan_from
+from diffprune_plugin.planning.planner import Material, plan_from, strictly
 
 ROUNDS = 2
 FRACTION = 0.125  # of a group's units that a step is, at least one step of the group
@@ -94,7 +94,8 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     def spent(errors: Errors) -> PruningPlan:
         return plan_from(material, options, description, errors)
 
-    options = options.with_wishes_of(material.criterion)
+    asked_for = options.with_wishes_of(material.criterion)
+    options = asked_for.model_copy(update={"strict": False})  # what is tried may miss a target, what is found not
     best = spent(sensitivity)
     (error,) = yield Question.of(best)
     tried, reasons = [error], {group.root: group.reason for group in best.groups}
@@ -114,7 +115,7 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
             asked.append(proposed.removed_units())
             (found,) = yield Question.of(proposed)
             tried.append(found)
-            if found < error:
+            if found < error and (best.shortfalls() or not proposed.shortfalls()):
                 reasons = {group.root: around.reason(group, start[1]) for group in proposed.groups}
                 best, error = proposed, found
         if best is start[0]:
@@ -124,7 +125,7 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
         error=sum(errors.values()), errors=errors, sensitivity=sensitivity.sha256, measured=tuple(tried)
     )
     groups = tuple(group.model_copy(update={"reason": reasons[group.root]}) for group in best.groups)
-    return best.model_copy(update={"groups": groups, "allocation": allocation})
+    return strictly(best.model_copy(update={"groups": groups, "allocation": allocation}), asked_for)
 
 
 def near(plan: PruningPlan, material: Material, options: PlanOptions, most: float) -> list[GroupPlan]:

@@ -82,7 +82,8 @@ class Norms:
                 free = output.detach().flatten(2) - bias
 
                 def back(gradient: Tensor) -> None:
-                    scaled, moved = (free * gradient.flatten(2)).sum(2), gradient.flatten(2).sum(2)
+                    flat = gradient.flatten(2).float()  # squares in half precision overflow
+                    scaled, moved = (free * flat).sum(2), flat.sum(2)
                     product = torch.stack([scaled * scaled, scaled * moved, moved * moved], 2).double().cpu()
                     found[name] = found[name] + product if name in found else product
 

@@ -132,6 +132,12 @@ def test_what_would_fail_late_or_mean_something_else_is_refused_at_once(values, 
         dp.PruningConfig.make({"model": "dense", **values})
 
 
+def test_a_measured_allocation_needs_two_samples() -> None:
+    given = {"model": "m", "allocation": "measured", "macs_target": 0.5, "sensitivity_samples": 1}
+    with pytest.raises(BadInput, match="sensitivity_samples: 1: allocation: measured holds one out; give 2 or more"):
+        PruningConfig.make(given)
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = dp.PruningConfig.make({"model": "dense"})
     with pytest.raises(ValueError, match="frozen"):

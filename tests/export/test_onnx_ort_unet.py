@@ -32,6 +32,8 @@ def test_it_looks_like_a_unet_to_a_pipeline(unet):
     assert unet.dtype is torch.float32
     assert unet.device == torch.device("cpu")
     assert unet.to("cpu") is unet
+    with unet.cache_context("cond"):  # as FLUX's pipeline does at every step
+        pass
 
 
 def test_a_scalar_timestep_counts_for_the_whole_batch(unet):

@@ -107,6 +107,25 @@ def test_a_directory_holds_the_pipeline_and_draws_pytorchs_images(
     assert differing(drawn[0] + 1 / 255, drawn[1]) > 0.9
 
 
+def test_an_overwriting_export_that_fails_leaves_the_earlier_one_and_its_verdict(
+    models: Any, exported: Path, tmp_path: Path
+) -> None:
+    output, words = tmp_path / "onnx", ("--steps", 2, "--no-bench")
+    assert exit_code(output, "--model", exported, *words) == 0
+    assert exit_code(output, "--model", models.dense, *words, "--overwrite") == 1
+    assert json.loads((tmp_path / "onnx.verdict.json").read_text())["passed"]
+    assert not json.loads((tmp_path / "onnx.rejected.verdict.json").read_text())["passed"]
+    assert ORTPipeline(output)
+
+
+def test_pytorchs_images_are_those_before_a_safety_checker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipe = PIPELINES["stable diffusion"][0](tmp_path)
+    pipe.safety_checker = lambda images, **_: (0 * images, [True] * len(images))
+    monkeypatch.setattr(pipeline_workflow, "load_pipeline", lambda _: pipe)
+    drawn, _ = pipeline_workflow.pytorch_images(tmp_path, Options(steps=2))
+    assert all(np.any(images) for images in drawn.values())
+
+
 def test_a_pipeline_with_another_models_file_fails_and_leaves_no_directory(
     models: Any, exported: Path, opened: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -395,5 +414,8 @@ def test_fp16_keeps_the_decoder_of_sdxl_in_fp32(tmp_path: Path) -> None:
     run_pipeline(tmp_path / "dense", tmp_path / "onnx", Options(steps=2, latency=False, dtype="fp16"), said.append)
     assert "vae_decoder: kept in fp32, since it overflows in fp16" in said
     kinds = {path.parent.name: integrity.read_provenance(path)["dtype"] for path in tmp_path.glob("onnx/*/model.onnx")}
-    assert {kind for name, kind in kinds.items() if name != "vae_decoder"} == {"fp16"}
-    assert kinds["vae_decoder"] == "fp32"
+    assert {name for name, kind in kinds.items() if kind == "fp32"} == {"vae_decoder", "vae_encoder"}
+    vae = ORTPipeline(tmp_path / "onnx").vae
+    assert vae.to(dtype=torch.float32).to(torch.float16) is vae, "diffusers upcasts it to encode, and back"
+    with pytest.raises(BadInput, match=r"runs as torch\.float32 on cpu"):
+        vae.to("cuda")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers.models.attention_processor import Attention
 from tiny_transformers import make
 from torch import Tensor
 
 import diffprune_plugin as dp
 from diffprune_plugin.export import to_onnx, verify_onnx
+from diffprune_plugin.export.eager import eager_run
+from diffprune_plugin.export.feeds import fixed_dims
 
 SLOW = pytest.mark.slow
 DYNAMIC = {
@@ -35,3 +38,4 @@ def test_a_pruned_transformer_is_exported_and_computes_as_pytorch_at_every_size_
     result = verify_onnx(tmp_path / "model.onnx", model, batches=(1, 3))
     assert result.passed, result.worst
     assert result.worst.relative < 1e-5
+    eager_run(model, tmp_path / "model.onnx", fixed_dims(tmp_path / "model.onnx", batch=3), torch.get_num_threads())()

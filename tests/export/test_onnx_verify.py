@@ -17,7 +17,7 @@ from tiny_conditional import make_unet as make_conditional
 
 import diffprune_plugin
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export import ORTUNet, convert, read_provenance, to_onnx, verify_onnx
+from diffprune_plugin.export import ORTUNet, convert, read_provenance, to_onnx, verify, verify_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.integrity import read_manifest
 from diffprune_plugin.export.options import Options
@@ -239,6 +239,20 @@ def test_a_damaged_file_is_refused_not_rejected(models, copy):
     with pytest.raises(BadInput, match="truncated"):
         verify_onnx(copy, models.pruned)
     assert copy.exists()
+
+
+@pytest.mark.parametrize(
+    ("provider", "dtype", "relative"),
+    [
+        ("cpu", "fp32", 1e-5),
+        ("cuda", "fp32", 1e-4),
+        ("cuda:use_tf32=1", "fp32", 5e-3),
+        ("cuda:use_tf32=0", "fp32", 1e-4),
+        ("cuda:use_tf32=1", "fp16", 5e-3),
+    ],
+)
+def test_the_tolerance_is_that_of_the_products_of_a_provider(provider, dtype, relative):
+    assert verify.tolerance_of(provider, dtype).relative == relative
 
 
 def test_a_nan_is_a_miss():

@@ -98,9 +98,19 @@ def test_fewer_units_are_never_a_loss_nor_more_a_gain() -> None:
     assert [around.error(ROOT, range(now + more)) for more in (-8, 0, 8)] == pytest.approx([0, 0.15, 0.35])
 
 
-def searched(material: Material, sensitivity: Sensitivity, error: Any) -> tuple[PruningPlan, list[Question]]:
+def test_what_keeps_a_group_from_losing_anything_is_its_reason(sensitivity: Sensitivity) -> None:
+    plan = dp.make_plan(make_unet(), "magnitude", macs_target=0.9, round_to=16, sensitivity=sensitivity)
+    narrow = [group.reason for group in plan.groups if group.units == 16 and not group.removed]
+    assert narrow
+    assert all("16" in reason and "costs more" not in reason for reason in narrow), narrow
+    assert all(group.reason.endswith("of the output's error") for group in plan.groups if group.removed)
+
+
+def searched(
+    material: Material, sensitivity: Sensitivity, error: Any, **changes: Any
+) -> tuple[PruningPlan, list[Question]]:
     """What a search ends with, ``error`` of units giving the answers, and what it asked."""
-    searching, asked, given = search(material, OPTIONS, None, sensitivity), [], None
+    searching, asked, given = search(material, OPTIONS.model_copy(update=changes), None, sensitivity), [], None
     while True:
         try:
             asked.append(searching.send(given))
@@ -146,6 +156,28 @@ def test_each_group_can_stay_as_wide_as_it_is_however_many_widths_are_left_out(
     searched(material, sensitivity, lambda units: sum(sensitivity.error(root, some) for root, some in units.items()))
     assert len(seen) >= len(material.items)
     assert all(seen)
+
+
+def test_what_is_tried_may_miss_a_target_and_what_is_found_not(
+    material: Material, sensitivity: Sensitivity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measured.plan_from
+
+    def missing(material: Material, options: Any, told: Any, errors: Any) -> PruningPlan:
+        assert not options.strict, "it would end the search"
+        plan = real(material, options, told, errors)
+        return plan.model_copy(update={"target": {"macs_target": 0.1}}) if isinstance(errors, Around) else plan
+
+    monkeypatch.setattr(measured, "plan_from", missing)
+    first: list[dict[str, list[int]]] = []
+
+    def error(units: dict[str, list[int]]) -> float:
+        first.append(units)
+        return 1.0 - 0.1 * (units != first[0])
+
+    plan, asked = searched(material, sensitivity, error, strict=True)
+    assert plan.removed_units() == asked[0].removed
+    assert not plan.shortfalls()
 
 
 def test_a_plan_that_turns_out_worse_is_not_taken(material: Material, sensitivity: Sensitivity) -> None:
