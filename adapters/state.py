@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffprune_plugin.errors import BadInput
 
@@ -65,10 +65,10 @@ def check_own_layers(model: nn.Module) -> None:
                 f"{name} carries a loaded LoRA or other adapter ({adapters}); "
                 "call pipeline.unload_lora_weights() first, and before that pipeline.fuse_lora() to keep its effect"
             )
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if getattr(module, "fused_projections", False):
             raise BadInput(f"{name} has fused projections; {remedy_of('Fused')}")
-        if any(True for each in (processor,) if hasattr(each, "parameters") for _ in each.parameters()):
+        if hasattr(processor, "parameters") and any(True for _ in processor.parameters()):
             kind = type(processor).__name__
             raise BadInput(f"{name} uses {kind}, which has weights of its own; {remedy_of(kind)}")
 

@@ -57,7 +57,9 @@ def measure_pipeline(
     result, shares = Latency(provider, dtype, options.threads, options.rounds or ROUNDS, per="image"), Shares()
     for batch in options.batches:
         opened: dict[str, OrtSession] = {}
-        pipelines, runs = {}, {}  # those of before go first: memory holds one set of sessions
+        # Those of before go first: memory holds one set of sessions.
+        pipelines: dict[str, Any] = {}
+        runs: dict[str, Any] = {}
         pipelines, cost = proved_pipelines(place, dense, batch, steps, result, opened)
         runs = {name: timed_run(name, pipelines[name], batch, steps, opened, shares) for name in pipelines}
         runs[AGAIN] = plain_run(next(iter(pipelines.values())), batch, steps)

@@ -286,7 +286,7 @@ def compare(model: Measured, dense: Measured, batch_size: int) -> dict[str, Any]
         metrics = need("torchmetrics.image")
         likeness = metrics.StructuralSimilarityIndexMeasure(data_range=1.0, reduction="none")
         noise = metrics.PeakSignalNoiseRatio(data_range=1.0)
-        for pair in zip(model.images.split(batch_size), dense.images.split(batch_size), strict=True):
+        for pair in zip(*(torch.split(each.images, batch_size) for each in (model, dense)), strict=True):
             for metric in (likeness, noise):
                 metric.update(*(images.float() / 255 for images in pair))
         ssim, psnr = likeness.compute().flatten().double(), float(noise.compute())
