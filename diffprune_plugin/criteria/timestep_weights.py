@@ -43,6 +43,12 @@ def alphas_of(scheduler: Any) -> Weights:
     return np.asarray(alphas.cpu() if hasattr(alphas, "cpu") else alphas, dtype=np.float64)
 
 
+def signal_to_noise(alphas_cumprod: Weights) -> Weights:
+    """alpha / (1 - alpha) at each training timestep."""
+    ratio: Weights = alphas_cumprod / np.maximum(1 - alphas_cumprod, 1e-12)
+    return ratio
+
+
 def uniform(alphas_cumprod: Weights, prediction_type: str) -> Weights:
     """Every timestep that counts weighs the same: alpha_t of arXiv 2305.10924 is 1 or 0."""
     return np.ones(len(alphas_cumprod))
@@ -65,7 +71,7 @@ def min_snr(alphas_cumprod: Weights, prediction_type: str, gamma: float = SNR_LI
     sample's, hence min(SNR, gamma) / SNR (1 at SNR = 0, where the quotient has no value) and / (SNR + 1). That of flow
     matching's velocity is 1 / sigma ** 2 = (1 + sqrt(SNR)) ** 2 times.
     """
-    snr = alphas_cumprod / np.maximum(1 - alphas_cumprod, 1e-12)
+    snr = signal_to_noise(alphas_cumprod)
     if prediction_type == "epsilon":
         return np.minimum(1.0, gamma / np.maximum(snr, 1e-12))
     if prediction_type == FLOW:

@@ -11,7 +11,7 @@ import numpy as np
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffprune_plugin.adapters.table import ModelAdapter
-from diffprune_plugin.criteria.timestep_weights import FLOW, Weights, alphas_of, sigmas_of
+from diffprune_plugin.criteria.timestep_weights import FLOW, Weights, alphas_of, sigmas_of, signal_to_noise
 from diffprune_plugin.errors import BadInput
 
 # What a scheduler's config says of the training.
@@ -32,7 +32,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 NOISE_FORMS: dict[str, tuple[str, Callable[[Any], Weights]]] = {
     "epsilon": ("1", lambda scheduler: np.ones_like(alphas_of(scheduler))),
     "v_prediction": ("alpha_t", lambda scheduler: alphas_of(scheduler)),
-    "sample": ("alpha_t / (1 - alpha_t)", lambda scheduler: 1 / np.maximum(1 / alphas_of(scheduler) - 1, 1e-12)),
+    "sample": ("alpha_t / (1 - alpha_t)", lambda scheduler: signal_to_noise(alphas_of(scheduler))),
     FLOW: ("(1 - sigma_t) ** 2", lambda scheduler: (1 - sigmas_of(scheduler)) ** 2),
 }
 

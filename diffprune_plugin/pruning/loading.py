@@ -71,10 +71,10 @@ def load_dense(
 
 def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """What is saved of a model in another dtype; what it computes itself, as DiT's positions, stays as in diffusers."""
-    state = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
-    }
-    model.load_state_dict(state, assign=True)
+    saved = model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)  # one after another: memory holds no second model
     return model
 
 
