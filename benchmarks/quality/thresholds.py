@@ -45,7 +45,7 @@ TENTH = 0.1
 ALL = ",".join(sorted(NAMES, key=float))
 
 
-def budget_of(model: str, batch_size: int, share: float) -> Budget:
+def budget_of(model: str, batch_size: int, share: float = TENTH) -> Budget:
     """A share of the dense model's steps."""
     subject = SUBJECTS[model]
     look, steps = Look(held_out=250, repeats=2, count=66, steps=10), round(share * subject.steps)

@@ -114,10 +114,10 @@ def layer_by_layer(
         weight = layer.weight[torch.from_numpy(outputs)].double().reshape(len(outputs), layer.weight.shape[1], -1)
         kept = torch.from_numpy(np.setdiff1d(np.arange(weight.shape[1]), behind[name]))
         new = update(weight, moments[name], kept)
-        errors = [error(weight, each, moments[name], kept) for each in (weight[:, kept], new)]
+        before, after = (error(weight, each, moments[name], kept) for each in (weight[:, kept], new))
         target: Any = model.get_submodule(name)
         target.weight.copy_((new * factors.get(name, 1.0)).reshape(target.weight.shape))
-        repairs.append(Repair((name,), name, len(kept), samples, *errors, RIDGE))
+        repairs.append(Repair((name,), name, len(kept), samples, before, after, RIDGE))
     left = {name: "a layer of another kind" for name in behind if name not in layers}
     return CompensationReport(tuple(repairs), left, samples, time.monotonic() - started)
 
