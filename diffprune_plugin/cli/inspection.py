@@ -63,13 +63,13 @@ def card(
     verdict: Annotated[Path | None, typer.Option(help="Verdict (.json) of diffprune-export.")] = None,
 ) -> None:
     """Write or renew a pipeline's model card, README.md; what was written around our part of it stays."""
-    from diffprune_plugin.pruning.card import renew_card, report_lines
+    from diffprune_plugin.pruning.card import renew_card, told_by_evaluation, told_by_verdict
 
     proofs: dict[str, Any] = {}
     if evaluation:
-        proofs["`diffprune evaluate`"] = report_lines(evaluation / "evaluation.json")
+        proofs["`diffprune evaluate`"] = told_by_evaluation(evaluation / "evaluation.json")
     if verdict:
-        proofs["the export"] = report_lines(verdict)
+        proofs["the export"] = told_by_verdict(verdict)
     say(f"wrote {renew_card(directory, proofs)}")
 
 

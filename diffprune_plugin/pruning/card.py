@@ -297,18 +297,22 @@ def source_of(model: Any) -> str | None:
     return str(stated) if stated else None
 
 
-def report_lines(path: Path) -> list[str]:
-    """What a report says, in lines for a card: a verdict of an export, or an evaluation.
-
-    Raises BadInput for a file that is neither.
-    """
+def told_by_verdict(path: Path) -> list[str]:
+    """The lines for a card of a verdict's file; raises BadInput for a file that is none, or damaged."""
     found = read_report(path)
+    if not isinstance(found.get("passed"), bool):
+        raise BadInput(f"{path}: no verdict of diffprune-export; give the .verdict.json beside the export")
     with foreign_errors(f"{path}: damaged"):
-        if isinstance(found.get("passed"), bool):
-            return verdict_lines(found)
-        if isinstance(found.get("models"), Mapping):
-            return evaluation_lines(found)
-    raise BadInput(f"{path}: neither a verdict of diffprune-export nor an evaluation; give such a file")
+        return verdict_lines(found)
+
+
+def told_by_evaluation(path: Path) -> list[str]:
+    """The lines for a card of an evaluation.json; raises BadInput for a file that is none, or damaged."""
+    found = read_report(path)
+    if not isinstance(found.get("models"), Mapping):
+        raise BadInput(f"{path}: no evaluation; give the directory that diffprune evaluate wrote")
+    with foreign_errors(f"{path}: damaged"):
+        return evaluation_lines(found)
 
 
 def read_report(path: Path) -> dict[str, Any]:

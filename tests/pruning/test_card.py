@@ -104,7 +104,8 @@ def test_the_card_tells_what_was_measured_of_each_and_keeps_what_an_earlier_one_
         "  - compared, from the same noise: SSIM 0.951, loss_difference 0.00015",
     ]
     for content, words in (
-        ('{"files": {}}', "neither a verdict"),
+        ('{"files": {}}', "no verdict of diffprune-export"),
+        (json.dumps(facts), "no verdict of diffprune-export"),
         ('{"passed": true, "verify": {}}', "damaged: KeyErr"),
     ):
         (place / "m.verdict.json").write_text(content)
