@@ -177,7 +177,8 @@ def finetune(
     first, last = report.ends()
     say(f"{report.steps} steps in {report.seconds:.0f} s on {report.processes} processes ({report.device}): ", end="")
     say(f"loss {first:.4f} -> {last:.4f} (means of the first and last tenth)")
-    say(f"wrote {settled.output}: the moving average of the weights, and the loss curve in finetune.json")
+    written = "the moving average of the weights" if settled.ema_decay else "the last weights"
+    say(f"wrote {settled.output}: {written}, and the loss curve in finetune.json")
 
 
 def config(

@@ -85,7 +85,8 @@ class FinetuneReport:
 
 
 def finetune(config: FinetuneConfig, *, overwrite: bool = False, progress: bool = True) -> FinetuneReport:
-    """Train the pruned model of a directory and write one that loads the same way; its weights are the moving average.
+    """Train the pruned model of a directory and write one that loads the same way; its weights are the moving average,
+    or, with ``ema_decay: 0``, the last.
 
     An interrupted call goes on from its last checkpoint, on one process to identical bits. The output also holds the
     config, the loss curve (finetune.json) and, where matplotlib is installed, its plot.

@@ -98,6 +98,8 @@ def test_it_ends_in_a_directory_that_loads_as_the_one_it_started_from(run, tunin
     code, _, err = run("finetune", tuning)
     assert code == 2
     assert "exists; use --overwrite" in err
+    code, out, _ = run("finetune", tuning, "--overwrite", "--set", "ema_decay=0")
+    assert code == 0 and "the last weights" in out
     first = weights(values["output"])
     code, out, _ = run("finetune", tmp_path / "tuned" / "finetune.yaml", "--overwrite", "--json")
     assert code == 0
