@@ -263,8 +263,10 @@ def with_calibration(criterion: Any, calibration: Any) -> Criterion:
 def find_adapter(model: Any, plugins: Plugins | None = None) -> ModelAdapter:
     """The adapter for a UNet, by its class or the nearest of its base classes.
 
-    Raises BadInput if there is none, or for a wrapper, with the attribute that holds the model.
+    Raises BadInput if there is none, or for a wrapper or a pipeline, with the attribute that holds the model.
     """
+    if hasattr(model, "components"):
+        raise BadInput(f"{type(model).__name__} is a pipeline; give the model in it, its .{denoiser_of(model)[0]}")
     for name in WRAPPED:
         if hasattr(getattr(model, name, None), "named_modules"):
             raise BadInput(f"{type(model).__name__} wraps the model; give its .{name}, and wrap the result again")

@@ -18,10 +18,12 @@ from torch import nn
 
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.stored import calibration_for
-from diffprune_plugin.config.criterion import criterion_of, describe
+from diffprune_plugin.config.criterion import criterion_of, describe, tell_unused
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.encoding import encode
+from diffprune_plugin.data.places import is_folder
 from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.running import execution_order
 from diffprune_plugin.hookspecs import Criterion
@@ -32,10 +34,10 @@ from diffprune_plugin.planning.plan import PLAN_FILE, BlockChoice, PruningPlan
 from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
 from diffprune_plugin.planning.plot import plot_widths
 from diffprune_plugin.planning.presets import filled_in
-from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.depth import Cut, cut_out
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, check_kept, progress_directory
-from diffprune_plugin.pruning.loading import load_model, model_of
+from diffprune_plugin.pruning.loading import load_model, model_of, with_model
 from diffprune_plugin.pruning.pruned_class import PrunedModelMixin
 from diffprune_plugin.pruning.removal import remove_
 from diffprune_plugin.pruning.saving import PRUNED, save
@@ -225,7 +227,10 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     if config.timed:
         check_runtime(config.latency)
         check_size(config.latency, model)
-    compensating = wants_compensation(config, loaded)
+    compensating, scheduler = wants_compensation(config, loaded), getattr(loaded, "scheduler", None)
+    tell_unused(stated, criterion, is_allocated(config, scheduler))
+    if config.data:
+        is_folder(Path(config.data))  # that it is there
 
     def samples() -> Samples:
         found = encode(loaded, config.data, config.resolution)
@@ -233,15 +238,10 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
             check_enough(len(found), SAMPLES)
         return found
 
-    return Job(stated, config, criterion, loaded, model, cut, compensating, functools.cache(samples))
-
-
-def with_model(loaded: Any, model: nn.Module, other: nn.Module) -> tuple[Any, nn.Module]:
-    """What was loaded, and its model, with another one in its place."""
-    if loaded is model:
-        return other, other
-    loaded.register_modules(**{denoiser_of(loaded)[0]: other})
-    return loaded, other
+    job = Job(stated, config, criterion, loaded, model, cut, compensating, functools.cache(samples))
+    if compensating and not dry_run and Processes().is_first:  # read now, not when all but the repair is done
+        fitting(job.samples(), model, find_adapter(model), scheduler)
+    return job
 
 
 def with_chosen_depth(job: Job, store: bool, progress: bool) -> Job:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from diffprune_plugin.export.options import BenchOptions, Options, check_results
-from diffprune_plugin.utils.command_options import with_options
+from diffprune_plugin.utils.command_options import with_options, with_paths
 from diffprune_plugin.utils.entry_point import run_app
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ console = Console()
     epilog="Example: diffprune-export model.onnx --model pruned --baseline dense --min-speedup 1.3. "
     "Exit codes: 0 all of it held, 1 a check failed, 2 bad input, 3 the provider cannot be proved."
 )
+@with_paths
 @with_options(Options)
 def export(
     output: Annotated[
@@ -37,17 +38,19 @@ def export(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a model as ONNX, prove its numerics against PyTorch, and time it against the dense model."""
+    from diffprune_plugin.export.integrity import manifest_path
     from diffprune_plugin.export.pipeline_workflow import run_pipeline
     from diffprune_plugin.export.workflow import default_model, run
     from diffprune_plugin.utils.html_report import check_report
 
-    check_results(options)
+    whole, shown = is_directory(output), list["Latency"]()
+    files = {"the export": output, "its manifest": manifest_path(output)}
+    check_results(options, {} if whole else files, output if whole else None)
     if options.report:
         check_report(options.report, options.overwrite)
     if model is None:
         model = default_model()
         say(f"model: {model} (no --model given)")
-    whole, shown = is_directory(output), list["Latency"]()
     (run_pipeline if whole else run)(model, output, options, say, lambda latency: show(latency, options, shown))
     client = "ORTPipeline" if whole else "ORTUNet"
     say(f"passed; load it with: from diffprune_plugin.export import {client}; {client}({str(output)!r})")
@@ -70,7 +73,7 @@ def bench(
     from diffprune_plugin.export.verdict import memory_errors, write_json
     from diffprune_plugin.export.workflow import time_files
 
-    check_results(options)
+    check_results(options, {"the dense file": dense} | ({} if pruned == dense else {"the pruned file": pruned}))
     check_gates(options.max_latency_ms, options.min_speedup)
     with memory_errors():
         result = time_files(pruned, dense, options)

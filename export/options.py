@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ import typer
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.fusion import check_fuse
 from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, spec_of, without_replay
-from diffprune_plugin.utils.files import check_file
+from diffprune_plugin.utils.files import check_file, check_picture
 from diffprune_plugin.utils.optional import need
+from diffprune_plugin.utils.written_paths import check_different
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Report = Annotated[
@@ -121,10 +123,16 @@ class Options(FileOptions, BenchOptions):
         return super().of_file() | {"fuse": check_fuse(self.provider) if self.fuse else ""}
 
 
-def check_results(options: BenchOptions) -> None:
-    """Raises BadInput for a place that a result cannot be written to, or a plot that cannot be drawn."""
-    for path in (options.verdict, options.markdown, options.plot):
+def check_results(options: BenchOptions, files: Mapping[str, Path], directory: Path | None = None) -> None:
+    """Raises BadInput for a place that a result cannot be written to, or a plot that cannot be drawn.
+
+    ``files``: others, by name, that a result must not replace; ``directory``: that it must not lie in.
+    """
+    for path in (options.verdict, options.markdown):
         if path:
             check_file(path, options.overwrite, "path")
     if options.plot:
+        check_picture(options.plot, options.overwrite, "path")
         need("matplotlib")
+    results = {"--json": options.verdict, "--markdown": options.markdown, "--plot": options.plot}
+    check_different({**files, **results, "--report": getattr(options, "report", None)}, directory)

@@ -171,10 +171,13 @@ def nothing(tmp_path: Path) -> None:
         (nothing, ["importance=diff_tylor"], "did you mean 'diff_taylor'"),
         (nothing, ["model=nowhere"], "nowhere: no such directory"),
         (nothing, ["data=nowhere"], "nowhere: no such folder"),
-        (nothing, ["data="], "data is missing"),
+        (nothing, ["data=null"], "data is missing"),
+        (nothing, ["data="], "no value; data=null takes back"),
+        (nothing, ["importance=magnitude", "compensate=false", "data=nowhere"], "nowhere: no such folder"),
+        (nothing, ["pruning_ratio=null"], "nothing else says how much is to go"),
         (nothing, ["importance={name: magnitude, plugins: 3}"], "unknown option 'plugins'"),
         (nothing, ["ignored_layers=['{re}x{99999999999}']"], "no valid expression"),
-        (nothing, ["data=", "importance=magnitude", "compensate=true"], "compensate: true needs 'data'"),
+        (nothing, ["data=null", "importance=magnitude", "compensate=true"], "compensate: true needs 'data'"),
         (nothing, ["ignored_layers=[conv_inn]"], "did you mean 'conv_in'"),
         (nothing, ["timesteps=2000"], "outside 1..100"),
         (no_adapter, [], "Transformer2DModel"),
@@ -194,6 +197,37 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_says_that_the_data_are_not_there(run, config_file) -> None:
+    code, _, err = run("prune", config_file, "--dry-run", "--set", "importance=magnitude", "--data", "nowhere")
+    assert code == 2
+    assert "nowhere: no such folder" in err
+
+
+def test_data_that_do_not_fit_are_found_before_the_plan(run, config_file, tmp_path, monkeypatch) -> None:
+    other_size(tmp_path)
+    monkeypatch.setattr("diffprune_plugin.workflow.plan_from", pytest.fail)
+    code, _, err = run("prune", config_file, "--set", "importance=magnitude")
+    assert code == 2
+    assert "the UNet takes (1, 16, 16)" in err
+
+
+def test_keys_that_nothing_uses_are_told(run, config_file) -> None:
+    idle = ["calibration=stored", "sensitivity=stored.json", "latency={threads: 2}", "resolution=8", "data=null"]
+    words = [word for setting in ["importance=magnitude", *idle] for word in ("--set", setting)]
+    code, _, err = run("prune", config_file, "--dry-run", *words)
+    assert code == 0
+    assert "nothing here uses resolution, calibration, sensitivity, latency, timesteps" in err
+    assert "nothing here uses" not in run("prune", config_file, "--dry-run", "--set", "calibration=stored")[2]
+
+
+def test_a_mistake_of_the_command_line_is_not_looked_for_in_the_file(run, config_file) -> None:
+    words = ["--set", "pruning_ratio=2", "--set", "seed=-1"]
+    code, _, err = run("prune", config_file, *words)
+    assert code == 2
+    assert err.startswith("error: --set pruning_ratio=2: pruning_ratio: 2 is outside [0, 1); --set seed=-1: seed: -1")
+    assert str(config_file) not in err
 
 
 def test_a_device_that_is_not_there_is_exit_code_3(run, config_file, monkeypatch) -> None:

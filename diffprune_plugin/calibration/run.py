@@ -68,7 +68,11 @@ def calibrate(
     Raises BadInput for images that do not fit the UNet, an unknown prediction type, too little memory for a single
     sample, or processes that were not given the same; CheckFailed for a loss that is not finite.
     """
-
+    adapter = adapter or find_adapter(model)
+    numbers = {"batch_size": batch_size, "timesteps": timesteps, "blocks_at_once": blocks_at_once}
+    for key, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise BadInput(f"calibration: {key} {number!r} is no whole number of at least 1")
     settings = Processes(next(model.parameters()).device).on_all(
         lambda: settle(
             model,
@@ -78,7 +82,7 @@ def calibrate(
             timesteps=timesteps,
             batch_size=batch_size,
             seed=seed,
-            adapter=adapter or find_adapter(model),
+            adapter=adapter,
             autocast=autocast,
             blocks_at_once=blocks_at_once,
         )

@@ -10,7 +10,7 @@ from diffprune_plugin.cli.evaluation import evaluate, sample
 from diffprune_plugin.cli.inspection import card, inspect, plugins
 from diffprune_plugin.cli.pruning import config, demo, finetune, frontier, prune
 from diffprune_plugin.export.cli import bench
-from diffprune_plugin.utils.command_options import Command
+from diffprune_plugin.utils.command_options import Command, with_paths
 from diffprune_plugin.utils.entry_point import run_app
 
 LAUNCH = "or on several GPUs: accelerate launch -m diffprune_plugin"
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command, example in COMMANDS.items():
-    app.command(epilog=f"Example: diffprune {example}")(command)
+    app.command(epilog=f"Example: diffprune {example}")(with_paths(command))
 
 
 @app.callback()

@@ -13,6 +13,7 @@ from diffprune_plugin.cli.options import Device, Json, Pipeline, PromptsFile
 from diffprune_plugin.evaluation.settings import LARGEST, Drawing, SamplingSettings
 from diffprune_plugin.export.options import Overwrite, Report
 from diffprune_plugin.utils.command_options import with_options
+from diffprune_plugin.utils.written_paths import check_different
 
 COLUMNS = 8  # of the picture
 
@@ -32,11 +33,11 @@ def sample(
     from diffprune_plugin.evaluation.sampling import sample_images
     from diffprune_plugin.pruning.loading import load_pipeline
     from diffprune_plugin.utils.device import check_device
-    from diffprune_plugin.utils.files import check_file
+    from diffprune_plugin.utils.files import check_picture
     from diffprune_plugin.utils.images import image_grid, save_image
 
     check_device(device)
-    check_file(output, overwrite)
+    check_picture(output, overwrite)
     if prompts:
         options = replace(options, prompts=read_prompts(prompts))
     images = sample_images(load_pipeline(directory).to(device), options)
@@ -76,6 +77,7 @@ def evaluate(
 
     if report:
         check_report(report, overwrite)
+        check_different({"--report": report}, output)
     result = run(
         directory,
         output,

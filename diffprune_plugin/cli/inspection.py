@@ -67,7 +67,8 @@ def card(
 
     proofs: dict[str, Any] = {}
     if evaluation:
-        proofs["`diffprune evaluate`"] = told_by_evaluation(evaluation / "evaluation.json")
+        file = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
+        proofs["`diffprune evaluate`"] = told_by_evaluation(file, directory)
     if verdict:
         proofs["the export"] = told_by_verdict(verdict)
     say(f"wrote {renew_card(directory, proofs)}")

@@ -17,9 +17,9 @@ ConfigFile = Annotated[
 FromFlags = Annotated[
     str | None, typer.Option("--from-flags", metavar="FLAGS", help="Diff-Pruning's flags, in place of CONFIG.")
 ]
-Model = Annotated[str | None, typer.Option(help="Directory of a pipeline or a model; overrides the config's.")]
+Model = Annotated[Path | None, typer.Option(help="Directory of a pipeline or a model; overrides the config's.")]
 Data = Annotated[
-    str | None, typer.Option(help="Images (folder or .npz) or latents (.safetensors); overrides the config's.")
+    Path | None, typer.Option(help="Images (folder or .npz) or latents (.safetensors); overrides the config's.")
 ]
 SetKeys = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a native config key.")]
 Pipeline = Annotated[Path, typer.Argument(help="Pipeline directory, dense or pruned.")]

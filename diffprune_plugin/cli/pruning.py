@@ -14,6 +14,7 @@ from diffprune_plugin.cli.options import ConfigFile, Data, FromFlags, Json, Mode
 from diffprune_plugin.cli.reports import write_frontier, write_pruning
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.options import Overwrite, Report
+from diffprune_plugin.utils.written_paths import check_different
 
 if TYPE_CHECKING:
     from diffprune_plugin.config.dialects.table import Listing
@@ -29,7 +30,7 @@ def prune(
     flags: FromFlags = None,
     model: Model = None,
     data: Data = None,
-    output: Annotated[str | None, typer.Option(help="Where the pruned model goes; overrides the config's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the pruned model goes; overrides the config's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the widths, and what others would cost, as PNG.")] = None,
     keys: SetKeys = None,
@@ -54,6 +55,7 @@ def prune(
     accelerator = context.obj  # of accelerate launch
     processes = Processes(accelerator and accelerator.device)
     listing, settled = processes.on_all(given)
+    check_different({"--plot": plot, "--report": report}, settled.output)
     if listing.dialect != "native" and processes.is_first:
         Console(stderr=True).print(f"{listing.summary()}; diffprune config lists them", markup=False, soft_wrap=True)
     try:
@@ -104,6 +106,7 @@ def frontier(
     if report:
         check_report(report, overwrite)
     check_plot(plot, overwrite, drawing=report is not None)
+    check_different({"--plot": plot, "--report": report})
     listing = read(config, flags)
     try:
         found = frontier_of(settle(listing, keys or [], model=model, data=data), verify, latency=latency)
@@ -123,13 +126,13 @@ def frontier(
 
 def check_plot(plot: Path | None, overwrite: bool, drawing: bool = False) -> None:
     """Raises MissingExtra without matplotlib where something is drawn, BadInput for a file that cannot be written."""
-    from diffprune_plugin.utils.files import check_file
+    from diffprune_plugin.utils.files import check_picture
     from diffprune_plugin.utils.optional import check_installed
 
     if plot or drawing:
         check_installed("matplotlib")
     if plot:
-        check_file(plot, overwrite)
+        check_picture(plot, overwrite)
 
 
 def latency_line(asked: float, latency: Latency) -> str:
@@ -151,8 +154,8 @@ def compensation_line(report: CompensationReport | None) -> str:
 
 def finetune(
     config: Annotated[Path, typer.Argument(help="Config in YAML, JSON or TOML.")],
-    model: Annotated[str | None, typer.Option(help="Pruned pipeline directory; overrides the config's.")] = None,
-    output: Annotated[str | None, typer.Option(help="Where the trained model goes; overrides the config's.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Pruned pipeline directory; overrides the config's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the trained model goes; overrides the config's.")] = None,
     keys: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,

@@ -7,46 +7,55 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from diffprune_plugin.config.documents import check_tree, parse_yaml, read_mapping, reason_of
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.utils.checked import Checked
+from diffprune_plugin.utils.written_paths import as_written
 
 CRITERION = "diff_taylor"  # of a config that names none
 ConfigType = TypeVar("ConfigType", bound=Checked)
 
 
-def as_written(path: str) -> str:
-    """A path that no shell has still to fill in, in one line; raises ValueError for another."""
+def in_one_line(path: str) -> str:
     check_tree(path)
-    if path == "~" or path.startswith("~/"):
-        raise ValueError("only a shell knows what ~ is; write the whole path")
     return path
 
 
-# An empty path would be the working directory.
-PathText = Annotated[str, Field(min_length=1), AfterValidator(as_written)]
+PathText = Annotated[str, AfterValidator(in_one_line), AfterValidator(as_written)]
 
 
-def read_as(kind: type[ConfigType], path: Path, settings: Sequence[str] = (), **overrides: str | None) -> ConfigType:
+def read_as(
+    kind: type[ConfigType], path: Path, settings: Sequence[str] = (), **overrides: str | Path | None
+) -> ConfigType:
     """A config file with ``KEY=VALUE`` settings (values in YAML, dots reach into mappings) and overrides on top."""
     values = read_mapping(path)
-    apply_(values, settings, overrides)
-    return kind.make(values, str(path))
+    return kind.make(values, str(path), apply_(values, settings, overrides))
 
 
-def apply_(values: dict[str, Any], settings: Sequence[str], overrides: Mapping[str, str | None]) -> None:
-    """Put settings and overrides on top of a config's values; raises BadInput for a setting that cannot be set."""
+def apply_(
+    values: dict[str, Any], settings: Sequence[str], overrides: Mapping[str, str | Path | None]
+) -> dict[str, str]:
+    """Put settings and overrides on top of a config's values; where each of these keys is from, in words.
+
+    Raises BadInput for a setting that cannot be set.
+    """
+    places = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals:
+        if not equals or not key:
             raise BadInput(f"--set {setting!r}: not KEY=VALUE")
+        if not text.strip():
+            raise BadInput(f"--set {setting!r}: no value; {key}=null takes back what the config says")
         try:
             set_at(values, key, parse_yaml(text))
         except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise BadInput(f"--set {setting!r}: {reason_of(error)}") from None
-    values |= {key: value for key, value in overrides.items() if value is not None}
+        places[key.partition(".")[0]] = f"--set {setting}"
+    given = {key: str(value) for key, value in overrides.items() if value is not None}
+    values |= given
+    return places | {key: f"--{key}" for key in given}
 
 
 def set_at(values: dict[str, Any], key: str, value: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.hookspecs import Criterion
@@ -18,6 +20,22 @@ def criterion_of(config: PruningConfig) -> Criterion:
     if name == "random":
         options.setdefault("seed", config.seed)
     return importance(name, **options)
+
+
+def tell_unused(config: PruningConfig, criterion: Criterion, allocated: bool) -> None:
+    """A line on standard error with the keys that a config gives and nothing in it asks for."""
+    idle = set()
+    if getattr(criterion, "sweep", None) is None:
+        idle |= {"calibration", "timesteps", "blocks_at_once", "autocast"}
+    if not allocated and not hasattr(criterion, "sensitivity"):
+        idle |= {"sensitivity", "sensitivity_samples", "sensitivity_probes"}
+    if not config.timed and config.round_to is None:
+        idle.add("latency")
+    if config.data is None:
+        idle.add("resolution")
+    if given := [key for key in PruningConfig.model_fields if key in idle & config.model_fields_set]:
+        line = f"config: nothing here uses {', '.join(given)}"
+        Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def describe(criterion: Criterion, config: PruningConfig) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def parse_mapping(text: str, path: Path) -> dict[str, Any]:
     """The keys and values in a text, as the suffix of its path says; raises BadInput if there are none."""
     try:
-        content = PARSERS.get(path.suffix, parse_yaml)(text)
+        content = PARSERS.get(path.suffix.lower(), parse_yaml)(text)
         check_tree(content)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         kind = path.suffix.lstrip(".") or "YAML"

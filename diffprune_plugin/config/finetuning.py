@@ -120,6 +120,8 @@ class FinetuneConfig(Checked):
         for key in ("output_weight", "feature_weight"):
             if self.teacher is None and getattr(self, key) is not None:
                 raise ValueError(f"{key} needs the dense model; add 'teacher: DIRECTORY'")
+        if self.teacher is not None and not (self.weights()["output"] or self.weights()["features"]):
+            raise ValueError(f"teacher: {self.teacher} is asked nothing: its weights are 0; raise one, or drop it")
         if not any(self.weights().values()):
             raise ValueError("all weights of the loss are 0; give one of them a value")
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:

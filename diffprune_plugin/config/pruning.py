@@ -119,7 +119,7 @@ class PruningConfig(PlanOptions, Subject):
         default="refuse", description="What becomes of weights that the model does not take, such as copies for EMA."
     )
     device: str = Field(
-        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where it runs: cpu, cuda, cuda:1 and so on."
+        default="cpu", pattern=r"^(cpu|cuda(:\d{1,3})?)$", description="Where it runs: cpu, cuda, cuda:1 and so on."
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="Of the weights while calibrating and saving."
@@ -184,6 +184,6 @@ class PruningConfig(PlanOptions, Subject):
         return options.pop("name"), options
 
 
-def read_config(path: Path, settings: Sequence[str] = (), **overrides: str | None) -> PruningConfig:
+def read_config(path: Path, settings: Sequence[str] = (), **overrides: str | Path | None) -> PruningConfig:
     """How to prune, from a file; see `read_as`."""
     return read_as(PruningConfig, path, settings, **overrides)

@@ -27,6 +27,8 @@ def load_samples(source: Any, resolution: int | None = None, whole: bool = False
 
     Raises BadInput for a source that is missing, empty, holds a damaged image, or images of different sizes.
     """
+    if resolution is not None and (type(resolution) is not int or resolution < 1):
+        raise BadInput(f"resolution: {resolution!r} is no whole number of pixels of at least 1")
     if isinstance(source, (str, Path)):
         path = Path(source)
         if is_folder(path):

@@ -77,12 +77,23 @@ def make(work: Path, output: Path, seed: int, console: Console) -> None:
 def name_(work: Path, output: Path) -> None:
     """Name the output where a text names the folder that was worked in."""
     for file in [path for path in work.rglob("*") if path.suffix in (".json", ".md", ".html", ".yaml")]:
-        text = file.read_text()
-        named = text.replace(os.path.relpath(work), os.path.relpath(output)).replace(str(work), str(output))
+        named = text = file.read_text()
+        for before, after in ((os.path.relpath(work), os.path.relpath(output)), (str(work), str(output))):
+            for form in (str, in_json, in_yaml):
+                named = named.replace(form(before), form(after))
         if named != text:
             file.write_text(named)
     for folder in ("pruned", "uniform"):
         write_list(work / folder, PRUNED)
+
+
+def in_json(text: str) -> str:
+    """As JSON spells what is no ASCII."""
+    return json.dumps(text)[1:-1]
+
+
+def in_yaml(text: str) -> str:
+    return str(yaml.safe_dump(text, default_style='"', width=10**6)).strip()[1:-1]
 
 
 def config_for(output: Path, seed: int) -> dict[str, Any]:

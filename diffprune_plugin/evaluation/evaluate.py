@@ -83,6 +83,8 @@ def run(
     are resized and cropped to this height and width.
     """
     check_device(device)
+    if resolution is not None and reference is None:
+        raise BadInput(f"--resolution {resolution}: is of real images, and there are none; give --reference")
     check_absent(output, overwrite, EVALUATION)
     sources = {"model": directory, "against": against, "reference": reference, "features": features}
     sources |= {"clip": clip, "prompts": prompts}

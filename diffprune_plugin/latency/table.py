@@ -14,6 +14,7 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.latency.pieces import Piece, Timer, distinct
 from diffprune_plugin.utils.files import alone_in, write_text
 from diffprune_plugin.utils.progress import progress_bar
+from diffprune_plugin.utils.reading import read_json
 
 SECONDS = 10.0  # between two writes
 
@@ -73,14 +74,14 @@ class Table:
 
 def read_table(file: Path) -> dict[str, Any]:
     """The contexts of a table by their hash; raises BadInput for a file that is none."""
+    content = read_json(file, "remove it, or name another table")
     try:
-        content = json.loads(file.read_text())
         for of in content.values():
             if not isinstance(of["context"], dict):
                 raise TypeError("a context is no mapping")
             for key, value in of["pieces"].items():
                 if len(key) != 64 or not 0 <= float(value) < float("inf"):
                     raise ValueError(f"{key}: {value} is no time")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{file}: not a latency table, or damaged: {first_line(error)}; remove it") from None
     return dict(content)

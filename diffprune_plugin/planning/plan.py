@@ -201,11 +201,12 @@ class PruningPlan(Frozen):
         return json.dumps(self.model_dump(mode="json") | {"sha256": self.sha256}, indent=indent)
 
     @classmethod
-    def read(cls, path: Path) -> PruningPlan:
+    def read(cls, path: Path | str) -> PruningPlan:
         """The plan in a file.
 
         Raises BadInput if it is missing, is no plan, or was altered since it was written.
         """
+        path = Path(path)
         if not path.exists():
             raise BadInput(f"{path}: no such file; is the directory a pruned model?")
         try:

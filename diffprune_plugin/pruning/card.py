@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,9 @@ from diffprune_plugin.pruning.directory import (
     read_json,
 )
 from diffprune_plugin.pruning.index import INDEX_FILE
+from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.utils.files import alone_in, renew_listed, sha256, write_text
+from diffprune_plugin.utils.tensors import weights_hash
 
 CARD = "README.md"
 BEGIN, END = "<!-- diffprune: renewed by 'diffprune card' from here -->", "<!-- diffprune: to here -->"
@@ -279,7 +280,8 @@ def latency_parts(latency: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def evaluation_lines(facts: Mapping[str, Any]) -> list[str]:
     """What `diffprune evaluate` measured, in lines for a card."""
-    found = {**facts["models"], "compared, from the same noise": facts.get("compared", {})}
+    named = {f"{role} ({values.get('name')})": values for role, values in facts["models"].items()}
+    found = {**named, "compared, from the same noise": facts.get("compared", {})}
     lines = {name: ", ".join(numbers(values)) for name, values in found.items()}
     return [f"{name}: {line}" for name, line in lines.items() if line] or ["nothing but sizes was measured"]
 
@@ -299,27 +301,21 @@ def source_of(model: Any) -> str | None:
 
 def told_by_verdict(path: Path) -> list[str]:
     """The lines for a card of a verdict's file; raises BadInput for a file that is none, or damaged."""
-    found = read_report(path)
-    if not isinstance(found.get("passed"), bool):
+    found = read_json(path)
+    if not isinstance(found.get("passed"), bool) or not found.keys() & {"verify", "parts", "failure"}:
         raise BadInput(f"{path}: no verdict of diffprune-export; give the .verdict.json beside the export")
     with foreign_errors(f"{path}: damaged"):
         return verdict_lines(found)
 
 
-def told_by_evaluation(path: Path) -> list[str]:
-    """The lines for a card of an evaluation.json; raises BadInput for a file that is none, or damaged."""
-    found = read_report(path)
-    if not isinstance(found.get("models"), Mapping):
+def told_by_evaluation(path: Path, directory: Path) -> list[str]:
+    """The lines for a directory's card of an evaluation.json; raises BadInput for a file that is none, or damaged, or
+    of a model with other weights. (Files of ONNX do not tell what their weights were.)"""
+    found = read_json(path)
+    if not isinstance(found.get("models"), Mapping) or not isinstance(found["models"].get("model"), Mapping):
         raise BadInput(f"{path}: no evaluation; give the directory that diffprune evaluate wrote")
+    measured = found["models"]["model"]
+    if not onnx_files(directory) and measured.get("weights") != weights_hash(model_of(load_pipeline(directory))):
+        raise BadInput(f"{path}: it is of {measured.get('name')}, whose weights are others than {directory}'s")
     with foreign_errors(f"{path}: damaged"):
         return evaluation_lines(found)
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: holds a {type(found).__name__}, not an object")
-    return found

@@ -200,3 +200,11 @@ def model_of(pipeline: DiffusionPipeline) -> nn.Module:
                 "connections, whose widths change; prune the pipeline without it"
             )
     return model
+
+
+def with_model(loaded: Any, model: nn.Module, other: nn.Module) -> tuple[Any, nn.Module]:
+    """What was loaded, and its model, with another one in its place."""
+    if loaded is model:
+        return other, other
+    loaded.register_modules(**{denoiser_of(loaded)[0]: other})
+    return loaded, other

@@ -23,19 +23,27 @@ class Checked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     @classmethod
-    def make(cls, values: Mapping[str, Any], where: str = "config") -> Self:
-        """The values of a mapping; raises BadInput with the place, the value and the remedy for what is wrong."""
+    def make(cls, values: Mapping[str, Any], where: str = "config", places: Mapping[str, str] | None = None) -> Self:
+        """The values of a mapping; raises BadInput with the place, the value and the remedy for what is wrong.
+
+        ``where`` they are from, but for the keys in ``places``, each with its own.
+        """
+        places = places or {}
         for key in values:
             if key not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                raise BadInput(f"{where}: unknown key {key!r}{nearest(str(key), cls.model_fields)}; known: {known}")
+                place, known = places.get(key, where), ", ".join(cls.model_fields)
+                raise BadInput(f"{place}: unknown key {key!r}{nearest(str(key), cls.model_fields)}; known: {known}")
         try:
             return cls(**values)
         except ValidationError as error:
             wrong = error.errors()
-            lines = [explain(item, cls) for item in wrong[:TOLD]]
+            lines: dict[str, list[str]] = {}
+            for item in wrong[:TOLD]:
+                key = str(item["loc"][0]) if item["loc"] else ""
+                lines.setdefault(places.get(key, where), []).append(explain(item, cls))
+            told = [f"{place}: {'; '.join(of)}" for place, of in lines.items()]
             more = [f"and {len(wrong) - TOLD} more"] if len(wrong) > TOLD else []
-            raise BadInput(f"{where}: {'; '.join(lines + more)}") from None
+            raise BadInput("; ".join(told + more)) from None
 
 
 def nested(kind: type[Checked], key: str) -> Callable[[Any], Any]:
@@ -64,9 +72,13 @@ def explain(error: Any, kind: type[BaseModel]) -> str:
     if error["type"] in OUTSIDE:
         return f"{key}: {error['input']} is outside {interval(stated)}"
     if error["type"] == "literal_error" and "enum" in stated:
-        return f"{key}: {error['input']!r} is none of {', '.join(stated['enum'])}"
+        quoted = (
+            "; in quotes: YAML reads a bare no, off, yes or on otherwise" if isinstance(error["input"], bool) else ""
+        )
+        return f"{key}: {error['input']!r} is none of {', '.join(stated['enum'])}{quoted}"
     if error["type"] == "tuple_type":
-        return f"{key}: {error['input']!r}: input should be a list, as in [{error['input']!r}]"
+        example = f", as in [{error['input']!r}]" if isinstance(error["input"], str) else ""
+        return f"{key}: {error['input']!r}: input should be a list{example}, or the key left out"
     within = (
         f" in {interval(stated)}"
         if re.search("number|integer", message) and LOW.keys() & stated and HIGH.keys() & stated

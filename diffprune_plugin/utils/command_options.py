@@ -1,4 +1,5 @@
-"""Commands whose options are the fields of a dataclass: default, help and limits of each are said once, there."""
+"""Commands whose options are the fields of a dataclass: default, help and limits of each are said once, there; and
+whose paths are looked at as they were written."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import typer
+
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.utils.written_paths import as_written
 
 Command = Callable[..., None]
 LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -94,6 +99,29 @@ def with_options(kind: type[Any]) -> Callable[[Command], Command]:
         return run
 
     return decorate
+
+
+def with_paths(command: Command) -> Command:
+    """A command whose paths are looked at as they were written, before they are paths."""
+    signature = inspect.signature(command, eval_str=True)
+
+    def run(*args: Any, **given: Any) -> None:
+        command(*args, **given)
+
+    for parameter in signature.parameters.values():
+        kind, *told = get_args(parameter.annotation) or (None,)
+        if told and Path in (kind, *get_args(kind)):
+            told[0].parser = path
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def path(text: str) -> Path:
+    try:
+        return Path(as_written(str(text)))
+    except ValueError as error:
+        raise typer.BadParameter(f"{str(text)!r} {error}") from None
 
 
 def numbers(text: str, flag: str) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def device_of(accelerator: Any, asked: str | None, autocast: bool) -> str:
 
 def check_device(device: str) -> None:
     """Raises BadInput for what is no device, HardwareUnproved for a GPU that torch does not see."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
         raise BadInput(f"device: {device!r} is none of cpu, cuda, cuda:1 ...")
     number = int(device.partition(":")[2] or 0)
     if device != "cpu" and (not torch.cuda.is_available() or number >= torch.cuda.device_count()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
 import os
 import sys
 import traceback
@@ -32,6 +33,9 @@ def run_app(
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug, words = "--debug" in given, [word for word in given if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what an encoding cannot say ends no command
     with Interrupts() as interrupts:
         try:
             with whole_output(), nobody_else_ends():
@@ -45,7 +49,8 @@ def run_app(
             if debug:
                 traceback.print_exception(error)
             if speaks() or message == SHORT:  # the first process may have memory enough
-                sys.stderr.write(f"error: {one_line(message)}\n")
+                with contextlib.suppress(OSError, AttributeError):  # nobody may be there to read it (2>&-)
+                    sys.stderr.write(f"error: {one_line(message)}\n")
         if interrupts.asked:
             gc.collect()  # what still holds on to the work is torn down in silence
     raise SystemExit(code)
@@ -109,7 +114,8 @@ def whole_output() -> Iterator[None]:
 def flush_output() -> None:
     """Raises OSError where it cannot be written; then it is dropped, or Python would try again at the very end."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as with >&-
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -224,19 +225,31 @@ def check_place(path: Path, what: str = "output") -> None:
     """Raises BadInput unless a file or directory can be made at ``path``; ``what``: what it is called."""
     folder = next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=ENDING, dir=folder):
             return
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"{path}: the name is too long; choose a shorter {what}") from None
         raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another {what}") from None
 
 
-def check_file(path: Path, overwrite: bool = False, what: str = "file") -> None:
-    """Raises BadInput unless a file can be written at ``path``, over what is there only with ``overwrite``."""
+def check_file(path: Path, overwrite: bool = False, what: str = "file", begins: bytes = b"") -> None:
+    """Raises BadInput unless a file can be written at ``path``, over what is there only with ``overwrite``, and if that
+    ``begins`` as what we write does."""
     if path.is_dir():
         raise BadInput(f"{path} is a directory; choose another {what}")
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; use --overwrite or another {what}")
+    if path.is_file() and (begun := path.open("rb").read(len(begins))) and begun != begins:
+        raise BadInput(f"{path} is another kind of file, which is not replaced; choose another {what}")
     check_place(path, what)
+
+
+def check_picture(path: Path, overwrite: bool = False, what: str = "file") -> None:
+    """The same of a PNG, which alone we draw."""
+    if path.suffix.lower() != ".png" and not path.is_dir():
+        raise BadInput(f"{path}: what is drawn is a PNG; name it {path.with_suffix('.png').name}")
+    check_file(path, overwrite, what, b"\x89PNG")
 
 
 def exchange(first: Path, second: Path) -> None:

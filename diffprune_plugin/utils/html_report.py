@@ -73,7 +73,7 @@ def markdown_of(table: Table) -> str:
 def check_report(path: Path, overwrite: bool) -> None:
     """Raises BadInput or MissingExtra, before anything is done, if the report could not be written at the end."""
     need("markdown")
-    check_file(path, overwrite)
+    check_file(path, overwrite, begins=PAGE[:9].encode())
     if not path.parent.is_dir():
         raise BadInput(f"{path}: no directory {path.parent}; make it or choose another file")
 

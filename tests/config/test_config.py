@@ -73,6 +73,11 @@ def test_a_setting_may_be_a_number_in_any_notation_or_a_pattern_with_dots(tmp_pa
         ({"seed": -1}, "seed: -1"),
         ({"strict": "yes"}, "strict: 'yes'"),
         ({"output": "~/small"}, "output: '~/small': only a shell knows what ~ is; write the whole path"),
+        ({"output": ""}, "output: '': no path"),
+        ({"output": "$HOME/small"}, "only a shell fills in"),
+        ({"macs_target": None}, "macs_target: null, and nothing else says how much is to go; give a number"),
+        ({"ignored_layers": None}, "ignored_layers: None: input should be a list, or the key left out"),
+        ({"allocation": False}, "allocation: False is none of uniform, linear, measured; in quotes"),
         ({"data": "a\nb"}, "'a\\nb' holds a line break or another control character"),
     ],
 )

@@ -243,6 +243,7 @@ def test_the_result_never_replaces_the_model(run: Any, dense_dir: Path, place: s
     ("words", "message"),
     [
         (["--features", "rows.onnx"], "--features needs --reference"),
+        (["--resolution", 16], "is of real images, and there are none"),
         (["--features", "none.onnx", "--reference", "images.npz"], "none.onnx: no such file"),
         (["--features", "rows.onnx", "--reference", "images.npz", "--count", 0], "--count 0 draws no images"),
         (["--reference", "wide.npz"], "the UNet takes (1, 16, 16)"),

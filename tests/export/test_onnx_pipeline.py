@@ -41,7 +41,8 @@ from diffprune_plugin.export.benchmark import Latency, Row
 from diffprune_plugin.export.convert import ExportReport
 from diffprune_plugin.export.options import Options
 from diffprune_plugin.export.pipeline_workflow import run_pipeline
-from diffprune_plugin.pruning.card import read_report, verdict_lines
+from diffprune_plugin.pruning.card import verdict_lines
+from diffprune_plugin.pruning.directory import read_json
 
 QUICK = Options(steps=3, latency=False)
 
@@ -182,7 +183,7 @@ def test_images_that_are_not_finite_fail_in_one_line_at_whichever_batch(
     told = "3 images of 2 steps: largest difference of a pixel not finite, allowed"
     assert f"the pipeline does not draw what PyTorch does: {told}" in capsys.readouterr().err
     assert told in opened(report)
-    verdict = read_report(tmp_path / "onnx.verdict.json")
+    verdict = read_json(tmp_path / "onnx.verdict.json")
     assert (verdict["passed"], verdict["images"]["passed"], verdict["images"]["difference"]) == (False, False, None)
     assert any("largest difference of a pixel not finite" in line for line in verdict_lines(verdict))
 

@@ -24,8 +24,10 @@ from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.pruning.card import read_report, renew_card, verdict_lines
+from diffprune_plugin.pruning.card import renew_card, verdict_lines
+from diffprune_plugin.pruning.directory import read_json
 from diffprune_plugin.utils.files import check_unchanged
+from diffprune_plugin.utils.tensors import weights_hash
 
 SOURCE = "---\nlicense: apache-2.0\nbase_model: somebody/digits\n---\n# The dense one\n"
 
@@ -77,13 +79,13 @@ def test_what_people_wrote_around_it_stays_when_it_is_renewed_and_so_does_the_li
         renew_card(pruned)
     with pytest.raises(BadInput, match=r"no model_index\.json"):
         renew_card(pruned / "unet")
-    with pytest.raises(BadInput, match="cannot be read as JSON"):
-        read_report(path)
+    with pytest.raises(BadInput, match="not valid json"):
+        read_json(path)
 
 
 def test_the_card_tells_what_was_measured_of_each_and_keeps_what_an_earlier_one_told(pruned: Path, run: Any) -> None:
     place = pruned.parent
-    facts = {
+    facts: dict[str, Any] = {
         "models": {"model": {"name": "small", "params": 5, "KID": {"mean": 0.25, "subsets_std": 0.1}}, "against": {}},
         "compared": {"SSIM": 0.951, "PSNR": None, "loss_difference": 1.5e-4},
     }
@@ -91,6 +93,11 @@ def test_the_card_tells_what_was_measured_of_each_and_keeps_what_an_earlier_one_
     (place / "evaluation/evaluation.json").write_text(json.dumps(facts))
     (place / "m.verdict.json").write_text('{"passed": true, "verify": "left out (--no-verify)"}')
     assert run("card", pruned, "--verdict", place / "m.verdict.json")[0] == 0
+    code, _, err = run("card", pruned, "--evaluation", place / "evaluation")
+    assert code == 2
+    assert f"it is of small, whose weights are others than {pruned}'s" in err
+    facts["models"]["model"]["weights"] = weights_hash(dp.load(pruned))
+    (place / "evaluation/evaluation.json").write_text(json.dumps(facts))
     assert run("card", pruned, "--evaluation", place / "evaluation")[0] == 0
     assert run("card", pruned)[0] == 0
     text = (pruned / "README.md").read_text()
@@ -100,12 +107,13 @@ def test_the_card_tells_what_was_measured_of_each_and_keeps_what_an_earlier_one_
         "  - it held",
         "  - the file: left out (--no-verify)",
         "- `diffprune evaluate`",
-        "  - model: KID 0.25",
+        "  - model (small): KID 0.25",
         "  - compared, from the same noise: SSIM 0.951, loss_difference 0.00015",
     ]
     for content, words in (
         ('{"files": {}}', "no verdict of diffprune-export"),
         (json.dumps(facts), "no verdict of diffprune-export"),
+        ('{"passed": true}', "no verdict of diffprune-export"),
         ('{"passed": true, "verify": {}}', "damaged: KeyErr"),
     ):
         (place / "m.verdict.json").write_text(content)

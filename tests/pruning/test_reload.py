@@ -120,6 +120,16 @@ def test_a_model_that_no_adapter_knows_is_refused_before_it_is_written(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pipeline_in_the_place_of_its_model_is_refused_with_its_name(images) -> None:
+    pipeline = DDPMPipeline(make_unet(), DDPMScheduler(100))
+    for call in (
+        lambda: dp.make_plan(pipeline, "magnitude"),
+        lambda: dp.calibrate(pipeline, pipeline.scheduler, images),
+    ):
+        with pytest.raises(BadInput, match=r"DDPMPipeline is a pipeline; give the model in it, its \.unet"):
+            call()
+
+
 @pytest.mark.parametrize(("wrap", "attribute"), [(nn.DataParallel, "module"), (torch.compile, "_orig_mod")])
 def test_a_wrapped_model_is_refused_with_the_attribute_that_holds_it(wrap, attribute, unet, tmp_path) -> None:
     plan, wrapped = dp.make_plan(unet, "magnitude"), wrap(unet)

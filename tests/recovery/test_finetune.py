@@ -99,7 +99,8 @@ def test_it_ends_in_a_directory_that_loads_as_the_one_it_started_from(run, tunin
     assert code == 2
     assert "exists; use --overwrite" in err
     code, out, _ = run("finetune", tuning, "--overwrite", "--set", "ema_decay=0")
-    assert code == 0 and "the last weights" in out
+    assert code == 0
+    assert "the last weights" in out
     first = weights(values["output"])
     code, out, _ = run("finetune", tmp_path / "tuned" / "finetune.yaml", "--overwrite", "--json")
     assert code == 0
@@ -567,3 +568,8 @@ def test_a_small_number_is_a_number_in_yaml_too(values, tmp_path) -> None:
     from diffprune_plugin.config.base import read_as
 
     assert read_as(dp.FinetuneConfig, path).learning_rate == 1e-4
+
+
+def test_a_teacher_that_is_asked_nothing_is_refused(values) -> None:
+    with pytest.raises(BadInput, match="teacher: dense is asked nothing"):
+        dp.FinetuneConfig.make({**values, "teacher": "dense", "output_weight": 0.0})

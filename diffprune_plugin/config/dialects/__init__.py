@@ -50,15 +50,14 @@ def translate(content: Mapping[str, Any], where: str, known: Collection[str]) ->
     return listing
 
 
-def settle(listing: Listing, settings: Sequence[str] = (), **overrides: str | None) -> PruningConfig:
+def settle(listing: Listing, settings: Sequence[str] = (), **overrides: str | Path | None) -> PruningConfig:
     """The config of a listing, with settings and overrides, which speak the native form, on top.
 
     Raises BadInput if a key is refused, a value is wrong or the criterion cannot be made.
     """
     listing.check()
     values = dict(listing.values)
-    apply_(values, settings, overrides)
-    config = PruningConfig.make(values, listing.where)
+    config = PruningConfig.make(values, listing.where, apply_(values, settings, overrides))
     try:
         criterion_of(config)
     except BadInput as error:
@@ -66,7 +65,7 @@ def settle(listing: Listing, settings: Sequence[str] = (), **overrides: str | No
     return config
 
 
-def translated(listing: Listing, settings: Sequence[str] = (), **overrides: str | None) -> dict[str, Any]:
+def translated(listing: Listing, settings: Sequence[str] = (), **overrides: str | Path | None) -> dict[str, Any]:
     """What a native config file has to say to mean the same; the model may be left to the command line.
 
     Raises BadInput as `settle` does.
