@@ -192,6 +192,11 @@ class ModelAdapter(AttentionFacts):
         output: torch.Tensor = model(**self.nested(inputs), return_dict=False)[0]
         return output
 
+    def noise_in(self, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What `denoise` gives, without the variances that some models tell behind the prediction of a sample."""
+        output = self.denoise(model, inputs)
+        return output if self.packing else output[:, : min(self.channels(model))]
+
     def predict(
         self, model: nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, extra: Mapping[str, Any]
     ) -> torch.Tensor:

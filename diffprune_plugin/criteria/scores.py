@@ -103,7 +103,7 @@ def random_score(group: Any, seed: int) -> Tensor:
 
 
 def stored_score(group: Any, scores: Mapping[str, Sequence[float]]) -> Tensor:
-    """What was measured of the units of the group's root layer, for each of its channels, shape (channels,).
+    """What was measured of the units of the root layer, shared out among each one's channels, shape (channels,).
 
     Raises BadInput where it was measured of another model.
     """
@@ -114,7 +114,8 @@ def stored_score(group: Any, scores: Mapping[str, Sequence[float]]) -> Tensor:
             f"importance: the sensitivity has {len(of_units)} scores for {root} with {channels} channels; measure it "
             "with this model"
         )
-    return torch.tensor(of_units, dtype=torch.float64).repeat(channels // len(of_units))
+    halves = channels // len(of_units)
+    return torch.tensor(of_units, dtype=torch.float64).repeat(halves) / halves
 
 
 def magnitude_score(group: Any, **options: Any) -> Tensor | None:

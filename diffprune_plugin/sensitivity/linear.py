@@ -5,6 +5,9 @@ dy = -sum J x_c, and for v ~ N(0, 1) of y's shape E[(v . dy)^2] = |dy|^2: one ba
 channel at once, as the square of sum_positions (x_c - mean x_c) grad_c. The mean is left out, since in the compensation
 the bias of the layer behind takes it over. The estimator is Hutchinson's (Communications in Statistics 18, 1989). What
 a refit of the layers behind leaves of it: `redundancy`; what norms over fewer channels do to those that stay: `norms`.
+
+Where dimensions of a head go, a query's d takes q_d k_d from the logits, which are linear in q: dy = -sum J q_d, of
+which no refit takes anything over. Where whole heads go their logits go with them.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.ridge import by_position
 from diffprune_plugin.sensitivity.blocks import Branches, removable
 from diffprune_plugin.sensitivity.norms import Norms
+from diffprune_plugin.sensitivity.products import of_logits, products
 from diffprune_plugin.sensitivity.redundancy import Correlations, in_turn
-from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.sensitivity.sensitivity import ESTIMATE, Sensitivity
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.files import new_file
 from diffprune_plugin.utils.modes import frozen
@@ -92,7 +96,7 @@ def measure_sensitivity(
     else:
         run.forget()
     scores = {group.root: run.in_turn(group, found) for group in groups}
-    alone = {group.root: folded(found[group.root], group) for group in groups}
+    alone = {group.root: run.alone(group, found) for group in groups}
     return Sensitivity(
         scores=listed(scores),
         alone=listed(alone),
@@ -100,6 +104,7 @@ def measure_sensitivity(
         norms_alone=listed({group.root: run.norms.errors(group, alone[group.root], found, False) for group in groups}),
         blocks={name: float(found[name].sum()) for name in blocks.blocks},
         power=run.power(),
+        estimate=ESTIMATE,
         samples=samples,
         probes=probes,
         seed=seed,
@@ -156,10 +161,12 @@ class Run:
         units = dict.fromkeys(self.blocks.blocks, 1)
         for group in self.groups:
             names = [by_way_of(group.root, member.layer) for member in group.members if member.side == "in"]
-            units |= dict.fromkeys([group.root, *names], group.channels)
+            units |= dict.fromkeys([group.root, of_logits(group.root), *names], group.channels)
         self.sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
         self.sums |= self.norms.empty(self.noisy.count)
         self.layers = sorted({m.layer for group in self.groups for m in group.members if m.side == "in"})
+        whole = self.adapter.head_layers(self.model, whole=True)
+        self.queries = [name for name in self.adapter.queries(self.model) if name not in whole]
 
     def rows(self) -> list[range]:
         count, size = self.noisy.count, self.batch_size
@@ -196,7 +203,7 @@ class Run:
                     look(name, args[0], len(rows))
 
                 hooks.callback(self.model.get_submodule(name).register_forward_pre_hook(hook).remove)
-            return self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
+            return self.adapter.noise_in(self.model, self.noisy.batch(rows, self.model))
 
     def power(self) -> float:
         return sum(self.squares) / self.noisy.count
@@ -219,17 +226,17 @@ class Run:
 
     def add(self, rows: range, probes: int) -> None:
         """One forward pass, and a backward pass of its graph for each probe: the squared sums for each unit."""
-        with self.watched() as found, self.norms.watched() as products:
-            output = self.adapter.denoise(self.model, self.noisy.batch(rows, self.model))
+        with self.watched() as found, self.norms.watched() as of_norms:
+            output = self.adapter.noise_in(self.model, self.noisy.batch(rows, self.model))
             values = output[0].numel()
             for probe in range(probes):
                 noise = torch.stack([self.noise(row, probe, output.shape[1:]) for row in rows]).to(output)
                 output.backward(noise, retain_graph=probe + 1 < probes)  # type: ignore[no-untyped-call]
                 self.take(found, len(rows), values)
                 found.clear()
-                for norm, of in products.items():
+                for norm, of in of_norms.items():
                     self.sums[norm][rows.start : rows.stop] += of / values
-                products.clear()
+                of_norms.clear()
 
     def take(self, found: dict[str, Tensor], samples: int, values: int) -> None:
         """Add what one probe found for each layer, over the layers that a unit goes into."""
@@ -243,8 +250,19 @@ class Run:
                     only = by_way.double().square().sum(0) / values
                     self.sums[by_way_of(group.root, member.layer)].index_add_(0, at[0], only)
             self.sums[group.root] += moved.double().square().sum(0) / values
+            logits = self.logits(group, found, samples)
+            self.sums[of_logits(group.root)] += logits.double().square().sum(0) / values
         for name in self.blocks.blocks:
             self.sums[name] += found[name].double().square().sum(0) / values
+
+    def logits(self, group: CoupledGroup, found: dict[str, Tensor], samples: int) -> Tensor:
+        """What one probe found for each of a group's channels as dimensions of queries, shape (samples, channels)."""
+        moved = torch.zeros(samples, group.channels)
+        for member in group.members:
+            if member.side == "out" and member.layer in self.queries:
+                by_query = by_sample(found[of_logits(member.layer)], samples).sum(1)
+                moved.index_add_(1, torch.as_tensor(member.roots), by_query[:, torch.as_tensor(member.channels)])
+        return moved
 
     def noise(self, row: int, probe: int, shape: Sequence[int]) -> Tensor:
         """v for one sample, by its number and the probe's alone."""
@@ -253,29 +271,8 @@ class Run:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[dict[str, Tensor]]:
-        """For each layer, after a backward inside: sum over positions of (x - mean) grad, shape (batch, channels)."""
-        found: dict[str, Tensor] = {}
-
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                given = args[0]
-                # A tensor of its own, whose gradient is by way of this layer alone.
-                own = given.view_as(given) if given.requires_grad else given.detach().requires_grad_(True)
-                centred = by_position(own.detach()) - self.centres[name].to(own)
-
-                def back(gradient: Tensor) -> None:
-                    moved = (centred * by_position(gradient).float()).sum(1).cpu()
-                    found[name] = found[name] + moved if name in found else moved
-
-                own.register_hook(back)
-                return (own, *args[1:])
-
-            return hook
-
-        with contextlib.ExitStack() as hooks:
-            for name in self.layers:
-                hooks.callback(self.model.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
-            hooks.enter_context(self.blocks.watched(found))
+        """What is found in a backward inside, by layer and by block."""
+        with products(self.model, self.centres, self.queries) as found, self.blocks.watched(found):
             yield found
 
     def result(self, probes: int) -> dict[str, Any]:
@@ -289,11 +286,16 @@ class Run:
             found[name] = total.numpy()
         return found
 
+    def alone(self, group: CoupledGroup, found: dict[str, Any]) -> Any:
+        """What each unit costs by itself, shape (units,)."""
+        return folded(found[group.root] + found[of_logits(group.root)], group)
+
     def in_turn(self, group: CoupledGroup, found: dict[str, Any]) -> Any:
         """What each unit adds when it goes in its turn and those that stay are refitted, shape (units,)."""
         names = {layer: by_way_of(group.root, layer) for layer in self.layers}
         squares = {layer: found[name] for layer, name in names.items() if name in found}
-        return in_turn(group, folded(found[group.root], group), squares, self.correlations)
+        values = in_turn(group, folded(found[group.root], group), squares, self.correlations)
+        return values + folded(found[of_logits(group.root)], group)
 
     def resume(self, folder: Path, facts: list[Any], every: float) -> None:
         """Take up the progress stored in a folder, if it is of these facts, and store progress there."""

@@ -16,7 +16,8 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.reading import read_json
 
-LATER = ("blocks", "alone", "norms", "norms_alone")  # what older files do not have
+LATER = ("blocks", "alone", "norms", "norms_alone", "estimate")  # what older files do not have
+ESTIMATE = 2  # which formulas a linear one is by: 2 since queries count, and no variances that a model tells
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Sensitivity:
     norms, norms_alone: what the units that stay add with them, since group norms run over fewer channels: with none of
         each part of the group gone, with one, two ..; shape (units of a part,), none where there is no such norm.
     power: the mean square of a value of the output, to compare with. samples, probes, seed: what it was measured with.
-    weights, images: SHA-256 of the model's parameters and of the samples; scheduler: the noise and the prediction.
+    weights, images: SHA-256 of the model's parameters and of the samples; scheduler: the noise and the prediction;
+        estimate: by which formulas, `ESTIMATE` by today's.
     """
 
     scores: dict[str, tuple[float, ...]]
@@ -44,6 +46,7 @@ class Sensitivity:
     alone: dict[str, tuple[float, ...]] = field(default_factory=dict)
     norms: dict[str, tuple[float, ...]] = field(default_factory=dict)
     norms_alone: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    estimate: int = 0
 
     def unrefitted(self) -> Sensitivity:
         """The same for a model that is not compensated: each unit's error is that of its removal alone."""

@@ -15,7 +15,7 @@ from diffprune_plugin.diffusion.schedulers import trained_for, training_schedule
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.sensitivity.linear import measure_sensitivity
-from diffprune_plugin.sensitivity.sensitivity import Sensitivity
+from diffprune_plugin.sensitivity.sensitivity import ESTIMATE, Sensitivity
 from diffprune_plugin.utils.distributed import Processes
 from diffprune_plugin.utils.tensors import weights_hash
 
@@ -93,8 +93,8 @@ def stored_sensitivity(
 ) -> Sensitivity:
     """A sensitivity from disk; raises BadInput if it is not what the config asks for."""
     found = Sensitivity.load(file)
-    if not (found.alone and found.norms):
-        raise BadInput(f"{file}: an older one, which knows of no refit or no norms; remove it or name another file")
+    if found.estimate != ESTIMATE:
+        raise BadInput(f"{file}: by the formulas of another version; remove it or name another file")
     same = {
         "model": found.weights == weights_hash(model),
         "data": found.images == fitting(samples(), model, find_adapter(model), scheduler).sha256,

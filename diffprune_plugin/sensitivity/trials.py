@@ -45,13 +45,13 @@ class Look:
     def __init__(self, dense: nn.Module, scheduler: Any, samples: Samples, adapter: ModelAdapter, seed: int) -> None:
         noisy = Noisy(samples, scheduler, LOOK, seed + OTHER, adapter)
         self.adapter, self.inputs = adapter, noisy.batch(range(LOOK), dense)
-        self.wanted = adapter.denoise(dense.eval(), self.inputs).double()
+        self.wanted = adapter.noise_in(dense.eval(), self.inputs).double()
         self.power = float(self.wanted.square().mean())
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
         """The mean squared difference from the dense model's output."""
-        found = self.adapter.denoise(model.eval(), self.inputs).double()
+        found = self.adapter.noise_in(model.eval(), self.inputs).double()
         return float((found - self.wanted).square().mean())
 
 

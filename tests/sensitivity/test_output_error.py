@@ -32,7 +32,7 @@ COUNT, PROBES = 2, 2
 
 
 def inputs_of_layers(unet: Any, layers: list[str], inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The output, and a clone of what goes into each layer, by which alone the layer is reached."""
+    """The output, and a clone of what goes into each layer, by which alone the layer is reached; what queries give."""
     own: dict[str, torch.Tensor] = {}
     handles = []
     for name in layers:
@@ -42,6 +42,12 @@ def inputs_of_layers(unet: Any, layers: list[str], inputs: dict[str, Any]) -> tu
             return (own[name], *args[1:])
 
         handles.append(unet.get_submodule(name).register_forward_pre_hook(through))
+    for name in find_adapter(unet).queries(unet):
+
+        def gives(_: Any, __: Any, output: torch.Tensor, name: str = name) -> None:
+            own[f"{name} gives"] = output
+
+        handles.append(unet.get_submodule(name).register_forward_hook(gives))
     output = find_adapter(unet).denoise(unet, inputs)
     for handle in handles:
         handle.remove()
@@ -54,7 +60,8 @@ def channels_first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(unet: Any, samples: Samples) -> dict[str, torch.Tensor]:
-    """For each sample and probe: v . y backward, sum (x - mean) dx over positions and layers, squared, averaged."""
+    """For each sample and probe: v . y backward, sum (x - mean) dx over positions and layers, squared, averaged; and
+    the same of q dq."""
     adapter = find_adapter(unet)
     groups = trace_groups(unet, adapter)
     layers = sorted({m.layer for group in groups for m in group.members if m.side == "in"})
@@ -77,8 +84,14 @@ def by_hand(unet: Any, samples: Samples) -> dict[str, torch.Tensor]:
                         s = ((x - means[member.layer][:, None]) * g).sum(1).detach()
                         for root, channel in zip(member.roots, member.channels, strict=True):
                             moved[root] += s[channel]
-                for channel, s in enumerate(moved):
-                    score[group.root][channel % group.units] += s**2 / output.numel() / (COUNT * PROBES)
+                logits = torch.zeros(group.channels)
+                for member in group.members:
+                    if member.side == "out" and (name := f"{member.layer} gives") in own:
+                        s = (channels_first(own[name]) * channels_first(gradients[name])).sum(1).detach()
+                        for root, channel in zip(member.roots, member.channels, strict=True):
+                            logits[root] += s[channel]
+                for channel, (s, q) in enumerate(zip(moved, logits, strict=True)):
+                    score[group.root][channel % group.units] += (s**2 + q**2) / output.numel() / (COUNT * PROBES)
     return score
 
 
@@ -103,7 +116,7 @@ def test_the_score_is_that_of_the_hand_written_loop(images: np.ndarray, kind: st
         score = criterion(group.graph_group)
         assert score is not None
         assert score.shape == (group.channels,)
-        by_channel = expected[group.root].repeat(group.pairs)
+        by_channel = expected[group.root].repeat(group.pairs) / group.pairs
         torch.testing.assert_close(score.float(), by_channel, rtol=1e-3, atol=1e-5 * float(by_channel.max()))
 
 
@@ -159,9 +172,6 @@ def test_what_is_not_compensated_is_spent_by_what_no_refit_mends_and_an_older_fi
     found = Sensitivity.load(file)
     assert plan.allocation is not None
     assert plan.allocation.sensitivity == found.unrefitted().sha256 != found.sha256
-    for lacking in ({"alone": {}}, {"norms": {}, "norms_alone": {}}):
-        replace(found, **lacking).save(file)
-        with pytest.raises(
-            BadInput, match=r"sensitivity\.json: an older one, which knows of no refit or no norms; rem"
-        ):
-            prune(dp.PruningConfig.make(values), dry_run=True, overwrite=True, progress=False)
+    replace(found, estimate=0).save(file)
+    with pytest.raises(BadInput, match=r"sensitivity\.json: by the formulas of another version; remove it"):
+        prune(dp.PruningConfig.make(values), dry_run=True, overwrite=True, progress=False)

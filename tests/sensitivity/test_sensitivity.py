@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from tiny import make_unet
+from tiny_transformers import make, samples_for
 
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.data.loading import load_samples
@@ -66,6 +67,44 @@ def test_a_score_is_what_the_output_moves_when_the_channel_is_turned_down(images
         centre = float(seen[0][:, channel].mean())
         moved = (turned_down(unet, member.layer, channel, inputs, centre, by) - expected) / by
         assert found.alone[group.root][channel] == pytest.approx(float(moved.square().mean()), rel=0.2)
+
+
+def test_a_dimension_of_queries_costs_what_the_output_moves_when_it_is_turned_down(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, by = make_unet(), 1e-3
+    options: dict[str, Any] = {"samples": 4, "probes": 200, "batch_size": 4, "progress": False}
+    found = measure_sensitivity(unet, SCHEDULER, images, **options)
+    inputs = Noisy(load_samples(images), SCHEDULER, 4, 0, UNET_2D).batch(range(4), unet)
+    monkeypatch.setattr(type(UNET_2D), "queries", lambda *_: {})
+    without = measure_sensitivity(unet, SCHEDULER, images, **options)
+    root, query = "mid_block.attentions.0.to_v", unet.get_submodule("mid_block.attentions.0.to_q")
+    assert found.alone["conv_in"] == without.alone["conv_in"]
+    with torch.no_grad():
+        expected = UNET_2D.denoise(unet, inputs)
+        for channel in (0, 7, 31):
+
+            def turn(_: Any, __: Any, output: torch.Tensor, channel: int = channel) -> torch.Tensor:
+                output[..., channel] *= 1 - by
+                return output
+
+            handle = query.register_forward_hook(turn)
+            moved = (UNET_2D.denoise(unet, inputs) - expected) / by
+            handle.remove()
+            for more, less in ((found.alone, without.alone), (found.scores, without.scores)):
+                cost = more[root][channel] - less[root][channel]
+                assert cost == pytest.approx(float(moved.square().mean()), rel=0.25)
+
+
+def test_variances_that_a_model_tells_are_no_part_of_its_error() -> None:
+    model = make("DiT")
+    data, scheduler = samples_for(model)
+    options: dict[str, Any] = {"samples": 4, "probes": 2, "batch_size": 2, "progress": False}
+    found = measure_sensitivity(model, scheduler, data, **options)
+    with torch.no_grad():
+        model.proj_out_2.weight.view(-1, 8, model.inner_dim)[:, 4:] *= 10  # by pixel of a patch
+    other = measure_sensitivity(model, scheduler, data, **options)
+    assert (other.scores, other.alone, other.power) == (found.scores, found.alone, found.power)
 
 
 def test_no_batch_leaves_its_graph_behind(images: np.ndarray) -> None:
