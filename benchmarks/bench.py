@@ -27,6 +27,7 @@ from quality import (
     consistency,
     criteria,
     finetuned,
+    floor,
     onnx_pruned,
     path,
     recover,
@@ -55,6 +56,7 @@ for module in (
     sensitivity,
     at_latency,
     finetuned,
+    floor,
     path,
     consistency,
     calibration,
@@ -128,6 +130,8 @@ def more() -> None:
         transformers.main(model)
         transformers.main(model, ways=transformers.SHORT, steps=200)
         sensitivity.main(model)
+    for model in ("digits", "emoji"):
+        floor.main(model)
     terrain.main()
     onnx_pruned.main()
 

@@ -228,7 +228,6 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
         check_runtime(config.latency)
         check_size(config.latency, model)
     compensating, scheduler = wants_compensation(config, loaded), getattr(loaded, "scheduler", None)
-    tell_unused(stated, criterion, is_allocated(config, scheduler))
     if config.data:
         is_folder(Path(config.data))  # that it is there
 
@@ -241,6 +240,7 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
     job = Job(stated, config, criterion, loaded, model, cut, compensating, functools.cache(samples))
     if compensating and not dry_run and Processes().is_first:  # read now, not when all but the repair is done
         fitting(job.samples(), model, find_adapter(model), scheduler)
+    tell_unused(stated, criterion, is_allocated(config, scheduler))
     return job
 
 

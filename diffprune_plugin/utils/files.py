@@ -229,7 +229,7 @@ def check_place(path: Path, what: str = "output") -> None:
             return
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise BadInput(f"{path}: the name is too long; choose a shorter {what}") from None
+            raise BadInput(f"{path}: {error.strerror}; choose a shorter {what}") from None
         raise BadInput(f"{path}: {folder} is not a directory that can be written to; choose another {what}") from None
 
 

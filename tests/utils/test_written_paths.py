@@ -68,5 +68,5 @@ def test_only_what_we_would_write_is_replaced(tmp_path: Path) -> None:
 
 def test_a_name_too_long_for_what_is_written_beside_it_is_told_at_once(tmp_path: Path) -> None:
     check_place(tmp_path / ("x" * 230))
-    with pytest.raises(BadInput, match="too long"):
+    with pytest.raises(BadInput, match="File name too long; choose a shorter output"):
         check_place(tmp_path / ("x" * 245))
