@@ -103,7 +103,7 @@ def bk_sdm(stages: int, middle: bool) -> Callable[[Config], Shallower]:
         changes: dict[str, Any] = {"layers_per_block": 1}
         for key, value in config.items():
             if isinstance(value, (list, tuple)) and len(value) == total:
-                changes[key] = list(value[less:] if key.startswith("up_block") else value[:stages])
+                changes[key] = list(value[less:] if key.startswith(("up_block", "reverse_")) else value[:stages])
         if not middle:
             changes["mid_block_type"] = None
         kept = re.compile(r"^up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)")

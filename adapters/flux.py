@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from diffprune_plugin.adapters.depth import STREAMS, Blocks
 from diffprune_plugin.adapters.dit import RESIDUAL
 from diffprune_plugin.adapters.ports import Config, Packing, Port, is_set
-from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep
+from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep, Known
 from diffprune_plugin.adapters.table import ModelAdapter, always
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ FLUX = ModelAdapter(
         Port("out_sample", ("batch", "tokens", lambda config: config.get("out_channels") or config["in_channels"])),
     ),
     keep=(Keep("x_embedder", always, RESIDUAL), "proj_out"),
+    known=(Known("patch_size", (1,)),),
     heads=(
         Heads(
             "FluxAttention",

@@ -136,6 +136,11 @@ def is_set(key: str) -> Callable[[Config], bool]:
     return lambda config: bool(config.get(key))
 
 
+def counts_classes(config: Config) -> bool:
+    """For ``when``: a model of classes that are counted; of another kind of embedding diffusers reads no count."""
+    return config.get("class_embed_type") is None and bool(config.get("num_class_embeds"))
+
+
 def is_one_of(key: str, *values: Any) -> Callable[[Config], bool]:
     """For ``when``: the config's value for the key is one of these."""
     return lambda config: config.get(key) in values

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from diffprune_plugin.adapters.depth import STREAMS, Blocks, State
-from diffprune_plugin.adapters.dit import RESIDUAL
+from diffprune_plugin.adapters.dit import RESIDUAL, predicted_channels
 from diffprune_plugin.adapters.ports import Port, two_patches
-from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep
+from diffprune_plugin.adapters.rows import JOINT, JOINT_NORMS, Heads, Keep, Known
 from diffprune_plugin.adapters.table import ModelAdapter, always
 
 
@@ -33,7 +33,8 @@ SD3 = ModelAdapter(
         Port("timestep", "batch"),
     ),
     blocks=(Blocks("transformer_blocks", "num_layers", ("dual_attention_layers",), context_ends, STREAMS),),
-    outputs=(Port("out_sample", "batch {out_channels} height width"),),
+    outputs=(Port("out_sample", ("batch", predicted_channels, "height", "width")),),
+    known=(Known("qk_norm", (None, "rms_norm")),),
     keep=(
         Keep("pos_embed.proj", always, RESIDUAL),
         Keep("context_embedder", always, RESIDUAL),

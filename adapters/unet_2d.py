@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from diffprune_plugin.adapters.depth import RESIDUALS
-from diffprune_plugin.adapters.ports import Config, Port, any_timestep, configured_size, is_one_of, is_set
+from diffprune_plugin.adapters.ports import (
+    Config,
+    Port,
+    any_timestep,
+    configured_size,
+    counts_classes,
+    is_one_of,
+)
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
 
@@ -66,7 +73,7 @@ UNET_2D = ModelAdapter(
             "class_labels",
             "batch",
             "int64",
-            when=is_set("num_class_embeds"),
+            when=counts_classes,
             integers_below=("num_class_embeds",),
         ),
         Port("class_labels", "batch", "int64", when=is_one_of("class_embed_type", "timestep")),

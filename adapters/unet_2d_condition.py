@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffprune_plugin.adapters.depth import BK_SDM, RESIDUALS
-from diffprune_plugin.adapters.ports import Config, Port, is_one_of, is_set, width
+from diffprune_plugin.adapters.ports import Config, Port, counts_classes, is_one_of, is_set, width
 from diffprune_plugin.adapters.rows import Heads, Keep, Known, Mirror, Pairs, Refused
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.adapters.unet_2d import level_widths
@@ -74,7 +74,7 @@ UNET_2D_CONDITION = ModelAdapter(
             "class_labels",
             "batch",
             "int64",
-            when=is_set("num_class_embeds"),
+            when=counts_classes,
             integers_below=("num_class_embeds",),
         ),
         Port("class_labels", "batch", "int64", when=is_one_of("class_embed_type", "timestep")),

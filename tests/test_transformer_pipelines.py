@@ -14,6 +14,7 @@ from diffusers import (
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
@@ -169,3 +170,35 @@ def test_the_whole_way_by_configs(name: str, tmp_path: Path) -> None:
     assert report.steps == 2
     tuned = load(tmp_path / "tuned", loaded)
     assert np.isfinite(images_of(tuned, given)).all()
+
+
+def test_directories_of_before_diffusers_split_its_transformers_up_are_pruned(tmp_path: Path) -> None:
+    """The published DiT and PixArt alpha say Transformer2DModel, as diffusers called both when they were saved."""
+    whole = dit(tmp_path)
+    whole.save_pretrained(tmp_path / "dense")
+    for file in ("model_index.json", "transformer/config.json"):
+        path = tmp_path / "dense" / file
+        path.write_text(path.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+    assert type(dp.load(tmp_path / "dense")) is type(whole.transformer)
+    config = {"model": str(tmp_path / "dense"), "output": str(tmp_path / "small"), "importance": "magnitude"}
+    made = prune(PruningConfig.make({**config, "pruning_ratio": 0.3}), progress=False)
+    assert made.plan.params[1] < made.plan.params[0]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "small").transformer
+    assert loaded.pruning_plan.sha256 == made.plan.sha256
+    pixart_sigma(tmp_path).transformer.save_pretrained(tmp_path / "pixart")
+    path = tmp_path / "pixart" / "config.json"
+    path.write_text(path.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    assert type(dp.load(tmp_path / "pixart")).__name__ == "PixArtTransformer2DModel"
+
+
+def test_pixart_alpha_is_told_the_sizes_of_images(tmp_path: Path) -> None:
+    pipeline = PixArtAlphaPipeline(
+        transformer=make("PixArt alpha"),
+        vae=autoencoder(),
+        scheduler=DDIMScheduler(),
+        tokenizer=None,
+        text_encoder=None,
+    )
+    found = dp.encode(pipeline, np.zeros((3, 16, 16, 3), np.uint8)).extra
+    assert found["resolution"].tolist() == [[16.0, 16.0]] * 3
+    assert found["aspect_ratio"].tolist() == [[1.0]] * 3

@@ -69,9 +69,8 @@ def calibrate(
     sample, or processes that were not given the same; CheckFailed for a loss that is not finite.
     """
     adapter = adapter or find_adapter(model)
-    numbers = {"batch_size": batch_size, "timesteps": timesteps, "blocks_at_once": blocks_at_once}
-    for key, number in numbers.items():
-        if number is not None and (type(number) is not int or number < 1):
+    for key, number in {"batch_size": batch_size, "timesteps": timesteps, "blocks_at_once": blocks_at_once}.items():
+        if number is not None and (type(number) is not int or (number < 1 and key != "timesteps")):
             raise BadInput(f"calibration: {key} {number!r} is no whole number of at least 1")
     settings = Processes(next(model.parameters()).device).on_all(
         lambda: settle(

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from diffprune_plugin.config.base import CRITERION, PathText, read_as
 from diffprune_plugin.config.latency import LatencyConfig
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.planning.options import Patterns, PlanOptions
+from diffprune_plugin.planning.options import BUDGETS, Patterns, PlanOptions
 from diffprune_plugin.planning.widths import AUTO, rules_of
 from diffprune_plugin.utils.checked import Checked, Seed, nested
 
@@ -124,6 +124,15 @@ class PruningConfig(PlanOptions, Subject):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="Of the weights while calibrating and saving."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, values: Any) -> Any:
+        """In a file a key with nothing behind it is a slip, and not a wish for the default."""
+        given = {key: value for key, value in values.items() if key in ("pruning_ratio", *BUDGETS)}
+        if given and all(value is None for value in given.values()):
+            raise ValueError(f"{' and '.join(given)}: null, and nothing else says how much is to go; give a number")
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,7 @@ CAPTIONS = 8  # captions that go through a text encoder at once
 WORDS = 77  # tokens a caption that LDMTextToImagePipeline takes
 AESTHETIC_SCORE = 6.0  # what SDXL's refiner pipeline takes for its prompts
 ENCODERS = ("vae", "vqvae", "bert", "text_encoder", "text_encoder_2", "text_encoder_3")
-STATES, NUMBERS = "encoder_hidden_states", "time_ids"
+STATES = "encoder_hidden_states"
 NULL = "null "  # before the inputs that stand for no prompt, in what an adapter says is encoded
 
 
@@ -37,8 +37,9 @@ def encode(pipeline: Any, source: Any, resolution: int | None = None, whole: boo
     shapes = find_adapter(model).shapes(model)
     needed = set(shapes) - set(samples.extra)
     images = samples.values.dtype is torch.uint8
-    if images and NUMBERS in needed:
-        samples = replace(samples, extra=samples.extra | {NUMBERS: time_ids(samples, shapes[NUMBERS])})
+    if images:
+        of_sizes = {name: make(samples, shapes[name]) for name, make in OF_SIZES.items() if name in needed}
+        samples = replace(samples, extra=samples.extra | of_sizes)
     with beside(pipeline, model):
         if images:
             samples = replace(samples, values=latents_of(pipeline, model, samples))
@@ -119,6 +120,20 @@ def time_ids(samples: Samples, shape: tuple[int | str, ...]) -> Tensor:
     frames = samples.extra.get(FRAME, torch.tensor([[height, width, 0, 0]]).expand(len(samples), -1)).float()
     last = [AESTHETIC_SCORE] if shape == ("batch", 5) else [height, width]
     return torch.cat([frames, torch.tensor([last]).float().expand(len(samples), -1)], dim=1)
+
+
+def resolution_of(samples: Samples, _: tuple[int | str, ...]) -> Tensor:
+    """PixArt alpha's height and width of each image."""
+    return torch.tensor([samples.shape[1:]]).float().expand(len(samples), -1).clone()
+
+
+def aspect_ratio_of(samples: Samples, _: tuple[int | str, ...]) -> Tensor:
+    _, height, width = samples.shape
+    return torch.full((len(samples), 1), height / width)
+
+
+# What pipelines tell a model of the sizes of images, by its input.
+OF_SIZES = {"time_ids": time_ids, "resolution": resolution_of, "aspect_ratio": aspect_ratio_of}
 
 
 def texts_encoded(pipeline: Any, model: Any, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

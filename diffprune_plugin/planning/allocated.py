@@ -47,6 +47,9 @@ class Errors(Protocol):
     def knows(self, root: str, count: int) -> bool: ...
 
 
+UNSEEN = "allocation: kept, since what comes from it was the same for all samples, which says nothing of other inputs"
+
+
 @dataclass(frozen=True)
 class LatencyCosts:
     """What latency a plan has, in whatever unit: one more column of the sizes.
@@ -169,7 +172,13 @@ def described(plans: Sequence[GroupPlan], menus: Sequence[Menu], errors: Errors)
         menu.root: menu.errors[menu.removed.index(len(plan.removed))] for plan, menu in zip(plans, menus, strict=True)
     }
     total = sum(costs.values())
-    told = [plan if plan.reason else plan.model_copy(update={"reason": why(plan, costs, total)}) for plan in plans]
+    unseen = getattr(errors, "unseen", ())
+    told = [
+        plan
+        if plan.reason
+        else plan.model_copy(update={"reason": UNSEEN if plan.root in unseen else why(plan, costs, total)})
+        for plan in plans
+    ]
     return told, Allocation(error=total, errors=costs, sensitivity=errors.sha256)
 
 

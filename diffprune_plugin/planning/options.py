@@ -131,10 +131,8 @@ class PlanOptions(Checked):
     @model_validator(mode="before")
     @classmethod
     def _ratio(cls, values: Any) -> Any:
-        given = {key: value for key, value in values.items() if key in ("pruning_ratio", *BUDGETS)}
-        if given and all(value is None for value in given.values()):
-            raise ValueError(f"{' and '.join(given)}: null, and nothing else says how much is to go; give a number")
-        return values if given else {**values, "pruning_ratio": DEFAULT_RATIO}
+        sized = {"pruning_ratio", *BUDGETS} & {key for key, value in values.items() if value is not None}
+        return values if sized else {**values, "pruning_ratio": DEFAULT_RATIO}
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -17,6 +17,11 @@ PREFIX = "Pruned"  # of a pruned model's class
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LOADER_FILE = "diffprune_plugin.py"  # for diffusers without this package: named as model_index.json names the library
 DENSE_CONFIG = "dense_config.json"  # where config.json says the widths that are left (see `stock`)
+# Classes that diffusers has split up by their config's norm_type, as it maps them; published DiT and PixArt name them.
+SPLIT = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
 # SHA-256 of every loader that a version of this package wrote; the last is that of now.
 LOADERS = (
     "d8c93281aa987b748fc8145cc0738a386a799345b7033fca71276d5e6c4aa516",
@@ -65,12 +70,21 @@ def loader_bytes() -> bytes:
     return (Path(__file__).parent / "standalone.py").read_bytes()
 
 
+def class_in(config: Path) -> str:
+    """The model class that a config names; one that diffusers has split up since is what it loads it as."""
+    content = read_json(config)
+    name = str(content.get("_class_name", "a model of no named class"))
+    return SPLIT.get((name, str(content.get("norm_type"))), name)
+
+
 def component_in(directory: Path) -> str:
     """The component of a pipeline directory that denoises; raises BadInput, saying what is there, for none known."""
     index, names = read_json(directory / "model_index.json"), components()
     parts = {name: str(part[-1]) for name, part in index.items() if isinstance(part, list) and part and part[-1]}
     found = next((name for name in names if name in parts or (directory / name).is_dir()), None)
     of_diffusers = found in parts and index[found][0] == "diffusers"
+    if of_diffusers and parts[found] in {name for name, _ in SPLIT}:
+        parts[found] = class_in(directory / found / "config.json")
     if found is None or (of_diffusers and parts[found] not in adapters(plugin_manager())):
         raise no_denoiser(directory, str(index.get("_class_name")), parts)
     return found
@@ -93,7 +107,7 @@ def read_plan(directory: Path) -> PruningPlan:
 
 def check_described(folder: Path) -> None:
     """Raises BadInput, saying what it is, for a model whose class, in its config, no adapter describes."""
-    name = str(read_json(folder / "config.json").get("_class_name", "a model of no named class"))
+    name = class_in(folder / "config.json")
     known = adapters(plugin_manager())
     if name.removeprefix(PREFIX) not in known:
         raise BadInput(f"{folder}: {no_adapter(name, known)}")

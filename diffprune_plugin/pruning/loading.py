@@ -18,7 +18,7 @@ from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.plugins import adapter_for, denoiser_of, find_adapter
 from diffprune_plugin.pruning.building import at_most, foreign_errors
-from diffprune_plugin.pruning.directory import PREFIX, component_in, described_in, model_folder, read_json
+from diffprune_plugin.pruning.directory import PREFIX, class_in, component_in, described_in, model_folder, read_json
 from diffprune_plugin.pruning.index import INDEX_FILE, read_index
 from diffprune_plugin.pruning.pruned_class import model_class_named, pruned_class_named
 from diffprune_plugin.pruning.weights import UnusedTensors, check_used, tensors_in, variant_of, weight_files
@@ -44,7 +44,7 @@ def load(
     """
     folder = model_folder(Path(directory))
     config = described_in(folder)
-    name = str(read_json(config).get("_class_name"))
+    name = class_in(config)
     if name.startswith(PREFIX):
         cls = getattr_or_bad(name, folder)
         return cls.from_pretrained(folder, torch_dtype=torch_dtype)

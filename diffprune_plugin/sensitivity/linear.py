@@ -40,7 +40,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.recovery.ridge import by_position
 from diffprune_plugin.sensitivity.blocks import Branches, removable
 from diffprune_plugin.sensitivity.norms import Norms
-from diffprune_plugin.sensitivity.products import of_logits, products
+from diffprune_plugin.sensitivity.products import by_sample, of_logits, products
 from diffprune_plugin.sensitivity.redundancy import Correlations, in_turn
 from diffprune_plugin.sensitivity.sensitivity import ESTIMATE, Sensitivity
 from diffprune_plugin.utils.distributed import Processes
@@ -105,6 +105,7 @@ def measure_sensitivity(
         blocks={name: float(found[name].sum()) for name in blocks.blocks},
         power=run.power(),
         estimate=ESTIMATE,
+        unseen=tuple(group.root for group in groups if not run.varies(group)),
         samples=samples,
         probes=probes,
         seed=seed,
@@ -290,6 +291,11 @@ class Run:
         """What each unit costs by itself, shape (units,)."""
         return folded(found[group.root] + found[of_logits(group.root)], group)
 
+    def varies(self, group: CoupledGroup) -> bool:
+        """Whether what comes from a group is not the same for all samples."""
+        given = [member for member in group.members if member.side == "in"]
+        return any(self.correlations.vary(m.layer, m.channels, self.centres[m.layer]) for m in given) or not given
+
     def in_turn(self, group: CoupledGroup, found: dict[str, Any]) -> Any:
         """What each unit adds when it goes in its turn and those that stay are refitted, shape (units,)."""
         names = {layer: by_way_of(group.root, layer) for layer in self.layers}
@@ -341,9 +347,3 @@ def by_way_of(root: str, layer: str) -> str:
 def folded(scores: Any, group: CoupledGroup) -> Any:
     """Scores of root channels summed over those that are paired: shape (units,)."""
     return scores.reshape(group.pairs, -1).sum(0)
-
-
-def by_sample(values: Tensor, samples: int) -> Tensor:
-    """Rows (samples * n, ..., channels) as (samples, positions, channels): PixArt alpha embeds the two numbers of a
-    resolution in a row each."""
-    return values.reshape(samples, -1, values.shape[-1])

@@ -43,7 +43,7 @@ def products(model: nn.Module, centres: Mapping[str, Tensor], queries: Sequence[
         return hook
 
     def watch_query(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
             seen = output if output.requires_grad else output.detach().requires_grad_(True)
             seen.register_hook(adding(of_logits(name), by_position(seen.detach())))
             return seen
@@ -56,3 +56,9 @@ def products(model: nn.Module, centres: Mapping[str, Tensor], queries: Sequence[
         for name in queries:
             hooks.callback(model.get_submodule(name).register_forward_hook(watch_query(name)).remove)
         yield found
+
+
+def by_sample(values: Tensor, samples: int) -> Tensor:
+    """Rows (samples * n, ..., channels) as (samples, positions, channels): PixArt alpha embeds the two numbers of a
+    resolution in a row each."""
+    return values.reshape(samples, -1, values.shape[-1])

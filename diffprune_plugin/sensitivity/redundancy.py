@@ -44,6 +44,12 @@ class Correlations:
         self.products[layer] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
         self.rows[layer] = self.rows.get(layer, 0) + len(parts[0])
 
+    def vary(self, layer: str, channels: npt.NDArray[np.int64], means: Tensor) -> bool:
+        """Whether any of some of a layer's channels, with these means, is not the same in all rows."""
+        squares = torch.cat([part.diagonal() for part in self.products[layer]]) / self.rows[layer]
+        at = torch.as_tensor(channels)
+        return bool((squares[at] > 1e-10 * means.cpu()[at].square()).any())
+
     def between(self, layer: str, channels: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Floats]]:
         """Of some of a layer's channels, rising, those in each block and their correlations, shrunk towards none by
         `RIDGE` and by how few rows there are."""

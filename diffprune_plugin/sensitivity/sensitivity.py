@@ -16,7 +16,7 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.files import write_text
 from diffprune_plugin.utils.reading import read_json
 
-LATER = ("blocks", "alone", "norms", "norms_alone", "estimate")  # what older files do not have
+LATER = ("blocks", "alone", "norms", "norms_alone", "estimate", "unseen")  # what older files do not have
 ESTIMATE = 2  # which formulas a linear one is by: 2 since queries count, and no variances that a model tells
 
 
@@ -32,6 +32,7 @@ class Sensitivity:
     power: the mean square of a value of the output, to compare with. samples, probes, seed: what it was measured with.
     weights, images: SHA-256 of the model's parameters and of the samples; scheduler: the noise and the prediction;
         estimate: by which formulas, `ESTIMATE` by today's.
+    unseen: the groups whose inputs were the same for all samples, which says nothing of what they do for others.
     """
 
     scores: dict[str, tuple[float, ...]]
@@ -47,6 +48,7 @@ class Sensitivity:
     norms: dict[str, tuple[float, ...]] = field(default_factory=dict)
     norms_alone: dict[str, tuple[float, ...]] = field(default_factory=dict)
     estimate: int = 0
+    unseen: tuple[str, ...] = ()
 
     def unrefitted(self) -> Sensitivity:
         """The same for a model that is not compensated: each unit's error is that of its removal alone."""
@@ -72,8 +74,8 @@ class Sensitivity:
         return told / math.sqrt(max(1 - len(units) / len(scores), 1 / len(scores)))
 
     def knows(self, root: str, count: int) -> bool:
-        """Whether it says anything of so many units: of any."""
-        return True
+        """Whether it says anything of so many units."""
+        return not count or root not in self.unseen
 
     @property
     def sha256(self) -> str:
@@ -92,6 +94,7 @@ class Sensitivity:
             stated = content.pop("sha256")
             for key in ("scores", "alone", "norms", "norms_alone"):
                 content[key] = {root: tuple(map(float, values)) for root, values in content.get(key, {}).items()}
+            content["unseen"] = tuple(map(str, content.get("unseen", ())))
             found = cls(**content)
             same = found.sha256 == stated
             every = [*found.scores.values(), *found.alone.values(), *found.norms.values(), *found.norms_alone.values()]

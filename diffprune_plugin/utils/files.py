@@ -247,7 +247,7 @@ def check_file(path: Path, overwrite: bool = False, what: str = "file", begins: 
 
 def check_picture(path: Path, overwrite: bool = False, what: str = "file") -> None:
     """The same of a PNG, which alone we draw."""
-    if path.suffix.lower() != ".png" and not path.is_dir():
+    if path.suffix.lower() not in ("", ".png") and not path.is_dir():
         raise BadInput(f"{path}: what is drawn is a PNG; name it {path.with_suffix('.png').name}")
     check_file(path, overwrite, what, b"\x89PNG")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import MODELS, make
+from tiny_transformers import MODELS, make, samples_for
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters import BUILT_IN
@@ -257,3 +257,20 @@ def test_a_transformer_without_an_adapter_is_refused_by_what_it_is() -> None:
 
     with pytest.raises(BadInput, match="without an adapter yet: its feed-forward is a gated depthwise convolution"):
         find_adapter(SanaTransformer2DModel())
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "fp32_layer_norm"])
+def test_norms_of_queries_that_are_not_covered_are_refused(norm: str) -> None:
+    with pytest.raises(BadInput, match=f"qk_norm: '{norm}' is not covered"):
+        dp.make_plan(make("SD 3", qk_norm=norm), "magnitude", head_pruning_ratio=0.5)
+
+
+def test_sd3_predicts_as_many_channels_as_it_takes_where_its_config_says_none() -> None:
+    model = make("SD 3", out_channels=None)
+    samples, scheduler = samples_for(model)
+    dp.calibrate(model, scheduler, samples, dp.Sweep(samples=2, curve_samples=1), timesteps=2, progress=False)
+
+
+def test_flux_of_larger_patches_is_refused() -> None:
+    with pytest.raises(BadInput, match="patch_size: 2 is not covered"):
+        dp.make_plan(make("Flux", patch_size=2), "magnitude")

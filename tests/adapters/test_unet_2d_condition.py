@@ -320,3 +320,11 @@ def test_ldm4_has_its_published_sizes_when_geglus_halves_are_ranked_apart() -> N
     )
     assert np.array(plan.params) / 1e6 == pytest.approx([400.9, 189.4], rel=0.005)
     assert np.array(plan.macs) / 1e9 == pytest.approx([99.8, 52.7], rel=0.005)
+
+
+def test_a_count_of_classes_beside_another_kind_of_embedding_says_nothing() -> None:
+    config = {**SD, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 12}
+    unet = UNet2DConditionModel(**config, num_class_embeds=7)
+    (port,) = (port for port in UNET_2D_CONDITION.ports(unet) if port.name == "class_labels")
+    assert port.shape(unet.config) == ("batch", 12)
+    assert UNET_2D_CONDITION.denoise(unet, UNET_2D_CONDITION.flat_inputs(unet)).isfinite().all()

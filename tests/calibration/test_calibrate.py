@@ -401,7 +401,9 @@ def test_a_model_whose_numbers_are_not_there_is_refused_in_one_line(away, schedu
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 2.5}, {"batch_size": "8"}, {"timesteps": 0}, {"blocks_at_once": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 2.5}, {"batch_size": "8"}, {"timesteps": "3"}, {"blocks_at_once": -1}]
+)
 def test_a_number_that_is_none_is_told(unet, scheduler, images, wrong) -> None:
     with pytest.raises(BadInput, match=f"calibration: {next(iter(wrong))} .* no whole number of at least 1"):
         dp.calibrate(unet, scheduler, images, **wrong)

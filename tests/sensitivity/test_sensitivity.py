@@ -16,6 +16,7 @@ from diffusers import DDPMScheduler
 from tiny import make_unet
 from tiny_transformers import make, samples_for
 
+import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.errors import BadInput
@@ -105,6 +106,18 @@ def test_variances_that_a_model_tells_are_no_part_of_its_error() -> None:
         model.proj_out_2.weight.view(-1, 8, model.inner_dim)[:, 4:] *= 10  # by pixel of a patch
     other = measure_sensitivity(model, scheduler, data, **options)
     assert (other.scores, other.alone, other.power) == (found.scores, found.alone, found.power)
+
+
+def test_what_was_the_same_for_all_samples_is_kept_with_the_reason() -> None:
+    """FLUX's guidance, which calibration gives one value: the bias behind would take all of that over."""
+    model = make("Flux")
+    data, scheduler = samples_for(model)
+    found = measure_sensitivity(model, scheduler, data, samples=4, probes=1, batch_size=4, progress=False)
+    assert found.unseen == ("time_text_embed.guidance_embedder.linear_1",)
+    plan = dp.make_plan(model, "magnitude", macs_target=0.8, allocation="linear", sensitivity=found)
+    group = next(group for group in plan.groups if group.root in found.unseen)
+    assert not group.removed
+    assert "the same for all samples" in group.reason
 
 
 def test_no_batch_leaves_its_graph_behind(images: np.ndarray) -> None:
