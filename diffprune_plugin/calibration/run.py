@@ -70,7 +70,7 @@ def calibrate(
     """
     adapter = adapter or find_adapter(model)
     for key, number in {"batch_size": batch_size, "timesteps": timesteps, "blocks_at_once": blocks_at_once}.items():
-        if number is not None and (type(number) is not int or (number < 1 and key != "timesteps")):
+        if number is not None and (type(number) is not int or (key == "blocks_at_once" and number < 1)):
             raise BadInput(f"calibration: {key} {number!r} is no whole number of at least 1")
     settings = Processes(next(model.parameters()).device).on_all(
         lambda: settle(
