@@ -124,11 +124,11 @@ def time_ids(samples: Samples, shape: tuple[int | str, ...]) -> Tensor:
 
 def resolution_of(samples: Samples, _: tuple[int | str, ...]) -> Tensor:
     """PixArt alpha's height and width of each image."""
-    return torch.tensor([samples.shape[1:]]).float().expand(len(samples), -1).clone()
+    return torch.tensor([samples.shape[1:]] * len(samples)).float()
 
 
 def aspect_ratio_of(samples: Samples, _: tuple[int | str, ...]) -> Tensor:
-    _, height, width = samples.shape
+    height, width = samples.shape[1:]
     return torch.full((len(samples), 1), height / width)
 
 

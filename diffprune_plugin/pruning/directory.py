@@ -83,7 +83,7 @@ def component_in(directory: Path) -> str:
     parts = {name: str(part[-1]) for name, part in index.items() if isinstance(part, list) and part and part[-1]}
     found = next((name for name in names if name in parts or (directory / name).is_dir()), None)
     of_diffusers = found in parts and index[found][0] == "diffusers"
-    if of_diffusers and parts[found] in {name for name, _ in SPLIT}:
+    if found and of_diffusers and parts[found] in {name for name, _ in SPLIT}:
         parts[found] = class_in(directory / found / "config.json")
     if found is None or (of_diffusers and parts[found] not in adapters(plugin_manager())):
         raise no_denoiser(directory, str(index.get("_class_name")), parts)
