@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py --help
     python benchmarks/bench.py criteria --quick
-    python benchmarks/bench.py readme            # make bench: recover, criteria, reference, latency
+    python benchmarks/bench.py readme            # make bench: recover, criteria, reference, latency, consistency
 
 One program runs several suites, because to import what they need takes each of its processes ten seconds. Results are
 kept in benchmarks/results; interrupted, a suite goes on where it was.
@@ -41,7 +41,7 @@ from quality import (
     transformers,
 )
 from shared.results import Seeds, Workers
-from shared.subject import SUBJECTS, TRANSFORMERS
+from shared.subject import EMOJI, SUBJECTS, TRANSFORMERS
 from size import export_sd15, gpu, latency, pipeline_sd15, scale, targets, variants, widths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -108,6 +108,10 @@ def readme(quick: Quick = False) -> None:
     """The tables that the README and docs/figures.md are about; the exit code is that of latency."""
     for suite in (recover, criteria, reference):
         suite.main(quick=quick)
+    if not quick and EMOJI.facts.exists():
+        consistency.main(EMOJI.name)
+    elif not quick:
+        print("consistency in colour: left as it is, since its model is not here; make models trains it")
     latency.main(quick=quick)
 
 
