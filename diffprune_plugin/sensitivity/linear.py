@@ -260,8 +260,8 @@ class Run:
         """What one probe found for each of a group's channels as dimensions of queries, shape (samples, channels)."""
         moved = torch.zeros(samples, group.channels)
         for member in group.members:
-            if member.side == "out" and member.layer in self.queries:
-                by_query = by_sample(found[of_logits(member.layer)], samples).sum(1)
+            if member.side == "out" and (name := of_logits(member.layer)) in found:
+                by_query = by_sample(found[name], samples).sum(1)
                 moved.index_add_(1, torch.as_tensor(member.roots), by_query[:, torch.as_tensor(member.channels)])
         return moved
 
