@@ -40,6 +40,7 @@ from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import component_in, read_json, to_json
 from diffprune_plugin.pruning.index import INDEX_FILE, is_pipeline_module, read_index
 from diffprune_plugin.pruning.loading import quiet
+from diffprune_plugin.pruning.weights import variant_of
 
 SMALL = 16  # sides of latents for the checks of parts whose height and width are dynamic
 STEPS = (20, 25, 30, 50)  # numbers of steps that people draw with
@@ -227,7 +228,8 @@ def load_component(folder: Path, library: str, kind: str) -> Any:
     name = f"diffusers.pipelines.{library}" if is_pipeline_module(library) else library
     with foreign_errors(f"{folder}: cannot be loaded as a {kind}"), quiet():
         cls = getattr(importlib.import_module(name), kind)
-        return cls.from_pretrained(str(folder), use_safetensors=True).float().eval()
+        variant = variant_of(folder, None)
+        return cls.from_pretrained(str(folder), use_safetensors=True, variant=variant).float().eval()
 
 
 @torch.no_grad()

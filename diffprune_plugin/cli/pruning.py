@@ -181,6 +181,8 @@ def finetune(
     say(f"{report.steps} steps in {report.seconds:.0f} s on {report.processes} processes ({report.device}): ", end="")
     say(f"loss {first:.4f} -> {last:.4f} (means of the first and last tenth)")
     written = "the moving average of the weights" if settled.ema_decay else "the last weights"
+    if settled.lora and not settled.lora.merge:
+        written = "the weights as they were, the trained adapter beside them (pipeline.load_lora_weights)"
     say(f"wrote {settled.output}: {written}, and the loss curve in finetune.json")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -133,13 +134,18 @@ def flow_sampler(own: Any, name: str, steps: int, skip: str) -> Any:
 
 
 def settle_(scheduler: Any, timesteps: Sequence[int] | None) -> None:
-    """Make the pipeline's calls fit: these timesteps whatever it asks for, and a generator where step takes none.
+    """Make the pipeline's calls fit: these timesteps whatever it asks for, and no word that step does not take.
 
     Raises BadInput if timesteps are given and the scheduler cannot take them.
     """
     cls = type(scheduler)
-    if "generator" not in inspect.signature(cls.step).parameters:
-        scheduler.step = lambda *args, generator=None, **named: cls.step(scheduler, *args, **named)
+    taken = inspect.signature(cls.step).parameters
+
+    @functools.wraps(cls.step)  # whose signature pipelines look at
+    def step(*args: Any, **named: Any) -> Any:
+        return cls.step(scheduler, *args, **{key: value for key, value in named.items() if key in taken})
+
+    scheduler.step = step
     if timesteps is None:
         return
     if "timesteps" not in inspect.signature(cls.set_timesteps).parameters:

@@ -15,6 +15,7 @@ from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.planning.report import error_text, quantity
 from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import (
+    ADAPTER_FILE,
     COMPENSATION_FILE,
     CONFIG_FILE,
     DENSE_CONFIG,
@@ -208,7 +209,9 @@ def measured_lines(directory: Path, proofs: dict[str, Any]) -> Iterator[str]:
         taken = sum(bool(repair.get("refitted")) for repair in repairs)
         yield f"- compensated without training: {taken} of {len(repairs)} regressions were taken ({COMPENSATION_FILE})"
     if (directory / "finetune.json").is_file():
-        yield "- fine-tuned: the loss curve is in finetune.json"
+        beside = (directory / ADAPTER_FILE).is_file()
+        how = f"as an adapter, which `pipeline.load_lora_weights` takes from {ADAPTER_FILE}: " if beside else ""
+        yield f"- fine-tuned: {how}the loss curve is in finetune.json"
     for title, part in proofs.items():
         yield from (f"- {title}", *(f"  - {line}" for line in part))
 

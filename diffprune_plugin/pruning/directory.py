@@ -31,6 +31,7 @@ LOADERS = (
 )
 CONFIG_FILE = "diffprune.yaml"
 COMPENSATION_FILE = "compensation.json"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for one
 SOURCE_KEY = "_name_or_path"  # where diffusers and transformers write down what a config was loaded from
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from diffprune_plugin.config.lora import LoraConfig
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.graph.patterns import layer_names, matching
+from diffprune_plugin.pruning.directory import ADAPTER_FILE
 from diffprune_plugin.utils.optional import need
 
 NAME = "default"  # of the adapter, as peft and diffusers call it
-FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for one
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LowRank:
             self.tuner.merge_and_unload()
             files = {}
         else:
-            files = {FILE: as_file(self.tuner, pipeline, component)}
+            files = {ADAPTER_FILE: as_file(self.tuner, pipeline, component)}
             self.tuner.unload()
         vars(self.tuner.model).pop("peft_config", None)  # else diffusers takes it for loaded
         return files
@@ -94,4 +94,4 @@ def as_file(tuner: Any, pipeline: Any, component: str) -> bytes:
         options[f"{component}_lora_adapter_metadata"] = tuner.peft_config[NAME].to_dict()
     with tempfile.TemporaryDirectory() as folder:
         type(pipeline).save_lora_weights(folder, **options)
-        return Path(folder, FILE).read_bytes()
+        return Path(folder, ADAPTER_FILE).read_bytes()

@@ -88,6 +88,14 @@ def test_quadratic_timesteps_reach_every_scheduler_that_takes_its_own(pipeline: 
     assert seen == quadratic(100, 6)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "dpm", "UniPCMultistepScheduler"])
+def test_words_that_a_scheduler_does_not_take_are_kept_from_it(name: str) -> None:
+    """DDIMPipeline tells every scheduler what only DDIM's takes."""
+    pipeline = DDIMPipeline(make_unet(), DDIMScheduler(100))
+    first, again = (draw(pipeline, count=1, steps=3, scheduler=name) for _ in range(2))
+    assert np.array_equal(np.asarray(first[0]), np.asarray(again[0]))
+
+
 def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
     before = pipeline.scheduler
     draw(pipeline, count=1, steps=2, skip="quad")

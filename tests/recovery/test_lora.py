@@ -19,9 +19,10 @@ from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.diffusion.batches import FINETUNE, draw
 from diffprune_plugin.errors import BadInput, MissingExtra
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.pruning.directory import ADAPTER_FILE
 from diffprune_plugin.recovery import training
 from diffprune_plugin.recovery.finetune import finetune
-from diffprune_plugin.recovery.lora import FILE, LowRank
+from diffprune_plugin.recovery.lora import LowRank
 from diffprune_plugin.utils import optional
 
 STEPS, BATCH, RATE = 4, 4, 3e-3
@@ -127,7 +128,8 @@ def test_kept_beside_the_weights_it_is_loaded_by_the_pipeline_and_draws_what_the
     loaded.load_lora_weights(paths["tuned"])
     torch.testing.assert_close(noise_of(loaded.unet), merged, rtol=1e-4, atol=1e-5)
     assert (plain - merged).abs().max() > 1e-3
-    assert (tmp_path / "tuned" / FILE).is_file()
+    assert (tmp_path / "tuned" / ADAPTER_FILE).is_file()
+    assert "`pipeline.load_lora_weights`" in (tmp_path / "tuned" / "README.md").read_text()
 
 
 @torch.no_grad()
