@@ -44,8 +44,8 @@ def export(
     from diffprune_plugin.utils.html_report import check_report
 
     whole, shown = is_directory(output), list["Latency"]()
-    files = {"the export": output, "its manifest": manifest_path(output)}
-    check_results(options, {} if whole else files, output if whole else None)
+    files = {} if whole else {"the export": output, "its manifest": manifest_path(output)}
+    check_results(options, files, output if whole else None)
     if options.report:
         check_report(options.report, options.overwrite)
     if model is None:

@@ -132,7 +132,8 @@ def test_a_criterion_that_ends_the_program_is_a_failed_check_that_names_it(run, 
     offer = hookspecs.hookimpl(lambda register: register("ending", factory["factory"]))
     plugin = SimpleNamespace(diffprune_register_criteria=offer)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry_point("third", lambda: plugin)])
-    code, out, err = run("prune", config_file, "--set", "importance=ending", "--set", "compensate=false")
+    words = [w for each in ("importance=ending", "compensate=false", "timesteps=null") for w in ("--set", each)]
+    code, out, err = run("prune", config_file, *words)
     assert (code, out) == (1, "")
     assert (
         err

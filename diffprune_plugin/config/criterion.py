@@ -33,7 +33,7 @@ def tell_unused(config: PruningConfig, criterion: Criterion, allocated: bool) ->
         idle.add("latency")
     if config.data is None:
         idle.add("resolution")
-    if given := [key for key in PruningConfig.model_fields if key in idle & config.model_fields_set]:
+    if given := [k for k, of in PruningConfig.model_fields.items() if k in idle and getattr(config, k) != of.default]:
         line = f"config: nothing here uses {', '.join(given)}"
         Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 

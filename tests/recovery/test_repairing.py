@@ -75,7 +75,8 @@ def test_an_unknown_way_is_told_of_before_any_work(
 )
 def test_a_way_that_fails_is_named_with_its_plugin(run: Any, offer: Any, config_file: Path, way: Any, why: str) -> None:
     offer(way)
-    code, _, err = run("prune", config_file, "--set", "compensate=mine", "--set", "importance=magnitude")
+    words = [w for each in ("compensate=mine", "importance=magnitude", "timesteps=null") for w in ("--set", each)]
+    code, _, err = run("prune", config_file, *words)
     assert (code, err.strip()) == (2, f"error: compensate: 'mine' of offered {why}; mend the plugin")
 
 
