@@ -268,7 +268,9 @@ def test_norms_of_queries_that_are_not_covered_are_refused(norm: str) -> None:
 def test_sd3_predicts_as_many_channels_as_it_takes_where_its_config_says_none() -> None:
     model = make("SD 3", out_channels=None)
     samples, scheduler = samples_for(model)
-    dp.calibrate(model, scheduler, samples, dp.Sweep(samples=2, curve_samples=1), timesteps=2, progress=False)
+    found = dp.calibrate(model, scheduler, samples, dp.Sweep(samples=2, curve_samples=1), timesteps=2, progress=False)
+    assert find_adapter(model).channels(model) == (4, 4)
+    assert found.backward > 0
 
 
 def test_flux_of_larger_patches_is_refused() -> None:

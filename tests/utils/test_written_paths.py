@@ -32,7 +32,7 @@ def test_other_paths_stay_as_they_are(path: str) -> None:
         (("frontier", "c.yaml", "--data", "$DATA"), "$DATA"),
         (("finetune", "c.yaml", "--output", ""), "--output"),
         (("evaluate", "pruned", "--reference", ""), "--reference"),
-        (("sample", "", "-o", "a.png"), "directory"),
+        (("sample", "", "-o", "a.png"), "'' no path"),
         (("card", "pruned", "--verdict", "--evaluation"), "--verdict"),
         (("bench", "a.onnx", "b.onnx", "--json", "--nhwc"), "--nhwc"),
     ],
