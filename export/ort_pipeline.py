@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class ORTText(StandIn):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
         from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-        found = self.session({"input_ids": input_ids, "attention_mask": attention_mask})  # type: ignore[dict-item]
+        found = self.run({"input_ids": input_ids, "attention_mask": attention_mask})  # type: ignore[dict-item]
         found = {name: value.to(self.dtype) for name, value in found.items()}
         states = tuple(found.pop(name) for name in [*found] if name.startswith("hidden_states"))
         kind: Any = CLIPTextModelOutput if "text_embeds" in found else BaseModelOutputWithPooling
@@ -58,18 +59,19 @@ class ORTVae(nn.Module):
     def __init__(self, decoder: StandIn, encoder: StandIn | None) -> None:
         super().__init__()
         self.decoder, self.encoder = decoder, encoder
+        self.post_quant_conv = decoder  # whose dtype some pipelines ask for
         self.config, self.dtype, self.device = decoder.config, decoder.dtype, decoder.device
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, **_: Any) -> Any:
         """Images (batch, channels, height, width) of latents."""
-        (images,) = self.decoder.session({"latent_sample": z}).values()
+        (images,) = self.decoder.run({"latent_sample": z}).values()
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """The distribution of the latents of images; raises BadInput where there is no encoder."""
         if self.encoder is None:
             raise BadInput("this pipeline has no encoder; it draws from noise only")
-        (moments,) = self.encoder.session({"sample": x}).values()
+        (moments,) = self.encoder.run({"sample": x}).values()
         found = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
@@ -111,7 +113,12 @@ def assembled(directory: Path, opened: Opener, **given: Any) -> Any:
     with foreign_errors(f"{directory}: cannot be loaded as a {cls.__name__}"):
         pipeline: Any = cls(**arguments)
     pipeline.register_to_config(_name_or_path=str(directory))
+    pipeline.save_pretrained = partial(not_saved, directory)
     return pipeline
+
+
+def not_saved(directory: Path, *_: Any, **__: Any) -> None:
+    raise BadInput(f"save_pretrained: would write no models, which are ONNX files; copy {directory} itself")
 
 
 def pipeline_class(directory: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
-from diffprune_plugin.export.feeds import input_types
+from diffprune_plugin.export.feeds import input_shapes, input_types
 from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.providers import known_provider, open_session
 from diffprune_plugin.utils.out_of_memory import out_of_memory
@@ -36,7 +36,7 @@ class OrtSession:
     def __init__(
         self, path: Path, provider: str = "cpu", threads: int = 1, session: Any = None, arena: bool = True
     ) -> None:
-        self.types, self.provider, self.seconds = input_types(path), provider, 0.0
+        self.path, self.types, self.provider, self.seconds = path, input_types(path), provider, 0.0
         self.session = session or open_session(path, provider, threads=threads, arena=arena)
         self.names = [output.name for output in self.session.get_outputs()]
 
@@ -54,14 +54,29 @@ class OrtSession:
 
 
 class StandIn(nn.Module):
-    """What diffusers' pipelines read from a model besides its outputs: config, dtype, device; without parameters."""
+    """What diffusers' pipelines read from a model besides its outputs: config, dtype, device."""
 
     def __init__(self, facts: Mapping[str, str], session: OrtSession) -> None:
         super().__init__()
-        self.session = session
+        self.session, self.shapes = session, input_shapes(session.path)
         self.config = FrozenDict(json.loads(facts["config"]))
         self.dtype = DTYPES[facts["dtype"]]
         self.device = torch.device("cpu")
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        """What the session gives; raises BadInput for inputs of other sizes than the file computes."""
+        for name, axes in self.shapes.items():
+            given = list(inputs[name].shape)
+            if len(given) != len(axes) or any(isinstance(a, int) and a != b for a, b in zip(axes, given, strict=True)):
+                raise BadInput(
+                    f"{self.session.path}: {name} is {given}, and the file computes {axes}; export again with more of "
+                    "batch, height, width, sequence in --dynamic"
+                )
+        return self.session(inputs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """An empty one of the file's dtype, which is what pipelines ask parameters for."""
+        yield nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
 
     def cache_context(self, _: str) -> contextlib.AbstractContextManager[None]:
         """Of diffusers' caches, which a file has none of; FLUX's pipelines enter it at every step."""

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.export.feeds import check_multiple, input_names, input_shapes, multiples
+from diffprune_plugin.export.feeds import check_multiple, input_names, multiples
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.ort_session import OrtSession, StandIn
 from diffprune_plugin.export.timestep import AXIS
@@ -30,7 +30,7 @@ class ORTUNet(StandIn):
         facts = check_files(path)
         super().__init__(facts, session or OrtSession(Path(path), provider, threads))
         self.path = Path(path)
-        self.facts, self.names, self.shapes = facts, input_names(facts), input_shapes(self.path)
+        self.facts, self.names = facts, input_names(facts)
         # Stable Diffusion XL reads this width from the module instead of the config.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.__dict__["add_embedding"] = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -53,13 +53,15 @@ class ORTUNet(StandIn):
         rows = torch.as_tensor(timestep).reshape(-1)
         if self.shapes[self.names["timestep"]] != [AXIS]:  # files of before take one for each sample only
             rows = rows.expand(sample.shape[0])
+        elif bool((rows == rows[0]).all()):  # as in sessions of fixed sizes, which take one
+            rows = rows[:1]
         whole = self.session.types[self.names["timestep"]].kind != "f"
         if whole and rows.is_floating_point() and bool((rows != rows.round()).any()):
             raise BadInput(
                 f"{self.path}: timestep {rows.tolist()[0]} is no whole number, and the graph takes those; use a "
                 "scheduler that steps at them (DDIM, or timestep_spacing='leading')"
             )
-        (output,) = self.session({**given, self.names["timestep"]: rows}).values()
+        (output,) = self.run({**given, self.names["timestep"]: rows}).values()
         output = output.to(sample)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 

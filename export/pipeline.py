@@ -16,6 +16,7 @@ import torch
 
 from diffprune_plugin.adapters.ports import config_of
 from diffprune_plugin.errors import BadInput, CheckFailed
+from diffprune_plugin.export.baseline import allowed
 from diffprune_plugin.export.components import (
     DECODER,
     ENCODER,
@@ -31,6 +32,7 @@ from diffprune_plugin.export.convert import IMAGE, ExportReport, model_in, to_on
 from diffprune_plugin.export.feeds import input_names, input_types
 from diffprune_plugin.export.integrity import read_provenance
 from diffprune_plugin.export.options import Options
+from diffprune_plugin.export.ort_pipeline import pipeline_class
 from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.scheduler import pipeline_scheduler
 from diffprune_plugin.export.verify import Verification, summary, verify_onnx
@@ -56,6 +58,13 @@ def check_pipeline(model: Path, options: Options) -> dict[str, tuple[str, str]]:
     for name, (_, kind) in parts.items():
         if name not in LEFT_OUT and name != denoiser and has_weights(model / name):
             parts_of(name, kind)
+    optional = {*pipeline_class(model)._optional_components}
+    if beyond := [name for name in LEFT_OUT if name in parts and name not in optional]:
+        kind = pipeline_class(model).__name__
+        raise BadInput(
+            f"{', '.join(beyond)}: has no ONNX form, and a {kind} does not draw without; export the UNet alone: name a "
+            "file that ends in .onnx"
+        )
     if "text_encoder" in parts and "batch" not in options.dynamic:
         raise BadInput(f"--dynamic {','.join(options.dynamic)}: guidance doubles the batch; leave batch among them")
     return parts
@@ -165,15 +174,20 @@ def export_denoiser(
     (folder / "config.json").write_text(to_json(config))
     if not options.verify:
         return report, None
-    return report, verify_onnx(
+    size = small(options, read_side(path))
+    tolerance, of_dense = allowed(model, path, options, provider, size)
+    result = verify_onnx(
         path,
         model,
         scheduler=pipeline_scheduler(model),
         steps=options.steps,
         provider=provider,
         threads=options.threads,
-        size=small(options, read_side(path)),
+        tolerance=tolerance,
+        size=size,
     )
+    result.dense = of_dense
+    return report, result
 
 
 def export_component(

@@ -22,6 +22,7 @@ from diffprune_plugin.export.pipeline import denoiser_file, tokens_of
 from diffprune_plugin.export.proofs import prove
 from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.plugins import components, denoiser_of
+from diffprune_plugin.pruning.directory import read_json
 
 ROUNDS = 10  # each an image, of many passes
 REST = "the rest"  # the scheduler, the tokenizer, Python
@@ -132,7 +133,7 @@ def passes(folder: str, kind: str, double: bool) -> int:
 
 
 def takes_guidance(place: Path) -> bool:
-    return guided(pipeline_class(place))
+    return guided(pipeline_class(place), read_json(denoiser_file(place).with_name("config.json")))
 
 
 def timed_run(

@@ -10,8 +10,9 @@ from typing import Any
 
 from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.errors import BadInput, CheckFailed, HardwareUnproved
+from diffprune_plugin.export.baseline import dense_file
 from diffprune_plugin.export.benchmark import Latency, gate
-from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, summary
+from diffprune_plugin.export.drawing import Images, compared, draw, not_drawn, not_timed, summary
 from diffprune_plugin.export.halves import with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT
 from diffprune_plugin.export.options import Options
@@ -21,9 +22,10 @@ from diffprune_plugin.export.pipeline_latency import Shares, lines, measure_pipe
 from diffprune_plugin.export.providers import without_replay
 from diffprune_plugin.export.report import write_page
 from diffprune_plugin.export.verdict import Verdict, command, outcome, told, write_json
-from diffprune_plugin.export.workflow import check_asked, check_placement, dense_file, gated, provider_for, time_files
+from diffprune_plugin.export.workflow import check_asked, check_placement, gated, provider_for, time_files
 from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.card import verdict_lines, write_card
+from diffprune_plugin.pruning.index import read_index
 from diffprune_plugin.pruning.loading import load_pipeline
 from diffprune_plugin.utils.files import check_absent, check_apart, new_directory, write_list
 
@@ -76,7 +78,7 @@ def check_honoured(model: Path, options: Options) -> None:
     """Raises BadInput for what a file can be asked for and this directory cannot."""
     if options.torch:
         raise BadInput("--torch: PyTorch is timed beside one file, not a pipeline; leave it out, or name an .onnx file")
-    if gated(options) and (why := not_drawn(pipeline_class(model))):
+    if gated(options) and (why := not_timed(pipeline_class(model), read_index(model))):
         remedy = "leave them out, or export the denoiser alone, to a name in .onnx"
         raise BadInput(f"--min-speedup, --max-latency-ms: no image of {model} is timed: {why}; {remedy}")
 
@@ -107,10 +109,13 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
         pipeline.safety_checker = None  # it has no ONNX form, and what it blacks out could not be compared
     denoiser = denoiser_of(pipeline)[1]
     check_time_table(denoiser, find_adapter(denoiser), pipeline.scheduler)
-    if why := not_drawn(type(pipeline)):
+    if why := not_drawn(type(pipeline), [name for name, part in pipeline.components.items() if part is not None]):
         return {}, why
     batches = options.drawn if "batch" in options.dynamic else (1,)
-    images = {batch: draw(pipeline, batch, options.steps) for batch in batches}
+    try:
+        images = {batch: draw(pipeline, batch, options.steps) for batch in batches}
+    except BadInput as error:
+        raise BadInput(f"{error}; mend {model}, or leave the comparison out: --no-verify") from error
     del pipeline
     gc.collect()
     return images, ""
@@ -119,7 +124,10 @@ def pytorch_images(model: Path, options: Options) -> tuple[dict[int, Images], st
 def check_images(verdict: Verdict, place: Path, expected: dict[int, Images], options: Options, say: Say) -> None:
     """Raises CheckFailed where ONNX Runtime's images are not PyTorch's."""
     pipeline = ORTPipeline(place, provider=options.checking_provider, threads=options.threads, arena=False)
-    found = {batch: draw(pipeline, batch, options.steps) for batch in expected}
+    try:
+        found = {batch: draw(pipeline, batch, options.steps) for batch in expected}
+    except BadInput as error:
+        raise CheckFailed(f"the directory of ONNX files does not draw: {error}") from error
     check = compared(found, expected, options.steps, options.dtype)
     verdict.content["images"] = check.as_dict()
     verdict.images = {"PyTorch": expected[max(expected)], "ONNX Runtime": found[max(found)]}
@@ -157,7 +165,7 @@ def time_both(
             raise HardwareUnproved(f"--min-speedup, --max-latency-ms: latency {content['latency']}: {refused}")
         return
     options = replace(options, timestep=timestep_of(unet), dynamic=open_in(unet))
-    why, shares = not_drawn(pipeline_class(place)), Shares()
+    why, shares = not_timed(pipeline_class(place), read_index(place)), Shares()
     with dense_file(model, unet, options) as dense:
         alone = verdict.alone = time_files(unet, dense, options, provider=provider)
         if not why:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from diffprune_plugin.errors import BadInput, CheckFailed, HardwareUnproved
+from diffprune_plugin.export.baseline import allowed, check_baseline, dense_file
 from diffprune_plugin.export.benchmark import DENSE, PRUNED, Latency, check_gates, gate, measure
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
-from diffprune_plugin.export.halves import allowed, judged_by_dense, with_kept_layers
+from diffprune_plugin.export.halves import with_kept_layers
 from diffprune_plugin.export.integrity import VERDICT, check_output
 from diffprune_plugin.export.kernels import TABLES, looked_up, unknown_line
 from diffprune_plugin.export.options import BenchOptions, Options
@@ -27,7 +26,6 @@ from diffprune_plugin.export.verdict import Verdict, command, outcome, told, wri
 from diffprune_plugin.export.verify import summary, verify_onnx
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.pruning.directory import model_folder
-from diffprune_plugin.utils.files import scratch
 
 DEFAULT_MODELS = ("pruned", "diffprune-demo/pruned")
 
@@ -87,8 +85,6 @@ def check_before(model: Path, output: Path, options: Options) -> None:
 
 def check_asked(model: Path, options: Options) -> None:
     """The same for all but the output."""
-    if options.baseline and not options.baseline.is_dir():
-        raise BadInput(f"--baseline {options.baseline}: no such directory; give a pipeline or model directory")
     check_gates(options.max_latency_ms, options.min_speedup)
     if options.verify and (scheduler := pipeline_scheduler(model)) is not None:
         ddim_of(scheduler, options.steps)
@@ -105,6 +101,7 @@ def check_asked(model: Path, options: Options) -> None:
         check_distribution()
     if asked := options.asked_provider:
         check_device(asked, options.dtype)
+    check_baseline(model, options)
 
 
 def check_timed(options: Options) -> None:
@@ -242,22 +239,19 @@ def verify(
     content: dict[str, Any], model: Path, output: Path, options: Options, provider: str, say: Callable[[str], None]
 ) -> None:
     """Raises CheckFailed, the files renamed, if the numerics miss."""
-    scheduler, tolerance = pipeline_scheduler(model), None
-    of_dense: dict[str, Any] = {}
-    if judged_by_dense(options):
-        with dense_file(model, output, options) as dense:
-            tolerance, of_dense = allowed(dense or output, options, without_replay(provider))
+    tolerance, of_dense = allowed(model, output, options, without_replay(provider))
     result = verify_onnx(
         output,
         model,
-        scheduler=scheduler,
+        scheduler=pipeline_scheduler(model),
         steps=options.steps,
         provider=without_replay(provider),
         threads=options.threads,
         tolerance=tolerance,
         files=content["export"]["files"],
     )
-    content["verify"] = result.as_dict() | ({"dense": of_dense} if of_dense else {})
+    result.dense = of_dense
+    content["verify"] = result.as_dict()
     if options.dtype not in known_provider(provider).dtypes:
         content["verify"]["note"] = (
             f"{provider} computes {options.dtype} models in fp32: graph and weights are checked, not the type itself"
@@ -265,25 +259,6 @@ def verify(
     if not result.passed:
         raise CheckFailed(f"{output} does not compute what {model} does: {summary(result)}; renamed *.rejected")
     say(f"verified against PyTorch on {provider}: {summary(result)}")
-
-
-@contextlib.contextmanager
-def dense_file(model: Path, output: Path, options: Options) -> Iterator[Path | None]:
-    """The dense model's ONNX file for as long as it is timed.
-
-    Without --baseline it is the architecture that the pruned model came from, with random weights: they make no
-    difference to latency. None for a model that is not pruned.
-    """
-    dense: Any = options.baseline or dense_twin(model_in(model))
-    if dense is None:
-        yield None
-        return
-    # Beside the file: what a killed run leaves there, the next one removes.
-    with scratch(output.with_name(f"{output.stem}-dense.onnx")) as path:
-        to_onnx(dense, path, **options.of_file())
-        del dense
-        gc.collect()  # the exporter's program holds the weights in cycles
-        yield path
 
 
 def eager_models(model: Path, options: Options, provider: str) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def autoencoder(cls: Any = AutoencoderKL, levels: int = 2, **changes: Any) -> An
     """4 latent channels at 1 / 2 ** (levels - 1) of the size."""
     torch.manual_seed(2)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    return cls(block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=4, **blocks, **changes).eval()
+    changes = {"latent_channels": 4, **blocks, **changes}
+    return cls(block_out_channels=(8,) * levels, norm_num_groups=4, **changes).eval()
 
 
 def stable_diffusion(folder: Path) -> StableDiffusionPipeline:

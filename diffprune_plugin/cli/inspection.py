@@ -63,14 +63,15 @@ def card(
     verdict: Annotated[Path | None, typer.Option(help="Verdict (.json) of diffprune-export.")] = None,
 ) -> None:
     """Write or renew a pipeline's model card, README.md; what was written around our part of it stays."""
-    from diffprune_plugin.pruning.card import renew_card, told_by_evaluation, told_by_verdict
+    from diffprune_plugin.pruning.card import renew_card
+    from diffprune_plugin.pruning.card_proofs import told_by_evaluation, told_by_verdict
 
     proofs: dict[str, Any] = {}
     if evaluation:
         file = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
         proofs["`diffprune evaluate`"] = told_by_evaluation(file, directory)
     if verdict:
-        proofs["the export"] = told_by_verdict(verdict)
+        proofs["the export"] = told_by_verdict(verdict, directory)
     say(f"wrote {renew_card(directory, proofs)}")
 
 

@@ -41,6 +41,7 @@ from diffprune_plugin.utils.tensors import weights_hash
 Curves = npt.NDArray[np.float64]
 POINTS = 20  # of the loss curve
 SHOWN = 8  # images a row of the grid
+SMALLEST = 6  # pixels a side, by the window of SSIM
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,9 @@ def compare(model: Measured, dense: Measured, batch_size: int) -> dict[str, Any]
     """SSIM (mean over images) and PSNR (of all pixels together) of images from the same noise, so many at a time, for
     SSIM takes thirty times the memory of its images; paired losses."""
     found: dict[str, Any] = {}
+    if model.pictures and min(model.images.shape[2:]) < SMALLEST:
+        height, width = model.images.shape[2:]
+        raise BadInput(f"--against: SSIM needs images of {SMALLEST} pixels a side, these have {height} x {width}")
     if model.pictures:
         metrics = need("torchmetrics.image")
         likeness = metrics.StructuralSimilarityIndexMeasure(data_range=1.0, reduction="none")

@@ -85,6 +85,9 @@ def check_drawable(pipeline: Any, prompts: Sequence[str]) -> None:
         return
     if not set(SIZE) <= set(taken):
         raise BadInput(f"{kind} takes no {' and '.join(SIZE)}: it draws no images; {ELSE}")
+    encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+    if encoders and all(part is None for part in encoders):
+        raise BadInput(f"{kind} was saved without its text encoder, which reads the prompts; put it back, or {ELSE}")
     if not prompts:
         raise BadInput(
             f"{kind} draws from prompts: give --prompts FILE, a prompt a line; evaluate also takes the captions of "

@@ -21,11 +21,13 @@ from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
 from diffprune_plugin.evaluation.settings import SamplingSettings
 from diffprune_plugin.plugins import denoiser_of, find_adapter
+from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.utils.images import pil_images
 from diffprune_plugin.utils.progress import progress_bar
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpm": "DPMSolverMultistepScheduler"}
 SKIPS = ("uniform", "quad")
+DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler")  # of models that draw in a few steps
 
 
 def sample_images(
@@ -49,7 +51,8 @@ def sample_images(
     starts = range(0, asked.count, asked.batch_size)
     batches = [range(start, min(start + asked.batch_size, asked.count)) for start in starts]
     images: list[Image.Image] = []
-    with progress_bar(progress) as bar, seeded(asked.seed, model.device):
+    cannot = foreign_errors(f"{type(pipeline).__name__} cannot draw")
+    with progress_bar(progress) as bar, seeded(asked.seed, model.device), cannot:
         task = bar.add_task("sampling", total=len(batches) * len(pipeline.scheduler.timesteps))
         advance = model.register_forward_hook(lambda *_: bar.advance(task))
         try:
@@ -58,8 +61,6 @@ def sample_images(
                 drawn = np.asarray(pipeline(**given, **common).images)
                 check_finite(drawn, rows, pipeline)
                 images += pil_images(drawn)
-        except ValueError as error:
-            raise BadInput(f"{type(pipeline).__name__} cannot draw: {first_line(error)}") from error
         finally:
             advance.remove()
             pipeline.scheduler = before
@@ -93,8 +94,8 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
 
     Raises BadInput for an unknown scheduler, or one that cannot be set so or does not fit the pipeline.
     """
-    if flow_sign(own):
-        return flow_sampler(own, name, steps, skip)
+    if flow_sign(own) or type(own).__name__ in DISTILLED:
+        return own_sampler(own, name, steps, skip)
     total = own.config.num_train_timesteps
     if skip not in SKIPS:
         raise BadInput(f"--skip {skip!r}{nearest(skip, SKIPS)}; known: {', '.join(SKIPS)}")
@@ -118,18 +119,23 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
     return scheduler
 
 
-def flow_sampler(own: Any, name: str, steps: int, skip: str) -> Any:
-    """Of a flow matching pipeline its own scheduler: Euler steps, which for noise prediction DDIM's are.
+def own_sampler(own: Any, name: str, steps: int, skip: str) -> Any:
+    """The pipeline's own scheduler where nothing else draws from its model: of flow matching, whose Euler steps are
+    what DDIM's are for noise prediction, or of a distilled model.
 
-    Raises BadInput for any other, or a spacing: the pipelines choose the sigmas themselves.
+    Raises BadInput for any other, for a spacing, and for more steps than it has.
     """
-    scheduler = training_scheduler(own)
+    flow = bool(flow_sign(own))
+    scheduler = training_scheduler(own) if flow else type(own).from_config(own.config)
     if name not in ("ddim", type(scheduler).__name__) or skip != "uniform":
         raise BadInput(
-            f"--scheduler {name}, --skip {skip}: a pipeline of flow matching is drawn from with its own scheduler and "
-            f"sigmas; leave them out, or give {type(scheduler).__name__}"
+            f"--scheduler {name}, --skip {skip}: a pipeline of {'flow matching' if flow else 'a distilled model'} is "
+            f"drawn from with its own scheduler and spacing; leave them out, or give {type(scheduler).__name__}"
         )
-    scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}))
+    try:
+        scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+    except ValueError as error:
+        raise BadInput(f"--steps {steps}: {first_line(error)}") from None
     return scheduler
 
 

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.planning.report import error_text, quantity
-from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import (
     ADAPTER_FILE,
     COMPENSATION_FILE,
@@ -24,9 +23,7 @@ from diffprune_plugin.pruning.directory import (
     read_json,
 )
 from diffprune_plugin.pruning.index import INDEX_FILE
-from diffprune_plugin.pruning.loading import load_pipeline, model_of
 from diffprune_plugin.utils.files import alone_in, renew_listed, sha256, write_text
-from diffprune_plugin.utils.tensors import weights_hash
 
 CARD = "README.md"
 BEGIN, END = "<!-- diffprune: renewed by 'diffprune card' from here -->", "<!-- diffprune: to here -->"
@@ -300,25 +297,3 @@ def source_of(model: Any) -> str | None:
     """Where a live pipeline or model was loaded from."""
     stated = getattr(model, "config", {}).get(SOURCE_KEY)
     return str(stated) if stated else None
-
-
-def told_by_verdict(path: Path) -> list[str]:
-    """The lines for a card of a verdict's file; raises BadInput for a file that is none, or damaged."""
-    found = read_json(path)
-    if not isinstance(found.get("passed"), bool) or not found.keys() & {"verify", "parts", "failure"}:
-        raise BadInput(f"{path}: no verdict of diffprune-export; give the .verdict.json beside the export")
-    with foreign_errors(f"{path}: damaged"):
-        return verdict_lines(found)
-
-
-def told_by_evaluation(path: Path, directory: Path) -> list[str]:
-    """The lines for a directory's card of an evaluation.json; raises BadInput for a file that is none, or damaged, or
-    of a model with other weights. (Files of ONNX do not tell what their weights were.)"""
-    found = read_json(path)
-    if not isinstance(found.get("models"), Mapping) or not isinstance(found["models"].get("model"), Mapping):
-        raise BadInput(f"{path}: no evaluation; give the directory that diffprune evaluate wrote")
-    measured = found["models"]["model"]
-    if not onnx_files(directory) and measured.get("weights") != weights_hash(model_of(load_pipeline(directory))):
-        raise BadInput(f"{path}: it is of {measured.get('name')}, whose weights are others than {directory}'s")
-    with foreign_errors(f"{path}: damaged"):
-        return evaluation_lines(found)

@@ -57,6 +57,11 @@ def model_folder(directory: Path) -> Path:
     folder = directory / name
     if not (folder / "config.json").exists():
         raise BadInput(f"{directory}: neither a pipeline (model_index.json, unet/) nor a UNet (config.json) directory")
+    if any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"{directory}: a directory of ONNX files, which diffprune_plugin.export.ORTPipeline draws from; give the "
+            "PyTorch directory that it was made of"
+        )
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
@@ -20,7 +21,7 @@ from diffprune_plugin.plugins import adapter_for, denoiser_of, find_adapter
 from diffprune_plugin.pruning.building import at_most, foreign_errors
 from diffprune_plugin.pruning.directory import PREFIX, class_in, component_in, described_in, model_folder, read_json
 from diffprune_plugin.pruning.index import INDEX_FILE, read_index
-from diffprune_plugin.pruning.pruned_class import model_class_named, pruned_class_named
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, model_class_named, pruned_class_named
 from diffprune_plugin.pruning.weights import UnusedTensors, check_used, tensors_in, variant_of, weight_files
 from diffprune_plugin.utils.device import check_device
 from diffprune_plugin.utils.optional import check_installed
@@ -43,16 +44,33 @@ def load(
     Raises BadInput for a directory that is neither, or whose files are damaged or do not fit each other.
     """
     folder = model_folder(Path(directory))
+    cls = model_class_in(folder)
+    if issubclass(cls, PrunedModelMixin):
+        return cls.from_pretrained(folder, torch_dtype=torch_dtype)
+    return load_dense(cls, folder, torch_dtype, variant, unused_tensors)
+
+
+def bare(directory: str | os.PathLike[str]) -> Any:
+    """The same model by its config, and a pruned one's plan, alone: without weights (meta device). Raises as `load`."""
+    folder = model_folder(Path(directory))
+    cls, config = model_class_in(folder), described_in(folder)
+    given = folder if issubclass(cls, PrunedModelMixin) else read_json(config)
+    limit = at_most(len(tensors_in(weight_files(folder)[variant_of(folder, None)])), str(config))
+    with quiet(), foreign_errors(f"{config}: no {cls.__name__}"), limit, init_empty_weights():
+        return cls.from_config(given)
+
+
+def model_class_in(folder: Path) -> Any:
+    """The class of the model in a folder, a pruned one's by its name; raises BadInput for one that nobody knows."""
     config = described_in(folder)
     name = class_in(config)
     if name.startswith(PREFIX):
-        cls = getattr_or_bad(name, folder)
-        return cls.from_pretrained(folder, torch_dtype=torch_dtype)
+        return getattr_or_bad(name, folder)
     found = getattr(diffusers, name, None) or model_class_named(name)
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise BadInput(f"{config}: _class_name {name!r} is no diffusers model, and no plugin has it")
     adapter_for(found)
-    return load_dense(found, folder, torch_dtype, variant, unused_tensors)
+    return found
 
 
 def load_dense(

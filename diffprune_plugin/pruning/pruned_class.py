@@ -217,6 +217,21 @@ def check_architecture(model: nn.Module, plan: PruningPlan, where: str) -> None:
         raise BadInput(f"{where}: the plan was made for another architecture ({plan.model_class}); make it again")
 
 
+def check_dense(dense: nn.Module, model: nn.Module, where: str) -> None:
+    """Raises BadInput unless ``dense`` is what a model was pruned from; where that had lost whole blocks by then, or
+    was not pruned at all, unless it is of the same class and takes and gives the same. Configs count, no weights."""
+    plan: PruningPlan | None = getattr(model, "pruning_plan", None)
+    if isinstance(dense, PrunedModelMixin):
+        raise BadInput(f"{where} is pruned already; give the dense model's directory")
+    if plan is None or set(plan.depth) - set(plan.skipped):
+        adapter, other = find_adapter(dense), find_adapter(model)
+        same = adapter.model_class == other.model_class and adapter.shapes(dense) == other.shapes(model)
+        if not same or adapter.channels(dense) != other.channels(model):
+            raise BadInput(f"{where} is not the dense model that this one came from; give its directory")
+    else:
+        check_architecture(dense, plan, where)
+
+
 def read_pruned(cls: Any, directory: Path, dtype: torch.dtype | str) -> Any:
     """Rebuild the pruned architecture from the dense config and the plan's sizes, then fill in the weights."""
     plan = plan_in(directory)

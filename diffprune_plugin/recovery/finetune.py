@@ -31,7 +31,7 @@ from diffprune_plugin.plugins import denoiser_of, find_adapter
 from diffprune_plugin.pruning.building import foreign_errors
 from diffprune_plugin.pruning.directory import COMPENSATION_FILE, CONFIG_FILE, progress_directory
 from diffprune_plugin.pruning.loading import load, load_pipeline, model_of
-from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_architecture
+from diffprune_plugin.pruning.pruned_class import PrunedModelMixin, check_dense
 from diffprune_plugin.pruning.saving import PRUNED, save
 from diffprune_plugin.recovery.distillation import kept_features
 from diffprune_plugin.recovery.lora import check_kept
@@ -218,23 +218,12 @@ def teacher_of(config: FinetuneConfig, model: Any, accelerator: Accelerator) -> 
         return None
     dense: nn.Module = load(directory)
     plan: PruningPlan | None = getattr(model, "pruning_plan", None)
-    if plan is None or set(plan.depth) - set(plan.skipped):
-        check_same_samples(dense, model, f"teacher: {directory}")
-        if weights["features"]:
-            raise BadInput("feature_weight: whole blocks are gone, and the others have new numbers; leave it out")
-    else:
-        check_architecture(dense, plan, f"teacher: {directory}")
+    check_dense(dense, model, f"teacher: {directory}")
+    if weights["features"] and (plan is None or set(plan.depth) - set(plan.skipped)):
+        raise BadInput("feature_weight: whole blocks are gone, and the others have new numbers; leave it out")
     dense.to(accelerator.device).requires_grad_(False)
     kept = kept_features(model, dense, plan, find_adapter(dense)) if plan and weights["features"] else {}
     return Teacher(dense, kept)
-
-
-def check_same_samples(dense: nn.Module, model: nn.Module, where: str) -> None:
-    """Raises BadInput unless a dense model is of another's class, and takes and gives the same."""
-    adapter, other = find_adapter(dense), find_adapter(model)
-    same = adapter.model_class == other.model_class and adapter.shapes(dense) == other.shapes(model)
-    if isinstance(dense, PrunedModelMixin) or not same or adapter.channels(dense) != other.channels(model):
-        raise BadInput(f"{where} is not the dense model that blocks were taken from; give its directory")
 
 
 def fingerprint(

@@ -24,7 +24,7 @@ from diffprune_plugin import demo
 from diffprune_plugin.criteria.sweep import Sweep
 from diffprune_plugin.data.arrays import load_npz
 from diffprune_plugin.errors import BadInput
-from diffprune_plugin.evaluation.evaluate import evaluate, stratified_mean
+from diffprune_plugin.evaluation.evaluate import Measured, compare, evaluate, stratified_mean
 from diffprune_plugin.evaluation.features import frechet_distance, load_features
 from diffprune_plugin.evaluation.report import with_error
 from diffprune_plugin.evaluation.sampling import sample_images
@@ -326,3 +326,10 @@ def test_the_likeness_is_that_of_all_images_however_many_at_a_time(
 def test_two_models_of_one_name_are_told_apart(pipeline: DDPMPipeline) -> None:
     found = evaluate(pipeline, against=pipeline, drawing=Drawing(count=2, steps=2), progress=False)
     assert len(found.rows) == 2
+
+
+def test_images_too_small_for_the_window_of_ssim_are_refused_in_a_line(pipeline: DDPMPipeline) -> None:
+    small = [Image.new("L", (5, 8))] * 2
+    measured = Measured("small", "", 1, 1, None, small)
+    with pytest.raises(BadInput, match="SSIM needs images of 6 pixels a side, these have 8 x 5"):
+        compare(measured, measured, 2)

@@ -14,6 +14,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
 )
@@ -126,6 +127,31 @@ def test_quadratic_timesteps_reach_prompted_pipelines_too(prompted: Any, name: s
     prompted.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
     drawn(prompted, 1, prompts=[BAR], steps=5, scheduler=name, skip="quad")
     assert seen == [80, 45, 20, 5, 0]
+
+
+def test_a_distilled_model_is_drawn_from_with_its_own_scheduler(prompted: Any) -> None:
+    prompted.scheduler = LCMScheduler.from_config(prompted.scheduler.config, original_inference_steps=20)
+    expected = LCMScheduler.from_config(prompted.scheduler.config)
+    expected.set_timesteps(3)
+    seen: list[int] = []
+    prompted.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
+    drawn(prompted, 1, prompts=[BAR], steps=3)
+    assert seen == expected.timesteps.tolist()
+    with pytest.raises(BadInput, match="a pipeline of a distilled model is drawn from with its own scheduler"):
+        drawn(prompted, 1, prompts=[BAR], steps=3, scheduler="dpm")
+    with pytest.raises(BadInput, match=r"--steps 21: .* 20"):
+        drawn(prompted, 1, prompts=[BAR], steps=21)
+
+
+def test_a_pipeline_without_what_reads_its_prompts_is_refused_and_a_fault_of_a_pipeline_is_one_line(
+    prompted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompted.tokenizer, "model_max_length", None)
+    with pytest.raises(BadInput, match="StableDiffusionPipeline cannot draw: "):
+        drawn(prompted, 1, prompts=[BAR])
+    prompted.register_modules(text_encoder=None)
+    with pytest.raises(BadInput, match="was saved without its text encoder"):
+        drawn(prompted, 1, prompts=[BAR])
 
 
 def test_images_have_the_size_asked_for_else_the_pipelines_own(prompted: Any) -> None:

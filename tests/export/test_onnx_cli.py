@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from conftest import tiny_unet
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffprune_plugin.cli import run_app
 from diffprune_plugin.errors import BadInput, CheckFailed, DiffPruneError, HardwareUnproved
-from diffprune_plugin.export import check_files, cli, integrity, verdict, workflow
+from diffprune_plugin.export import baseline, check_files, cli, integrity, verdict, workflow
 from diffprune_plugin.export.benchmark import Latency, Row
 from diffprune_plugin.utils import files
 
@@ -78,7 +80,7 @@ def exported(models, monkeypatch):
 
     copy_instead.meanwhile = lambda: None  # what happens between the writing and the renaming
     monkeypatch.setattr(workflow, "to_onnx", copy_instead)
-    monkeypatch.setattr(workflow, "dense_twin", lambda unet: None)
+    monkeypatch.setattr(baseline, "dense_twin", lambda unet: None)
     return models.pruned
 
 
@@ -268,6 +270,31 @@ def test_what_is_not_given_is_as_options_has_it_and_what_is_given_arrives(words,
     others["--min-speedup"] = ("min_speedup", 1.5)
     further = dict(pair for word, pair in others.items() if word in words)
     assert seen == [workflow.Options(**changes, **further)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--baseline", "wider"], "--baseline wider: the plan was made for another architecture"),
+        (["--baseline", "pruned"], "--baseline pruned is pruned already; give the dense model's directory"),
+        (["--model", "dense", "--baseline", "larger"], "--baseline larger is not the dense model that this one came"),
+        (["--model", "dense", "--min-speedup", "1.1"], "--min-speedup: dense does not say what it was pruned from"),
+        (["--baseline", "dense", "--no-bench"], "--baseline: an fp32 file is timed beside it, which --no-bench leaves"),
+    ],
+)
+def test_a_baseline_that_is_not_the_models_own_is_refused_before_any_work(
+    models, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    for path in (models.dense, models.pruned):
+        shutil.copytree(path, path.name)
+    for name, change in {"wider": {"block_out_channels": [32, 64]}, "larger": {"sample_size": 32}}.items():
+        changed = UNet2DModel.from_config({**tiny_unet().config, **change})
+        DDPMPipeline(changed, DDPMScheduler()).save_pretrained(name)
+    monkeypatch.setattr(workflow, "to_onnx", pytest.fail)
+    assert exit_code("m.onnx", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("m.onnx*"))
 
 
 def test_memory_that_runs_out_is_one_line():

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_unet
 
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.export import halves, precision, providers, to_onnx, verify, workflow
+from diffprune_plugin.export import baseline, precision, providers, to_onnx, verify, workflow
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.precision import cast, ends, found_by_itself, largest, mixed
 from diffprune_plugin.plugins import find_adapter
@@ -108,7 +108,7 @@ def test_a_pruned_file_may_be_twice_as_wrong_as_the_dense_one_and_no_more(models
     assert content["verify"]["tolerance"]["relative"] == content["verify"]["dense"]["allowed"]
     assert 1e-5 < content["verify"]["dense"]["relative"] < 5e-3
     assert any("no layer is kept in fp32" in line for line in said)
-    monkeypatch.setattr(halves, "WORSE", 1e-4)
+    monkeypatch.setattr(baseline, "WORSE", 1e-4)
     with pytest.raises(CheckFailed, match="does not compute what"):
         workflow.run(models.pruned, tmp_path / "n.onnx", options)
     assert (tmp_path / "n.onnx.rejected").exists()

@@ -24,6 +24,7 @@ from tiny import make_unet
 
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.plan import architecture_hash
 from diffprune_plugin.pruning.card import renew_card, verdict_lines
 from diffprune_plugin.pruning.directory import read_json
 from diffprune_plugin.utils.files import check_unchanged
@@ -110,6 +111,14 @@ def test_the_card_tells_what_was_measured_of_each_and_keeps_what_an_earlier_one_
         "  - model (small): KID 0.25",
         "  - compared, from the same noise: SSIM 0.951, loss_difference 0.00015",
     ]
+    of_its_config = {"source_config_sha256": architecture_hash(dp.load(pruned))}
+    for plan, code in (("0" * 64, 2), (dp.load(pruned).pruning_plan.sha256, 0)):
+        export = {"provenance": {**of_its_config, "plan_sha256": plan}}
+        content = {"passed": True, "model": "other", "verify": "left out", "export": export}
+        (place / "n.verdict.json").write_text(json.dumps(content))
+        found, _, err = run("card", pruned, "--verdict", place / "n.verdict.json")
+        assert (found, "it is of other, another model than" in err) == (code, bool(code))
+    (pruned / "README.md").write_text(text)
     for content, words in (
         ('{"files": {}}', "no verdict of diffprune-export"),
         (json.dumps(facts), "no verdict of diffprune-export"),

@@ -74,7 +74,7 @@ def test_labels_are_dropped_by_the_config_alone(place: Path, monkeypatch: pytest
     ("changes", "words"),
     [
         ({"model": "dense"}, "dense is not pruned; prune it first"),
-        ({"teacher": "other"}, "teacher: .*other is not the dense model that blocks were taken from"),
+        ({"teacher": "other"}, "teacher: .*other is not the dense model that this one came from"),
         ({"teacher": "both", "model": "both"}, "both"),
         ({"feature_weight": 1.0}, "feature_weight: whole blocks are gone, and the others have new numbers"),
     ],
