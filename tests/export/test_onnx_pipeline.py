@@ -334,7 +334,7 @@ def test_a_pipeline_that_is_not_timed_keeps_its_directory_and_its_denoisers_late
     dp.save(LDMSuperResolutionPipeline(vqvae, unet, DDIMScheduler()), tmp_path / "larger")
     words = (tmp_path / "onnx", "--model", tmp_path / "larger", "--rounds", 5, "--no-verify")
     why = "LDMSuperResolutionPipeline draws from image"
-    assert exit_code(*words, "--min-speedup", 1.1) == 2
+    assert exit_code(*words, "--max-latency-ms", 1.1) == 2
     refused = f"--min-speedup, --max-latency-ms: no image of {tmp_path / 'larger'} is timed: {why}"
     assert refused in capsys.readouterr().err
     assert exit_code(*words, "--report", tmp_path / "report.html", "--check-placement", "cuda") == 0
