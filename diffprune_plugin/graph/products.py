@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+
+# What multiplies queries with keys: its arguments up to those two, and the axis that counts the keys.
+KEYS: dict[Any, tuple[tuple[str, ...], int]] = {
+    F.scaled_dot_product_attention: (("query", "key"), -2),
+    torch.baddbmm: (("input", "batch1", "batch2"), -1),  # of the processors without it; keys transposed
+}
 
 
 class Products(TorchFunctionMode):
@@ -27,8 +35,9 @@ class Products(TorchFunctionMode):
             module.register_forward_hook(lambda *_, name=name: self.inside.remove(name))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and self.inside:
-            given = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            name, pairs = self.inside[-1], given["query"].shape[-2] * given["key"].shape[-2]
+        if func in KEYS and self.inside:
+            names, keys = KEYS[func]
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            name, pairs = self.inside[-1], given[names[-2]].shape[-2] * given[names[-1]].shape[keys]
             self.found[name] = self.found.get(name, 0) + pairs
         return func(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from tiny_transformers import MODELS, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,3 +43,13 @@ def test_attention_products_of_transformers_are_those_that_torch_counts(name: st
     assert products(model) < dense or not any(plan.heads)
     # A norm that all heads share is applied once a head, which the plan does not know.
     assert plan.macs[1] == pytest.approx(total_macs(model, find_adapter(model)), rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["DiT", "PixArt sigma"])
+def test_attention_products_are_counted_without_torchs_own_attention_too(name: str) -> None:
+    model = make(name)
+    expected = products(model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+    assert products(model) == expected == counted(model)
