@@ -59,8 +59,10 @@ class HardwareUnproved(DiffPruneError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of the known names, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    """``"; did you mean 'x'?"`` for the closest of the known names, or nothing; one that it is a word of comes first."""
+    known = list(known)
+    whole = [each for each in known if name in each.split("_")]
+    close = difflib.get_close_matches(name, whole, n=1, cutoff=0) or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

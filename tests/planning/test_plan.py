@@ -183,9 +183,10 @@ def test_a_group_whose_norms_have_no_common_step_stays_and_the_rest_is_pruned(un
     assert output_of(unet).shape == (2, 1, 16, 16)
 
 
-def test_an_unknown_option_offers_the_nearest(unet) -> None:
-    with pytest.raises(BadInput, match="make_plan: unknown key 'prunning_ratio'; did you mean 'pruning_ratio'"):
-        dp.make_plan(unet, "magnitude", prunning_ratio=0.5)
+@pytest.mark.parametrize("given", ["prunning_ratio", "ratio"])  # a slip, and a word of the name
+def test_an_unknown_option_offers_the_nearest(unet, given) -> None:
+    with pytest.raises(BadInput, match=f"make_plan: unknown key '{given}'; did you mean 'pruning_ratio'"):
+        dp.make_plan(unet, "magnitude", **{given: 0.5})
 
 
 def test_what_a_criterion_asks_for_is_checked_like_an_option(unet) -> None:
