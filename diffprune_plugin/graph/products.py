@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-
 # What multiplies queries with keys: its arguments up to those two, and the axis that counts the keys.
 KEYS: dict[Any, tuple[tuple[str, ...], int]] = {
     F.scaled_dot_product_attention: (("query", "key"), -2),
