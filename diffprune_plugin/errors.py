@@ -59,7 +59,7 @@ class HardwareUnproved(DiffPruneError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of the known names, or nothing: of those that it is a word of, if any."""
+    """``"; did you mean 'x'?"`` for the closest of the known names (of those with this word, if any), or nothing."""
     known = list(known)
     whole = [each for each in known if name in each.split("_")]
     close = difflib.get_close_matches(name, whole, n=1, cutoff=0) or difflib.get_close_matches(name, known, n=1)

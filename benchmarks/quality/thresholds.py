@@ -53,16 +53,18 @@ def budget_of(model: str, batch_size: int, share: float = TENTH) -> Budget:
 
 
 def regions(cells: Cells) -> list[str]:
-    """The loss of each part of the timesteps as a share of that without a threshold; p of all these tests by Holm."""
+    """The loss, and that of each part of the timesteps, as a share of that without a threshold; p by Holm for all."""
     lines = [(r, s, n) for r in cells.ratios for s in (0, cells.steps) for n in cells.names[1:]]
-    places = [(*line, key) for line in lines for key in region_keys()]
+    keys = ["loss", *region_keys()]
+    places = [(*line, key) for line in lines for key in keys]
     pairs = [(cells.of(n, r, s, key), cells.of(cells.names[0], r, s, key)) for r, s, n, key in places]
     shares = [[a / b for a, b in zip(*pair, strict=True)] for pair in pairs]
     texts = [cell(*one) for one in zip(shares, holm([paired_p(*pair) for pair in pairs]), strict=True)]
-    width = len(REGIONS)
+    width = len(keys)
     rows = [[*map(str, line), *texts[width * i : width * (i + 1)]] for i, line in enumerate(lines)]
     ends = (*(first - 1 for first in REGIONS[1:]), 999)
-    head = ["ratio", "steps", "criterion", *(f"t {first}-{end}" for first, end in zip(REGIONS, ends, strict=True))]
+    spans = [f"t {first}-{end}" for first, end in zip(REGIONS, ends, strict=True)]
+    head = ["ratio", "steps", "criterion", "all", *spans]
     return [
         "Loss by timestep as a share of that of taylor (threshold 0), below 1 is better; p of a paired test, by Holm "
         "for all of this table:",
