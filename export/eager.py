@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffprune_plugin.export.feeds import example_feeds
+from diffprune_plugin.export.provider_table import NO_TF32
 from diffprune_plugin.plugins import find_adapter
 
 
@@ -24,7 +25,7 @@ def eager_run(model: Any, path: Path, dims: Mapping[str, int], threads: int) -> 
     inputs[adapter.timestep] = inputs[adapter.timestep].expand(len(inputs[adapter.sample]))
 
     cudnn = torch.backends.cudnn
-    tf32 = cudnn.allow_tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # which cuDNN reads once, maybe before
+    tf32 = cudnn.allow_tf32 and os.environ.get(NO_TF32) != "0"  # which cuDNN reads once, maybe before
 
     def run() -> None:
         with torch.inference_mode(), cudnn.flags(True, cudnn.benchmark, allow_tf32=tf32):

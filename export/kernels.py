@@ -14,7 +14,7 @@ from typing import Any
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.feeds import fixed_dims
 from diffprune_plugin.export.integrity import check_files
-from diffprune_plugin.export.providers import PROVIDERS
+from diffprune_plugin.export.provider_table import PROVIDERS
 from diffprune_plugin.utils.optional import need
 
 TABLES = {name: provider.kernels for name, provider in PROVIDERS.items() if provider.kernels}

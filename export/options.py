@@ -11,7 +11,8 @@ import typer
 
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.export.fusion import check_fuse
-from diffprune_plugin.export.providers import CPU, CUDA, PROVIDERS, spec_of, without_replay
+from diffprune_plugin.export.provider_table import CPU, CUDA, PROVIDERS
+from diffprune_plugin.export.providers import spec_of, without_replay
 from diffprune_plugin.utils.files import check_file, check_picture
 from diffprune_plugin.utils.optional import need
 from diffprune_plugin.utils.written_paths import check_different

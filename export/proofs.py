@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from diffprune_plugin.errors import HardwareUnproved, first_line
+from diffprune_plugin.export.provider_table import PROVIDERS, Provider
 from diffprune_plugin.export.providers import (
-    PROVIDERS,
-    Provider,
     built_in,
     check_distribution,
     check_dtype,

@@ -10,7 +10,8 @@ from typing import Any
 
 from diffprune_plugin.errors import BadInput, DiffPruneError
 from diffprune_plugin.export.benchmark import DENSE, PRUNED, measure
-from diffprune_plugin.export.providers import PROVIDERS, known_provider, spec_of
+from diffprune_plugin.export.provider_table import PROVIDERS
+from diffprune_plugin.export.providers import known_provider, spec_of
 
 ROUNDS = 10  # of each combination: enough to tell options apart that matter
 

@@ -19,6 +19,7 @@ from diffprune_plugin.export.feeds import input_shapes, input_types, multiples
 from diffprune_plugin.export.integrity import Files, check_files, read_manifest, reject
 from diffprune_plugin.export.ort_session import OrtSession, RunFailed
 from diffprune_plugin.export.precision import ends
+from diffprune_plugin.export.provider_table import TF32
 from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.export.scheduler import ddim_of
 from diffprune_plugin.plugins import find_adapter
@@ -45,7 +46,7 @@ WITH_TF32 = {"fp32": Tolerance(5e-3, 1e-3)}  # products of ten bits, as fp16 has
 def tolerance_of(provider: str, dtype: str) -> Tolerance:
     """The tolerance for a file of a type on a provider."""
     row = known_provider(provider)
-    on_gpu = WITH_TF32 if row.options.get("use_tf32") == "1" else ON_GPU
+    on_gpu = WITH_TF32 if row.is_on(TF32) else ON_GPU
     return (on_gpu if row.is_gpu else {}).get(dtype, TOLERANCES[dtype])
 
 

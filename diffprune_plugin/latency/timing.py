@@ -17,7 +17,8 @@ from diffprune_plugin.export.benchmark import DENSE, PRUNED, Clock, interleaved,
 from diffprune_plugin.export.graphs import quiet
 from diffprune_plugin.export.precision import DTYPES
 from diffprune_plugin.export.proofs import Bound
-from diffprune_plugin.export.providers import Provider, known_provider, open_session
+from diffprune_plugin.export.provider_table import Provider
+from diffprune_plugin.export.providers import known_provider, open_session
 from diffprune_plugin.latency.pieces import Piece, filled
 
 OPSET = 20  # as the whole model's

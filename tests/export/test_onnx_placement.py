@@ -20,8 +20,8 @@ from diffprune_plugin.export.proofs import (
     profile_proof,
     prove,
 )
+from diffprune_plugin.export.provider_table import PROVIDERS
 from diffprune_plugin.export.providers import (
-    PROVIDERS,
     check_distribution,
     check_dtype,
     known_provider,

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_unet
 
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.export import baseline, precision, providers, to_onnx, verify, workflow
+from diffprune_plugin.export import baseline, precision, provider_table, to_onnx, verify, workflow
 from diffprune_plugin.export.integrity import check_files
 from diffprune_plugin.export.precision import cast, ends, found_by_itself, largest, mixed
 from diffprune_plugin.plugins import find_adapter
@@ -82,7 +82,7 @@ def test_a_file_keeps_the_layers_by_name_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_file_that_fails_at_one_end_of_the_timesteps_alone_is_rejected(tmp_path: Path, monkeypatch: Any) -> None:
     """On a provider that computes fp16, whose part the CPU plays."""
-    monkeypatch.setitem(providers.PROVIDERS, "cpu", replace(providers.CPU, dtypes=("fp32", "fp16")))
+    monkeypatch.setitem(provider_table.PROVIDERS, "cpu", replace(provider_table.CPU, dtypes=("fp32", "fp16")))
     path = to_onnx(tiny_unet(), tmp_path / "m.onnx", dtype="fp16").path
     found = verify.verify_onnx(path, tiny_unet())
     assert found.passed

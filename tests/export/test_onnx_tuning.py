@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from diffprune_plugin.errors import BadInput, HardwareUnproved
-from diffprune_plugin.export import providers, tables, tuning, workflow
+from diffprune_plugin.export import provider_table, providers, tables, tuning, workflow
 from diffprune_plugin.export.benchmark import Latency, Row, measure
 from diffprune_plugin.export.options import BenchOptions
 from diffprune_plugin.export.proofs import Placement
@@ -23,7 +24,7 @@ PLAYED = {"takes": ("a", "b"), "tuned": {"a": ("0", "1"), "b": ("x", "y")}}
 @pytest.fixture
 def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU plays a provider with two options, which it is opened without."""
-    monkeypatch.setitem(providers.PROVIDERS, "cpu", replace(providers.CPU, **PLAYED))
+    monkeypatch.setitem(provider_table.PROVIDERS, "cpu", replace(provider_table.CPU, **PLAYED))
     monkeypatch.setattr(providers, "provider_options", lambda wanted, threads, halves=False: {})
 
 
@@ -42,7 +43,7 @@ def test_a_provider_without_options_to_try_is_refused(spec, told) -> None:
 
 
 def test_each_model_has_its_best_and_a_combination_that_is_not_proved_is_no_candidate(monkeypatch) -> None:
-    times = {"0": (10.0, 7.0), "1": (8.0, 9.0)}
+    times = {"False": (10.0, 7.0), "True": (8.0, 9.0)}
 
     def measured(pruned: Any, dense: Any, provider: str, **_: Any) -> Latency:
         graph = known_provider(provider).options["trt_cuda_graph_enable"]
@@ -98,9 +99,9 @@ def test_an_engine_is_kept_in_a_folder_of_its_files_own_and_timings_of_kernels_a
     words = f"trt_engine_cache_enable=1,trt_engine_cache_path={tmp_path},trt_timing_cache_path={tmp_path}"
     wanted = known_provider(f"tensorrt:{words}")
     folders = []
-    for content in ("one", "another"):
-        (tmp_path / content).write_text(content)
-        given = of_file(wanted, 1, tmp_path / content)
+    for name in ("one", "another"):
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], name, [], [])), tmp_path / name)
+        given = of_file(wanted, 1, tmp_path / name)
         assert given["trt_timing_cache_path"] == str(tmp_path)
         folders.append(given["trt_engine_cache_path"])
     assert len({*folders, str(tmp_path)}) == 3

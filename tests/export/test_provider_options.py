@@ -17,11 +17,12 @@ from diffprune_plugin.export import proofs
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.proofs import Bound, prove, replay_proof
+from diffprune_plugin.export.provider_table import NO_TF32, PROVIDERS
 from diffprune_plugin.export.providers import (
-    PROVIDERS,
     known_provider,
     open_session,
     opened_with,
+    prepare,
     provider_options,
     spec_of,
     without_replay,
@@ -59,6 +60,31 @@ def test_tf32_is_switched_off_for_files_without_halves_alone_since_it_takes_thei
 def test_tf32_is_taken_on_both_sides_or_on_none() -> None:
     assert known_provider("cuda").environment == {"NVIDIA_TF32_OVERRIDE": "0"}
     assert known_provider("cuda:use_tf32=1").environment == {}
+    assert known_provider("cuda:use_tf32=True").environment == {}
+
+
+def test_tf32_that_the_process_has_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NO_TF32, "0")
+    with pytest.raises(BadInput, match="use_tf32=1: NVIDIA_TF32_OVERRIDE=0 takes TF32 back"):
+        prepare(known_provider("cuda:use_tf32=1"))
+
+
+@pytest.mark.parametrize("said", ["1", "True", "true"])
+def test_switches_are_said_in_the_providers_own_words(said: str) -> None:
+    """TensorRT's binding refuses 0 and 1; however a switch is said, its graph is proved."""
+    for name, words in (("tensorrt", ("False", "True")), ("cuda", ("0", "1"))):
+        option = PROVIDERS[name].graph_option
+        row = known_provider(f"{name}:{option}={said}")
+        assert row.options[option] == words[1]
+        assert row.replays
+        assert known_provider(f"{name}:{option}=0").options[option] == words[0]
+        assert not known_provider(f"{name}:{option}=False").replays
+    assert known_provider("openvino:disable_dynamic_shapes=1").options["disable_dynamic_shapes"] == "true"
+
+
+def test_tensorrt_is_told_of_halves_where_a_file_has_some() -> None:
+    assert provider_options(known_provider("tensorrt"), 1, halves=True) == {"trt_fp16_enable": "True"}
+    assert provider_options(known_provider("tensorrt"), 1) == {}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +95,7 @@ def test_tf32_is_taken_on_both_sides_or_on_none() -> None:
         ({"provider": "cuda", "provider_options": ("prefer_nhwc",)}, "give KEY=VALUE"),
         ({"provider": "cuda", "provider_options": ("prefer_nhwc=0",), "nhwc": True}, "given as 0 and as 1"),
         ({"provider": "cuda", "provider_options": ("device_id=1",)}, "device_id=1"),
+        ({"provider": "cuda", "provider_options": ("use_tf32=yes",)}, r"use_tf32=yes: .*neither off \(0\) nor on"),
         (
             {"provider": "openvino", "cuda_graph": True},
             "--cuda-graph: openvino has no option for it",
