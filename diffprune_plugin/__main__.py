@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from diffprune_plugin.cli import app
@@ -19,6 +20,7 @@ from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.entry_point import run_app
 
 HEAD_START = 1.0  # seconds
+PATIENCE = timedelta(hours=3)  # of processes that wait for the first: NCCL's own ten minutes are less than a timing
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")  # what `accelerate launch` tells its processes
 
 
@@ -27,11 +29,11 @@ def make_accelerator() -> Any:
 
     Raises ValueError for what this machine cannot do, BadInput for ways that split the model.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from diffprune_plugin.utils.distributed import check_parallel
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     check_parallel(accelerator)
     return accelerator
 
@@ -41,7 +43,7 @@ def join_processes() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 
 # What joins the processes of a command, and returns what it finds as its context's ``obj``; others run in one process.

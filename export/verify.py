@@ -23,6 +23,7 @@ from diffprune_plugin.export.provider_table import TF32
 from diffprune_plugin.export.providers import known_provider
 from diffprune_plugin.export.scheduler import ddim_of
 from diffprune_plugin.plugins import find_adapter
+from diffprune_plugin.utils.exact import exact_float32
 
 BATCHES = (1, 2, 3, 5)
 TIMESTEPS = (0, 1, 10, 500, 999)
@@ -177,8 +178,9 @@ class Subject:
         steps = self.adapter.tried_timesteps(config_of(self.model))
         return max(steps[0], min(timestep, steps[-1]))
 
+    @exact_float32()
     def denoise(self, inputs: Inputs) -> torch.Tensor:
-        """PyTorch's output; one timestep for all samples is repeated for it."""
+        """PyTorch's output, in whole float32; one timestep for all samples is repeated for it."""
         names, rows = self.adapter, len(inputs[self.adapter.sample])
         return names.denoise(self.model, inputs | {names.timestep: inputs[names.timestep].expand(rows)})
 

@@ -23,6 +23,8 @@ from tiny_pipelines import captioned_folder, stable_diffusion
 from tiny_transformers import make
 
 import diffprune_plugin as dp
+from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import Batch
 from diffprune_plugin.plugins import adapter_for
 
@@ -66,6 +68,13 @@ def test_what_a_gpu_takes_is_computed_there(gpu) -> None:
     assert layer.weight.grad is not None
     assert layer.weight.grad.tolist() == [[14, 5, 7]]
     assert torch.empty(2, device="meta").is_meta
+
+
+def test_samples_given_there_are_those_of_the_cpu(gpu) -> None:
+    here = Samples(torch.ones(2, 4, 8, 8), {"label": torch.tensor([1, 2])}, {"label": torch.tensor([0])})
+    there = Samples(here.values.to(GPU), {"label": here.extra["label"].to(GPU)}, {"label": here.null["label"].to(GPU)})
+    assert load_samples(here) is here
+    assert load_samples(there).sha256 == here.sha256
 
 
 def test_prune_gives_there_what_it_gives_on_the_cpu(run, config_file) -> None:

@@ -60,6 +60,11 @@ def inputs_of(unet: Any, count: int = 1, size: int | None = None, seed: int = 0)
     return find_adapter(unet).flat_inputs(unet, count, (size, size) if size else None, seed)
 
 
+def fresh_inputs(unet: Any) -> dict[str, Any]:
+    """Those that nothing was fitted to, in the middle of the timesteps."""
+    return inputs_of(unet, seed=1) | {"timestep": torch.tensor([500], device=DEVICE)}
+
+
 def samples_of(unet: Any, count: int, size: int | None = None) -> Samples:
     """Synthetic latents with the further inputs that the UNet takes."""
     inputs = inputs_of(unet, count, size)
@@ -150,7 +155,7 @@ def compensate(name: str) -> Row:
     made = dp.make_plan(unet, "magnitude", pruning_ratio=0.3)
     dp.remove_(unet, made)
     samples = samples_of(dense, IMAGES)
-    fresh = inputs_of(dense, seed=1) | {"timestep": torch.tensor([500])}
+    fresh = fresh_inputs(dense)
     wanted = output(dense, fresh)
     row = {"error before": relative(output(unet, fresh), wanted), "loaded": high_water()}
     start = time.process_time()
@@ -169,7 +174,7 @@ def kept(unet: Any) -> Row:
 def allocate(name: str) -> Row:
     """Half of the MACs by the linear sensitivity and by one ratio, both compensated; CPU seconds of each step."""
     dense = model(name)
-    samples, fresh = samples_of(dense, IMAGES), inputs_of(dense, seed=1) | {"timestep": torch.tensor([500])}
+    samples, fresh = samples_of(dense, IMAGES), fresh_inputs(dense)
     wanted, row = output(dense, fresh), {"loaded": high_water()}
     found, row["sensitivity"] = sensitivity_of(dense, samples)
     row["peak of sensitivity"] = high_water()

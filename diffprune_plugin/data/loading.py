@@ -35,7 +35,7 @@ def load_samples(source: Any, resolution: int | None = None, whole: bool = False
             return load_folder(path, resolution, whole)
         samples = load_safetensors(path) if path.suffix == ".safetensors" else load_npz(path)
     elif isinstance(source, Samples):
-        samples = source
+        samples = source.in_memory()
     elif isinstance(source, Tensor):
         samples = from_tensor(source, "a tensor")
     elif isinstance(source, np.ndarray):

@@ -54,6 +54,14 @@ class Samples:
                 part[dropped] = self.null[name].to(part)
         return found
 
+    def in_memory(self) -> Samples:
+        """Themselves, or those that lie on a GPU as they are on the CPU."""
+        tensors = self.values, *self.extra.values(), *self.null.values()
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return self
+        extra, null = ({name: tensor.cpu() for name, tensor in part.items()} for part in (self.extra, self.null))
+        return replace(self, values=self.values.cpu(), extra=extra, null=null)
+
     def thinned(self) -> Samples:
         """Every n-th of them, so that there are no more than LIMIT."""
         part = slice(None, None, -(-len(self) // LIMIT))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffprune_plugin.errors import CheckFailed
 from diffprune_plugin.recovery.equations import HeldOut, Training, best_update, precision, training
+from diffprune_plugin.utils.exact import exact_float32
 
 ROWS = 32_768  # rows that a system is fitted on, or eight times its unknowns
 CHUNK = 2**25  # numbers in the rows that are taken at a time
@@ -165,6 +166,7 @@ class System:
     def gated(self) -> bool:
         return self.coupling == 0
 
+    @exact_float32()
     def collect(
         self, output: Tensor, batch: slice, held_out: Tensor, strengths: Sequence[float], gate: Tensor | None = None
     ) -> None:
@@ -206,6 +208,7 @@ class System:
         inputs = inputs[:, part.first : part.last] if inputs.ndim == 4 else inputs[..., part.first : part.last]
         return features_at(part.layer, inputs[some], positions[some])
 
+    @exact_float32()
     def solve(self, strengths: Sequence[float], held_out: Tensor) -> Repair:
         """Solve, and update the layers if that lowers the held-out error."""
         assert self.equations is not None

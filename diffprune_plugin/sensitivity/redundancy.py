@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffprune_plugin.graph.groups import CoupledGroup
+from diffprune_plugin.utils.exact import exact_float32
 
 BLOCK = 512  # input channels of a layer that are taken as related: of a large model there is no room for all
 RIDGE = 1e-3  # of a variance; and as much as there are channels for each row
@@ -36,6 +37,7 @@ class Correlations:
     products: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
+    @exact_float32()
     def add(self, layer: str, centred: Tensor) -> None:
         """Rows of inputs less their means, shape (..., channels)."""
         parts = torch.split(centred.float().flatten(0, -2), BLOCK, 1)
