@@ -34,8 +34,9 @@ def switches() -> list[Switch]:
     """Those that torch has from 2.9 on, and the old ones."""
     backends = torch.backends
     places = (backends.cuda, "matmul"), (backends.cudnn, "conv"), (backends.mkldnn, "matmul"), (backends.mkldnn, "conv")
-    new = [getattr(*place, None) for place in places]
-    rows = [(row, "fp32_precision", "ieee") for row in new if hasattr(row, "fp32_precision")]
-    rows += [(backends.cudnn, "allow_tf32", False)]
-    found: list[Switch] = [(partial(getattr, *at), partial(setattr, *at), exact) for *at, exact in rows]
+    rows: list[tuple[Any, str, Any]] = [(getattr(*place, None), "fp32_precision", "ieee") for place in places]
+    rows = [row for row in rows if hasattr(*row[:2])] + [(backends.cudnn, "allow_tf32", False)]
+    found: list[Switch] = [
+        (partial(getattr, row, name), partial(setattr, row, name), exact) for row, name, exact in rows
+    ]
     return [*found, (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
