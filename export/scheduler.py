@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
-from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES
+from diffprune_plugin.diffusion.schedulers import PREDICTION_TYPES, made_like
 from diffprune_plugin.errors import BadInput, first_line
 
 
@@ -19,6 +20,7 @@ def pipeline_scheduler(directory: str | Path) -> Any:
 
     Raises BadInput for a damaged one.
     """
+    import diffusers
     from diffusers import DDIMScheduler
 
     folder = Path(directory) / "scheduler"
@@ -31,6 +33,9 @@ def pipeline_scheduler(directory: str | Path) -> Any:
     known = config.get("prediction_type", "epsilon") in PREDICTION_TYPES
     if not known or not {"beta_start", "beta_end", "beta_schedule", "num_train_timesteps"} <= set(config):
         return None
+    kind = getattr(diffusers, str(config.get("_class_name")), DDIMScheduler)
+    if "clip_sample" not in inspect.signature(kind.__init__).parameters:  # it never did
+        config = {"clip_sample": False, **config}
     try:
         return DDIMScheduler.from_config(config)
     except NotImplementedError:  # a schedule of betas that DDIM does not know
@@ -41,7 +46,7 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
     """DDIM with a scheduler's settings, set to so many steps; raises BadInput if it has not as many."""
     from diffusers import DDIMScheduler
 
-    ddim = DDIMScheduler.from_config(scheduler.config)
+    ddim = made_like(scheduler, DDIMScheduler)
     try:
         ddim.set_timesteps(steps)
     except ValueError as error:

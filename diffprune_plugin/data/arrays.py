@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from numpy.lib import format as npy
 
-from diffprune_plugin.data.places import check_file, shown
+from diffprune_plugin.data.places import check_file, say, shown
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.data.tensors import NULL, null_rows, numbers
 from diffprune_plugin.errors import BadInput
@@ -48,6 +48,9 @@ def load_npz(path: Path) -> Samples:
     }
     nulls = {key: found.pop(key) for key in list(found) if key.startswith(NULL)}
     extra = {key: value for key, value in found.items() if len(value) == len(samples)}
+    for key in found.keys() - extra.keys():
+        shape = tuple(found[key].shape)
+        say(f"{shown(path)}: {shown(key)} is {shape}, not a row for each of {len(samples)} images, and is left out")
     return Samples(samples.values, extra, null_rows(nulls, extra, path))
 
 

@@ -86,12 +86,14 @@ def latents_of(pipeline: Any, model: nn.Module, samples: Samples) -> Tensor:
     if upcast:
         encoder.to(torch.float32)  # as the pipelines do: in half precision it overflows
     parts = []
-    for rows in torch.split(torch.arange(len(samples)), max(PIXELS // (height * width), 1)):
-        encoded = encoder.encode(samples.sample(rows).to(encoder.device, encoder.dtype))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-        parts.append(normalized(latents.float(), encoder.config).cpu().contiguous())
-    if upcast:
-        encoder.to(torch.float16)
+    try:
+        for rows in torch.split(torch.arange(len(samples)), max(PIXELS // (height * width), 1)):
+            encoded = encoder.encode(samples.sample(rows).to(encoder.device, encoder.dtype))
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+            parts.append(normalized(latents.float(), encoder.config).cpu().contiguous())
+    finally:
+        if upcast:
+            encoder.to(torch.float16)
     return torch.cat(parts)
 
 

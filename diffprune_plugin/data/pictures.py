@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageOps
-from rich.console import Console
 
 from diffprune_plugin.data import samples as held
 from diffprune_plugin.data.arrays import Pixels, from_array
-from diffprune_plugin.data.places import check_file, shown
+from diffprune_plugin.data.places import check_file, say, shown
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, first_line
 
@@ -39,10 +38,6 @@ class Picture(NamedTuple):
     pixels: Pixels
     frame: Frame
     changes: tuple[str, ...] = ()
-
-
-def say(line: str) -> None:
-    Console(stderr=True).print(f"data: {line}", soft_wrap=True, markup=False, highlight=False)
 
 
 def read_picture(path: Path, resolution: int | None) -> Picture:

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from rich.console import Console
+
 from diffprune_plugin.errors import BadInput, first_line
 from diffprune_plugin.utils.reading import check_regular
 
@@ -70,3 +72,7 @@ def image_files(folder: Path) -> list[Path]:
             else:
                 left.append(Path(entry))
     return sorted(found)
+
+
+def say(line: str) -> None:
+    Console(stderr=True).print(f"data: {line}", soft_wrap=True, markup=False, highlight=False)

@@ -60,7 +60,7 @@ def training_scheduler(scheduler: Any) -> Any:
                 f"scheduler: {type(scheduler).__name__} is a sampler for flow matching; save the pipeline with the "
                 "FlowMatchEulerDiscreteScheduler that the model was trained with"
             )
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        return made_like(scheduler, FlowMatchEulerDiscreteScheduler)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BadInput(
             f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; save the pipeline with a DDPM or DDIM"
@@ -68,8 +68,11 @@ def training_scheduler(scheduler: Any) -> Any:
     prediction_type(scheduler)
     if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
         return scheduler
-    same = DDPMScheduler.from_config(config_of(scheduler))
-    if not same_noise(scheduler, same):
+    try:
+        same = made_like(scheduler, DDPMScheduler)
+    except NotImplementedError:  # a schedule of betas that DDPM does not know
+        same = None
+    if same is None or not same_noise(scheduler, same):
         raise BadInput(
             f"scheduler: {type(scheduler).__name__} has other alphas_cumprod than a DDPM makes of its config; save the "
             "pipeline with the DDPM or DDIM that the model was trained with"
@@ -127,6 +130,17 @@ def trained_for(scheduler: Any) -> dict[str, Any]:
 def settings_of(scheduler: Any) -> dict[str, Any]:
     """A scheduler's config without what diffusers notes of its making, in an order that differs between processes."""
     return {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+
+
+def made_like(scheduler: Any, kind: Any) -> Any:
+    """A scheduler of another kind (a class) for the same model: it clips samples only where the scheduler did, and
+    is told of learned variances only where it reads them by the sample's channels."""
+    config, takes = config_of(scheduler), inspect.signature(kind.__init__).parameters
+    if "clip_sample" in takes:  # by default it does, which latents do not outlive
+        config = {"clip_sample": False, **config}
+    if "variance_type" in takes and kind is not DDPMScheduler:  # DPM takes them for what follows three channels
+        config["variance_type"] = None
+    return kind.from_config(config)
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:

@@ -37,11 +37,12 @@ def completed(drawing: Drawing, pipeline: Any, reference: Samples | None) -> Dra
 def drawing_facts(drawing: Drawing, pipeline: Any) -> dict[str, Any]:
     """For evaluation.json: the prompts that are drawn, by number and hash; unet_passes for an image (with guidance on
     two rows)."""
-    options = drawing.scheduler, drawing.steps, drawing.skip, scales_noise(pipeline)
     found = {part.name: getattr(drawing, part.name) for part in fields(drawing)}
     used = drawing.prompts[: drawing.count or None]
     found["prompts"] = len(used) or None
-    found["unet_passes"] = len(sampler(pipeline.scheduler, *options).timesteps)
+    if drawing.count:
+        options = drawing.scheduler, drawing.steps, drawing.skip, scales_noise(pipeline)
+        found["unet_passes"] = len(sampler(pipeline.scheduler, *options).timesteps)
     if used:
         found["prompts_sha256"] = hashlib.sha256("\n".join(used).encode()).hexdigest()
     return {name: value for name, value in found.items() if value is not None}

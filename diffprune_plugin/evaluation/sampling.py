@@ -12,11 +12,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 from diffprune_plugin.diffusion.inputs import check_time_table
-from diffprune_plugin.diffusion.schedulers import check_objective, config_of, flow_sign, training_scheduler
+from diffprune_plugin.diffusion.schedulers import check_objective, flow_sign, made_like, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line, nearest
 from diffprune_plugin.evaluation.prompts import call_arguments, check_drawable, check_fitting, scales_noise
 from diffprune_plugin.evaluation.settings import SamplingSettings
@@ -41,7 +41,7 @@ def sample_images(
     asked = settings or SamplingSettings()
     check_fitting(pipeline, asked.prompts, asked.guidance_scale, asked.size)
     check_drawable(pipeline, asked.prompts)
-    before, (_, model) = pipeline.scheduler, denoiser_of(pipeline)
+    before, bar_before, (_, model) = pipeline.scheduler, bar_of(pipeline), denoiser_of(pipeline)
     check_objective(before, find_adapter(model))
     check_time_table(model, find_adapter(model), before)
     pipeline.scheduler = sampler(before, asked.scheduler, asked.steps, asked.skip, scales_noise(pipeline))
@@ -64,7 +64,13 @@ def sample_images(
         finally:
             advance.remove()
             pipeline.scheduler = before
+            pipeline.set_progress_bar_config(**bar_before)
     return images
+
+
+def bar_of(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline's progress bar was set to."""
+    return getattr(pipeline, "_progress_bar_config", None) or {}
 
 
 def check_finite(images: Any, rows: range, pipeline: Any) -> None:
@@ -94,7 +100,7 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
 
     Raises BadInput for an unknown scheduler, or one that cannot be set so or does not fit the pipeline.
     """
-    if flow_sign(own) or type(own).__name__ in DISTILLED:
+    if flow_sign(own) or type(own).__name__ in DISTILLED or not hasattr(own, "alphas_cumprod"):
         return own_sampler(own, name, steps, skip)
     total = own.config.num_train_timesteps
     if skip not in SKIPS:
@@ -109,7 +115,7 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
     if skip == "quad" and cls is DDIMScheduler:
         cls = AnyStepDDIM
     try:
-        scheduler = cls.from_config(config_of(own))
+        scheduler = made_like(own, cls)
         settle_(scheduler, quadratic(total, steps) if skip == "quad" else None)
         scheduler.set_timesteps(steps)
     except (ImportError, ValueError) as error:
@@ -121,15 +127,16 @@ def sampler(own: Any, name: str, steps: int, skip: str, sigmas: bool = False) ->
 
 def own_sampler(own: Any, name: str, steps: int, skip: str) -> Any:
     """The pipeline's own scheduler where nothing else draws from its model: of flow matching, whose Euler steps are
-    what DDIM's are for noise prediction, or of a distilled model.
+    what DDIM's are for noise prediction, of a distilled model, or of one with another kind of noise (EDM's).
 
     Raises BadInput for any other, for a spacing, and for more steps than it has.
     """
-    flow = bool(flow_sign(own))
-    scheduler = training_scheduler(own) if flow else type(own).from_config(own.config)
+    flow, distilled = bool(flow_sign(own)), type(own).__name__ in DISTILLED
+    scheduler = training_scheduler(own) if flow else made_like(own, type(own))
     if name not in ("ddim", type(scheduler).__name__) or skip != "uniform":
+        of = "flow matching" if flow else "a distilled model" if distilled else f"{type(own).__name__}'s noise"
         raise BadInput(
-            f"--scheduler {name}, --skip {skip}: a pipeline of {'flow matching' if flow else 'a distilled model'} is "
+            f"--scheduler {name}, --skip {skip}: a pipeline of {of} is "
             f"drawn from with its own scheduler and spacing; leave them out, or give {type(scheduler).__name__}"
         )
     try:
@@ -140,7 +147,8 @@ def own_sampler(own: Any, name: str, steps: int, skip: str) -> Any:
 
 
 def settle_(scheduler: Any, timesteps: Sequence[int] | None) -> None:
-    """Make the pipeline's calls fit: these timesteps whatever it asks for, and no word that step does not take.
+    """Make the pipeline's calls fit: these timesteps whatever it asks for, no word that step does not take, and the
+    prediction without the variances beside it, which DDPM's step alone reads.
 
     Raises BadInput if timesteps are given and the scheduler cannot take them.
     """
@@ -148,8 +156,11 @@ def settle_(scheduler: Any, timesteps: Sequence[int] | None) -> None:
     taken = inspect.signature(cls.step).parameters
 
     @functools.wraps(cls.step)  # whose signature pipelines look at
-    def step(*args: Any, **named: Any) -> Any:
-        return cls.step(scheduler, *args, **{key: value for key, value in named.items() if key in taken})
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **named: Any) -> Any:
+        if cls is not DDPMScheduler and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        words = {key: value for key, value in named.items() if key in taken}
+        return cls.step(scheduler, model_output, timestep, sample, *args, **words)
 
     scheduler.step = step
     if timesteps is None:

@@ -21,7 +21,8 @@ class SamplingSettings:
 
     scheduler: a short name, or any diffusers scheduler that the pipeline's own is compatible with; ``ddim`` adds no
         noise. skip: ``uniform`` spaces the timesteps as that scheduler does, ``quad`` by `sampling.quadratic`.
-    batch_size: samplers that add noise (``ddpm``) draw other images at another one, the rest the same.
+    batch_size: samplers that add noise (``ddpm``) draw other images at another one, the rest the same, where the
+        numbers of a sample divide by 16 (torch draws them in sixteens).
     Of pipelines that draw from prompts only: prompts, taken in turn, image i from prompt i; guidance_scale and size
         (height, width), by default the pipeline's own.
     """

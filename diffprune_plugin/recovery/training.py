@@ -102,7 +102,8 @@ class Training:
     def __post_init__(self) -> None:
         config = self.config
         self.low_rank = LowRank.add_(self.model, config.lora, config.seed) if config.lora else None
-        if not self.low_rank:
+        # A model that came frozen is trained whole; of another what is frozen stays so, such as Fourier frequencies.
+        if not self.low_rank and not any(parameter.requires_grad for parameter in self.model.parameters()):
             self.model.requires_grad_(True)
         self.model.train()
         for module in self.model.modules():

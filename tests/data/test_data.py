@@ -36,6 +36,12 @@ def test_a_folder_an_npz_an_array_and_a_sequence_give_the_same_samples(folder, i
     assert load_samples(folder).shape == (1, 16, 16)
 
 
+def test_an_array_of_another_length_is_named_as_it_is_left_out(images, tmp_path, capsys) -> None:
+    np.savez(tmp_path / "images.npz", images=images[:3], class_labels=np.arange(5), kept=np.arange(3))
+    assert set(load_samples(tmp_path / "images.npz").extra) == {"kept"}
+    assert "class_labels is (5,), not a row for each of 3 images, and is left out" in capsys.readouterr().err
+
+
 def test_pixels_become_minus_one_to_one_and_floats_stay() -> None:
     images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)
     assert load_samples(images).sample(torch.tensor([0, 1])).flatten().tolist() == [-1.0, 1.0]

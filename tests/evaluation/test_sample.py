@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+)
 from tiny import make_unet
 
 import diffprune_plugin as dp
+from diffprune_plugin.diffusion.schedulers import training_scheduler
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.evaluation.evaluate import evaluate
 from diffprune_plugin.evaluation.sampling import AnyStepDDIM, quadratic, sample_images, sampler
@@ -101,6 +112,48 @@ def test_the_pipeline_keeps_its_scheduler(pipeline: DDPMPipeline) -> None:
     draw(pipeline, count=1, steps=2, skip="quad")
     assert pipeline.scheduler is before
     assert not pipeline.unet._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_only_what_was_clipped_is_clipped(name: str) -> None:
+    """DDIM's and DDPM's own default is to clip, which latents do not outlive."""
+    assert not sampler(DPMSolverMultistepScheduler(), name, 4, "uniform").config.clip_sample
+    assert not sampler(DDIMScheduler(clip_sample=False), name, 4, "uniform").config.clip_sample
+    assert sampler(DDPMScheduler(), name, 4, "uniform").config.clip_sample
+
+
+def test_what_was_given_by_place_is_kept() -> None:
+    flow = FlowMatchEulerDiscreteScheduler(1000, 3.0)
+    assert training_scheduler(flow).config.shift == sampler(flow, "ddim", 4, "uniform").config.shift == 3.0
+    lcm = LCMScheduler(1000, 0.001, 0.05, "linear")
+    assert torch.equal(sampler(lcm, "ddim", 4, "uniform").alphas_cumprod, lcm.alphas_cumprod)
+
+
+def test_another_kind_of_noise_is_drawn_from_with_its_own_scheduler() -> None:
+    assert isinstance(sampler(EDMEulerScheduler(), "ddim", 4, "uniform"), EDMEulerScheduler)
+    with pytest.raises(BadInput, match="a pipeline of EDMEulerScheduler's noise is drawn from with its own scheduler"):
+        sampler(EDMEulerScheduler(), "ddpm", 4, "uniform")
+
+
+def test_a_schedule_of_betas_that_ddpm_does_not_know_is_one_line() -> None:
+    with pytest.raises(BadInput, match="HeunDiscreteScheduler has other alphas_cumprod than a DDPM makes"):
+        training_scheduler(HeunDiscreteScheduler(beta_schedule="exp"))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm", "ddpm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_model_that_tells_its_variances_too_is_drawn_from_by_every_scheduler(channels: int, name: str) -> None:
+    unet = make_unet(in_channels=channels, out_channels=2 * channels)
+    drawn = draw(
+        DDPMPipeline(unet, DDPMScheduler(100, variance_type="learned_range")), count=1, steps=3, scheduler=name
+    )
+    assert np.asarray(drawn[0]).shape[:2] == (16, 16)
+
+
+def test_a_progress_bar_is_the_callers_again(pipeline: DDPMPipeline) -> None:
+    pipeline.set_progress_bar_config(desc="mine")
+    draw(pipeline, count=1, steps=2)
+    assert pipeline._progress_bar_config == {"desc": "mine"}
 
 
 @pytest.mark.parametrize(
