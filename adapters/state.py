@@ -21,6 +21,7 @@ REMEDIES = (
 
 # Where torch.nn.utils keeps what a weight is computed from.
 COMPUTED = ("parametrizations", "weight_orig", "bias_orig", "weight_g")
+PARALLEL = ("DataParallel", "DistributedDataParallel")
 QUANTIZERS = ("bitsandbytes", "nunchaku", "torchao", "optimum")  # packages whose layers or tensors hold no weights
 ORDER = "load it unquantized, fuse what LoRA is to stay, prune, compensate and fine-tune it, and quantize last"
 
@@ -43,16 +44,32 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises BadInput for layers that are compiled, or whose weights are computed: the trace would not see them."""
+    """Raises BadInput for layers that are compiled, wrapped or replaced, or whose weights are computed or shared: the
+    trace would not see them, or a directory not hold them."""
     for name, module in model.named_modules():
         here = name or type(model).__name__
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
             raise BadInput(f"{here} is compiled: load the model without compile(), and compile the pruned one")
+        if type(module).__name__ in PARALLEL:
+            raise BadInput(f"{here} is a {type(module).__name__}: give the model without it, and wrap the pruned one")
+        forward = module.__dict__.get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module and not hasattr(module, HOOKS):
+            raise BadInput(
+                f"{here}: its forward was replaced: take what did that off the model, and put it on the pruned one"
+            )
         if computed := [key for key in COMPUTED if key in module._parameters or key in module._modules]:
             raise BadInput(
                 f"{here}: its weight is computed ({computed[0]}) by torch.nn.utils.prune, a norm or parametrize: make "
                 "it permanent first (prune.remove, remove_parametrizations ...)"
             )
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_inference():
+            raise BadInput(
+                f"{name} was made in torch.inference_mode(), where nothing is traced: load the model outside of it"
+            )
+        if first.setdefault(id(parameter), name) != name:
+            raise BadInput(f"{name} is {first[id(parameter)]} too: give each a tensor of its own, which loads as one")
 
 
 def check_own_layers(model: nn.Module) -> None:

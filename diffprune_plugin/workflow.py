@@ -31,7 +31,7 @@ from diffprune_plugin.latency.run import check_runtime, check_size, meet_latency
 from diffprune_plugin.planning.allocated import LatencyCosts, predicted
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PLAN_FILE, BlockChoice, PruningPlan
-from diffprune_plugin.planning.planner import Material, check_patterns, material_of, plan_from
+from diffprune_plugin.planning.planner import Material, check_patterns, check_same_layers, material_of, plan_from
 from diffprune_plugin.planning.plot import plot_widths
 from diffprune_plugin.planning.presets import filled_in
 from diffprune_plugin.plugins import find_adapter
@@ -221,6 +221,7 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
         check_choosable(config, model, adapter, getattr(loaded, "scheduler", None))
     elif config.depth:
         cut = cut_out(model, config.depth, adapter=adapter)
+        check_same_layers(model, cut.model, cut.shallower.dense_name, config)
         loaded, model = with_model(loaded, model, cut.model)
     config = filled_in(config, model, find_adapter(model))
     check_patterns(model, config)

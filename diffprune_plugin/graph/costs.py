@@ -106,6 +106,15 @@ def layer_cost(module: nn.Module, positions: int) -> LayerCost:
     return LayerCost(0, channels, params, 0, positions)
 
 
+def can_narrow(module: nn.Module) -> bool:
+    """Whether a layer with fewer channels is cut, counted and rebuilt as it should be."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1
+    if isinstance(module, nn.LayerNorm):
+        return module.elementwise_affine  # without, it is in no table of layers that say their width
+    return isinstance(module, (nn.Linear, nn.GroupNorm, nn.Embedding))
+
+
 def own_parameters(module: nn.Module) -> int:
     """Elements of the parameters that the module itself holds."""
     return sum(p.numel() for p in module.parameters(recurse=False))

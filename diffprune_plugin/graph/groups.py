@@ -97,9 +97,10 @@ def trace_groups(model: nn.Module, adapter: ModelAdapter) -> list[CoupledGroup]:
     Raises BadInput where the graph couples root channels that the adapter's table does not pair, or for a masked model.
     """
     adapter.check(model)
-    example, alone = adapter.trace_inputs(model), [model.get_parameter(name) for name in adapter.uncoupled(model)]
+    alone = [model.get_parameter(name) for name in adapter.uncoupled(model)]
     # torch-pruning traces through autograd: a frozen layer would be invisible to it.
     with differentiable(model), feature_axes():
+        example = adapter.trace_inputs(model)
         graph = tp.DependencyGraph().build_dependency(model, example, ignored_params=alone, verbose=False)
         return groups_of(graph, model, adapter)
 

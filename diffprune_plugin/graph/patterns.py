@@ -13,7 +13,7 @@ import regex
 
 from diffprune_plugin.errors import BadInput, nearest
 
-STRIDED = "{strided}"
+STRIDED, FIRST = "{strided}", "{first}"
 SECONDS = 2.0  # that one expression may take on all names of a model; it needs a thousandth
 LONGEST = 10_000  # characters of an expression, and the repeats that it asks for, nested ones multiplied
 # The operation that NNCF 2 names a layer's node after, by the layer's class.
@@ -21,9 +21,12 @@ OPERATIONS = {"Conv1d": "conv1d", "Conv2d": "conv2d", "ConvTranspose2d": "conv_t
 
 
 def layer_names(model: Any) -> dict[str, tuple[str, ...]]:
-    """Every module's name, with what else a convolution or linear layer is called: see `also_called`."""
+    """Every module's name, with what else a convolution or linear layer is called: see `also_called`; and ``{first}``
+    for the first convolution."""
     modules = dict(model.named_modules())
-    return {name: also_called(name, modules) for name in modules if name}
+    found = {name: also_called(name, modules) for name in modules if name}
+    first = [name for name in found if type(modules[name]).__name__ == "Conv2d"][:1]
+    return found | {name: (*found[name], FIRST) for name in first}
 
 
 def around(name: str) -> list[str]:
@@ -57,12 +60,13 @@ def matching(pattern: str, names: Mapping[str, Iterable[str]], key: str) -> list
     """The names (of `layer_names`) that a pattern means.
 
     A layer, everything below a module, a glob, or ``{re}`` and an expression; ``{nncf}`` and a scope as NNCF 2 matches
-    it with its names of convolutions and linear layers; ``{strided}``, those with a stride above 1, if there are any.
+    it with its names of convolutions and linear layers; ``{strided}``, those with a stride above 1, and ``{first}``,
+    the first convolution, if there are any.
 
     Raises BadInput, naming the config key, if the pattern matches nothing, is no valid expression or takes too long.
     """
-    if pattern == STRIDED:
-        return [name for name, also in names.items() if STRIDED in also]
+    if pattern in (STRIDED, FIRST):
+        return [name for name, also in names.items() if pattern in also]
     if pattern.startswith("{nncf}"):
         fits = scope_test(pattern.removeprefix("{nncf}"), key)
         found = [name for name, also in names.items() if any(map(fits, also))]

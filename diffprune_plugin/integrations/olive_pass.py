@@ -46,8 +46,9 @@ class DiffPrune(Pass):  # type: ignore[misc]
         }
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
-        options = {key: getattr(config, key) for key in self._default_config(None)}
-        paths = {"model": str(model.model_path), "output": str(Path(output_model_path).with_suffix(""))}
+        options = {key: value for key in self._default_config(None) if (value := getattr(config, key)) is not None}
+        output = output_model_path.removesuffix(".onnx").removesuffix(".pt")
+        paths = {"model": str(model.model_path), "output": output}
         settled = PruningConfig.make(options | paths, "Olive pass DiffPrune")
         prune(settled, overwrite=True, progress=False)
         return PyTorchModelHandler(model_path=settled.output, **HANDLER)

@@ -69,8 +69,8 @@ class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ``calibration``: a `Calibration`, a mapping of `calibrate`'s arguments (``scheduler``, ``images`` ...) or a
     function of the UNet that returns one; the latter two are called before each of the ``iterative_steps``. Without
     it, gradients in ``.grad`` are used, as in torch-pruning. What the UNet's adapter knows is filled in: layers
-    that keep their width, heads, paired channels. After every step the UNet runs, keeps its softmax scale, and
-    `diffprune_plugin.save` writes it with its ``plan``.
+    that keep their width, heads, paired channels. ``round_to`` rounds what is kept up. After every step the UNet runs,
+    keeps its softmax scale, and `diffprune_plugin.save` writes it with its ``plan``.
 
     Raises BadInput for a model that was pruned before, and for an argument that is not honoured, with the remedy.
     """

@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch_pruning as tp
@@ -56,6 +57,11 @@ def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
         if key not in HONOURED and value not in (defaults[key], None, {}):
             raise BadInput(f"{key}: {REFUSED.get(key, 'not known to this version; leave it out')}")
     given = {key: bound.arguments.get(key, defaults[key]) for key in HONOURED}
+    ratios = given["pruning_ratio_dict"] or {}
+    if not isinstance(ratios, Mapping) or not all(isinstance(ratio, Real) for ratio in ratios.values()):
+        raise BadInput(f"pruning_ratio_dict: {ratios!r}: give a ratio for each layer, as in {{'mid_block': 0.3}}")
+    if not isinstance(given["head_pruning_ratio"], Real):
+        raise BadInput(f"head_pruning_ratio: {given['head_pruning_ratio']!r} is no ratio; leave it out, or give one")
     if given["isomorphic"] and not given["global_pruning"]:
         raise BadInput("isomorphic: ranks groups of one shape together, which needs global_pruning=True; add it")
     if given["prune_num_heads"] is not (given["head_pruning_ratio"] > 0):
@@ -93,7 +99,8 @@ def stays(model: nn.Module, adapter: ModelAdapter, given: Mapping[str, Any]) -> 
     found = adapter.kept_layers(model)
     if not given["prune_head_dims"] and not given["prune_num_heads"]:
         found |= dict.fromkeys(adapter.head_counts(model), "prune_head_dims is False")
-    for key in given["ignored_layers"] or ():
+    ignored = given["ignored_layers"] or ()
+    for key in [ignored] if isinstance(ignored, str) else ignored:
         found |= dict.fromkeys(layers_of(model, key, "ignored_layers"), "ignored_layers")
     return found
 

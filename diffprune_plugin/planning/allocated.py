@@ -116,7 +116,8 @@ def menus_of(
     for item, every in zip(items, choices(items, options, errors.most), strict=True):
         root = item.group.root
         slower = latency.slower.get(root, ()) if latency else ()
-        plans = {count: plan for count, plan in every.items() if errors.knows(root, count) and count not in slower}
+        fit = {count: plan for count, plan in every.items() if errors.knows(root, count) and count not in slower}
+        plans = fit if len(every) > 1 else every  # where there is no choice, a wish is met
         counts = tuple(sorted(plans))
         rising = np.maximum.accumulate([errors.error(root, plans[count].removed) for count in counts])
         found.append((Menu(root, counts, tuple(rising.tolist())), plans))

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.errors import BadInput, CheckFailed
-from diffprune_plugin.graph.costs import LayerCost, layer_costs
+from diffprune_plugin.graph.costs import LayerCost, can_narrow, layer_costs
 from diffprune_plugin.graph.groups import CoupledGroup, trace_groups
 from diffprune_plugin.graph.patterns import layer_names, matching
 from diffprune_plugin.hookspecs import Criterion
@@ -91,6 +91,9 @@ def material_of(
     options.with_wishes_of(criterion)  # wrong ones are told before anything is scored
     groups = trace_groups(model, adapter)
     heads = head_groups(groups, adapter.head_layers(model, whole=options.head_pruning_ratio is None))
+    if options.head_pruning_ratio and not heads:
+        reason = f"no attention of this {type(model).__name__} could lose a head; leave it out"
+        raise BadInput.of("head_pruning_ratio", options.head_pruning_ratio, reason)
     requests = requests_of_heads(requested(groups, model, adapter, options), heads, options.head_pruning_ratio)
     items = tuple(asked_group(g, requests[g.root], criterion, heads.get(g.root, "")) for g in groups)
     return Material(adapter, architecture_hash(model), criterion, items, heads, layer_costs(model, adapter, extra))
@@ -169,7 +172,26 @@ def check_patterns(model: nn.Module, options: PlanOptions) -> None:
     names = layer_names(model)
     for key in PATTERNS:
         for pattern in getattr(options, key):
-            matching(pattern, names, key)
+            found = matching(pattern, names, key)
+            if found and not any(True for name in found for _ in model.get_submodule(name).parameters()):
+                raise BadInput.of(key, pattern, f"matches no layer with weights, only {found[0]}; leave it out")
+
+
+def check_same_layers(
+    dense: nn.Module, model: nn.Module, dense_name: Callable[[str], str], options: PlanOptions
+) -> None:
+    """Raises BadInput for a pattern that means other layers of a model without some blocks than of the dense one."""
+    before, after = layer_names(dense), {dense_name(name): also for name, also in layer_names(model).items()}
+    for key in PATTERNS:
+        for pattern in getattr(options, key):
+            meant = {name for name in matching(pattern, before, key) if name in after}
+            try:
+                found = {dense_name(name) for name in matching(pattern, layer_names(model), key)}
+            except BadInput:
+                found = set()
+            if found != meant:
+                wrong = f"means other layers where depth numbers what it leaves anew ({min(found ^ meant)})"
+                raise BadInput.of(key, pattern, f"{wrong}; write it so that it means the same of both")
 
 
 def requested(
@@ -186,7 +208,19 @@ def requested(
     special: dict[str, tuple[float, str]] = {}
     for pattern, value in options.pruning_ratio_dict.items():
         special |= dict.fromkeys(matching(pattern, names, "pruning_ratio_dict"), (value, pattern))
-    return {group.root: request_of(group, special, stays) for group in groups}
+    found = {group.root: request_of(group, special, stays) for group in groups}
+    for group in (group for group in groups if not found[group.root].stays):
+        check_narrowed(group, model)
+    return found
+
+
+def check_narrowed(group: CoupledGroup, model: nn.Module) -> None:
+    """Raises BadInput for a group with a layer that could not be rebuilt with fewer channels."""
+    for member in group.members:
+        if not can_narrow(module := model.get_submodule(member.layer)):
+            of = " with groups" if isinstance(module, nn.Conv2d) else ""
+            reason = f"{member.layer}: channels of a {type(module).__name__}{of} cannot be removed"
+            raise BadInput(f"{reason}; add {group.root!r} to ignored_layers", key="ignored_layers", value=group.root)
 
 
 def request_of(group: CoupledGroup, special: Mapping[str, tuple[float, str]], stays: Mapping[str, str]) -> Request:

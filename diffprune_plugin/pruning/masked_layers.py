@@ -86,7 +86,7 @@ def keep_(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     for name, channels in kept.items():
         layer = model.get_submodule(name)
         layer.__class__ = KEPT[type(layer)]
-        layer.register_buffer("kept", channels.to(next(layer.parameters()).device))
+        layer.register_buffer("kept", channels.to(next(model.parameters()).device))
         if isinstance(layer, KeptQuery):
             scale_(layer, 1 / layer.gain)
 

@@ -202,7 +202,8 @@ def nncf_prune(
         criterion, description = plugins.importance(importance, calibration=calibration), {"name": importance}
     elif calibration is not None:
         criterion = plugins.with_calibration(importance, calibration)
-    options["ignored_layers"] = [*ignored, *options.get("ignored_layers", ())]
+    further = options.get("ignored_layers", ())
+    options["ignored_layers"] = [*ignored, *([further] if isinstance(further, str) else further)]
     plan = make_plan(model, criterion, pruning_ratio=ratio, adapter=adapter, description=description, **options)
     mask_(model, plan, exact_norms=exact_norms, adapter=adapter)
     return model
@@ -253,7 +254,8 @@ def kept_channels(
     for (name, side), channels in gone.items():
         layer = model.get_submodule(name)
         if side == "out" and (name in queries or isinstance(layer, (nn.GroupNorm, nn.LayerNorm))):
-            keep = torch.ones(len(layer.get_parameter("weight")), dtype=torch.bool)
+            width = layer.num_channels if isinstance(layer, nn.GroupNorm) else len(layer.get_parameter("weight"))
+            keep = torch.ones(width, dtype=torch.bool)
             keep[torch.from_numpy(channels)] = False
             kept[name] = keep.nonzero().flatten()
     return kept

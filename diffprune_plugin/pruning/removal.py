@@ -90,14 +90,18 @@ def channels_to_go(model: nn.Module, plan: PruningPlan, adapter: ModelAdapter) -
     return removed_channels(groups, plan.removed_units())
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def remove_channels_(model: nn.Module, gone: ChannelsToGo) -> None:
-    """Slice every layer with torch-pruning's own function for its type."""
+    """Slice every layer with torch-pruning's own function for its type; what was frozen stays so."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     for (name, side), channels in gone.items():
         layer = model.get_submodule(name)
         pruner = PrunerBox[ops.module2type(layer)]
         slice_ = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
         slice_(layer, channels.tolist())
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
 
 
 def check_groups(groups: list[CoupledGroup], plan: PruningPlan) -> None:

@@ -145,7 +145,10 @@ def frontier(
     the steps of groups miss is no error. ``latency``: each point gets its own, and the same shares of the latency are
     points too. Raises BadInput where no budget can be met.
     """
-    target = next((key for key in options.target if key not in LATENCIES), "macs_target")
+    sizes = [key for key in options.target if key not in LATENCIES] or ["macs_target"]
+    if len(sizes) > 1:
+        raise BadInput(f"frontier: its budgets are of one size, not of {' and '.join(sizes)}; give one of them")
+    target = sizes[0]
     free = {"pruning_ratio": None, **dict.fromkeys(BUDGETS), "strict": False}
     timed = share_of(material.items, material.costs, latency) if latency else None
     points, plans, refused = [], [], ""

@@ -101,7 +101,7 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     tried, reasons = [error], {group.root: group.reason for group in best.groups}
     asked = [best.removed_units()]
     for _ in range(ROUNDS):
-        steps = near(best, material, options, sensitivity.most)
+        steps = near(best, material, options, sensitivity)
         answers = yield Question.of(best, steps)
         changes: dict[str, dict[int, float]] = {group.root: {len(group.removed): 0.0} for group in best.groups}
         for group, answer in zip(steps, answers[1:], strict=True):
@@ -128,17 +128,19 @@ def search(material: Material, options: PlanOptions, description: dict[str, Any]
     return strictly(best.model_copy(update={"groups": groups, "allocation": allocation}), asked_for)
 
 
-def near(plan: PruningPlan, material: Material, options: PlanOptions, most: float) -> list[GroupPlan]:
-    """For each group the widths a step below and above that of the plan, as far as there are any; heads stay."""
+def near(plan: PruningPlan, material: Material, options: PlanOptions, errors: Errors) -> list[GroupPlan]:
+    """For each group the widths a step below and above that of the plan, as far as the sensitivity offers any; heads
+    stay."""
     found = []
-    every = choices(material.items, options, most)
+    every = choices(material.items, options, errors.most)
     for group, item, of in zip(plan.groups, material.items, every, strict=True):
         if item.heads:  # their number is an attribute of the attention, which a trial leaves as it is
             continue
         now = len(group.removed)
         step = max(int(FRACTION * group.units), 1)
-        fewer = [count for count in of if count < now]
-        more = [count for count in of if count > now]
+        offered = [count for count in of if errors.knows(group.root, count)]
+        fewer = [count for count in offered if count < now]
+        more = [count for count in offered if count > now]
         places = [min(some, key=lambda count: abs(abs(count - now) - step)) for some in (fewer, more) if some]
         found += [of[place] for place in places]
     return found

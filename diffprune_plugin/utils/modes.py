@@ -11,30 +11,29 @@ from torch import nn
 
 @contextlib.contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Autograd reaches every parameter, in eval mode; afterwards the UNet is as it was."""
-    training = model.training
+    """Autograd reaches every parameter, in eval mode, inside `torch.inference_mode` too; afterwards the UNet is as it
+    was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(True)
-    try:
-        with torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        model.requires_grad_(True)
+        try:
             yield
-    finally:
-        model.train(training)
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
 
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """The models in eval mode; afterwards as they were."""
-    before = [model.training for model in models]
+    before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 @contextlib.contextmanager

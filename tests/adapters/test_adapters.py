@@ -11,6 +11,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
 from tiny import make_unet, output_of
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import diffprune_plugin as dp
@@ -238,4 +239,38 @@ def test_a_model_compiled_in_place_is_refused(part: str) -> None:
     unet = make_unet()
     unet.get_submodule(part).compile()
     with pytest.raises(BadInput, match=rf"{part or 'UNet2DModel'} is compiled: load the model without compile\(\)"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+
+
+def tie_(unet: Any) -> None:
+    first, second = unet.up_blocks[0].resnets[:2]
+    second.conv2.weight = first.conv2.weight
+
+
+def replace_(unet: Any) -> None:
+    before = unet.mid_block.forward
+    unet.mid_block.forward = lambda *given, **named: before(*given, **named)
+
+
+@pytest.mark.parametrize(
+    ("change_", "told"),
+    [
+        (lambda unet: setattr(unet, "mid_block", torch.compile(unet.mid_block)), "mid_block is compiled"),
+        (lambda unet: setattr(unet, "mid_block", nn.DataParallel(unet.mid_block)), "mid_block is a DataParallel: give"),
+        (replace_, "mid_block: its forward was replaced"),
+        (tie_, r"up_blocks\.0\.resnets\.1\.conv2\.weight is up_blocks\.0\.resnets\.0\.conv2\.weight too"),
+    ],
+)
+def test_a_part_that_is_wrapped_replaced_or_shared_is_refused(change_: Any, told: str) -> None:
+    """Its directory would not load, or hold what the model computed."""
+    unet = make_unet()
+    change_(unet)
+    with pytest.raises(BadInput, match=told):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+
+
+def test_a_model_that_was_made_where_nothing_is_traced_is_refused() -> None:
+    with torch.inference_mode():
+        unet = make_unet()
+    with pytest.raises(BadInput, match=r"conv_in\.weight was made in torch\.inference_mode"):
         dp.make_plan(unet, "magnitude", pruning_ratio=0.5)

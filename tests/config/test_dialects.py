@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_unet
+from tiny_transformers import make as make_transformer
 from torch import nn
 
 import diffprune_plugin as dp
@@ -101,6 +102,13 @@ def test_their_flags_run_from_the_command_line_too(run) -> None:
 # --- NNCF
 
 
+def test_the_first_convolution_is_meant_whatever_its_name() -> None:
+    """NNCF's default leaves it; a transformer has no conv_in."""
+    assert matching("{first}", layer_names(make_unet()), "ignored_layers") == ["conv_in"]
+    assert matching("{first}", layer_names(make_transformer("DiT")), "ignored_layers") == ["pos_embed.proj"]
+    assert matching("{first}", layer_names(make_transformer("Flux")), "ignored_layers") == []
+
+
 def test_the_defaults_are_nncfs() -> None:
     ours = {key: fact.default for key, fact in {**nncf_json.ENTRY, **nncf_json.PARAMS}.items()}
     for name, default in GOLDEN["defaults"].items():
@@ -112,7 +120,7 @@ def test_the_defaults_are_nncfs() -> None:
         "importance": {"name": "filter_norm", "norm": "L2"},
         "pruning_ratio": 0.5,
         "round_to": 8,
-        "ignored_layers": ["conv_in", "{strided}"],
+        "ignored_layers": ["{first}", "{strided}"],
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import make_unet, output_of
 from tiny_transformers import make as make_transformer
+from torch import nn
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
@@ -18,7 +19,7 @@ from diffprune_plugin.graph.groups import CoupledGroup, Member
 from diffprune_plugin.planning.channels import AskedGroup, Request, plan_group
 from diffprune_plugin.planning.options import PlanOptions
 from diffprune_plugin.planning.plan import PruningPlan
-from diffprune_plugin.planning.planner import material_of
+from diffprune_plugin.planning.planner import check_patterns, material_of
 from diffprune_plugin.plugins import find_adapter
 
 
@@ -237,3 +238,47 @@ def test_macs_are_counted_with_prompts_as_long_as_the_data_have() -> None:
     assert image[0] == image[1] > 0
     wrong = {"encoder_hidden_states": torch.zeros(3, 5)}  # told later, by name
     assert layer_costs(model, adapter, wrong) == usual
+
+
+def test_where_nothing_is_traced_the_plan_is_the_same_and_what_it_leaves_can_be_trained(unet) -> None:
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    with torch.inference_mode():
+        assert dp.make_plan(unet, "magnitude", pruning_ratio=0.5, strict=True) == plan
+        dp.remove_(unet, plan)
+    assert not any(parameter.is_inference() for parameter in unet.parameters())
+
+
+def test_modes_and_what_is_frozen_are_left_as_they_were(unet) -> None:
+    unet.train().requires_grad_(False)
+    unet.mid_block.eval()
+    unet.conv_out.requires_grad_(True)
+    modes = {name: module.training for name, module in unet.named_modules()}
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    assert {name: module.training for name, module in unet.named_modules()} == modes
+    dp.remove_(unet, plan)
+    assert [name for name, p in unet.named_parameters() if p.requires_grad] == ["conv_out.weight", "conv_out.bias"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (nn.BatchNorm2d(32), "channels of a BatchNorm2d cannot be removed"),
+        (nn.ConvTranspose2d(32, 32, 1), "channels of a ConvTranspose2d cannot be removed"),
+        (nn.Conv2d(32, 32, 3, padding=1, groups=4), "channels of a Conv2d with groups cannot be removed"),
+        (nn.Conv2d(32, 32, 3, padding=1, groups=32), "channels of a Conv2d with groups cannot be removed"),
+    ],
+)
+def test_a_layer_that_could_not_be_rebuilt_is_refused_unless_it_stays(unet, layer, told) -> None:
+    unet.mid_block.resnets[0].norm2 = layer
+    with pytest.raises(BadInput, match=rf"mid_block\.resnets\.0\.norm2: {told}; add '.*' to ignored_layers"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.5)
+    plan = dp.make_plan(unet, "magnitude", pruning_ratio=0.5, ignored_layers=["mid_block.resnets.0"])
+    assert "mid_block.resnets.0.norm2" not in plan.layers
+
+
+def test_a_pattern_without_weights_and_heads_that_are_not_there_are_refused() -> None:
+    unet = make_unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)
+    with pytest.raises(BadInput, match="ignored_layers: 'conv_act' matches no layer with weights, only conv_act"):
+        check_patterns(unet, PlanOptions(ignored_layers=("conv_act",)))
+    with pytest.raises(BadInput, match=r"head_pruning_ratio: 0\.5 no attention of this UNet2DModel could lose a head"):
+        dp.make_plan(unet, "magnitude", pruning_ratio=0.0, head_pruning_ratio=0.5)

@@ -17,9 +17,11 @@ import diffprune_plugin as dp
 from diffprune_plugin.adapters.depth import DepthPlan
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.errors import BadInput
+from diffprune_plugin.planning.options import PlanOptions
+from diffprune_plugin.planning.planner import check_same_layers
 from diffprune_plugin.planning.report import plan_text
 from diffprune_plugin.plugins import find_adapter
-from diffprune_plugin.pruning.depth import named_plan, without_blocks
+from diffprune_plugin.pruning.depth import cut_out, named_plan, without_blocks
 from diffprune_plugin.pruning.loading import load
 from diffprune_plugin.workflow import prune
 
@@ -179,3 +181,23 @@ def test_a_published_plan_that_a_config_does_not_fit_is_one_line(error: type[Exc
 
     with pytest.raises(BadInput, match=r"depth: 'mine' does not fit: .*block_out_channels"):
         named_plan(DepthPlan("mine", of), make("DiT"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("transformer_blocks.1", r"means other layers where depth numbers what it leaves anew \(transformer_blocks\.2"),
+        ("transformer_blocks.2", r"means other layers .*\(transformer_blocks\.2"),
+        ("transformer_blocks.0", None),
+        ("*.ff", None),
+    ],
+)
+def test_a_pattern_that_means_other_layers_of_what_depth_leaves_is_refused(pattern: str, told: str | None) -> None:
+    dense = make("DiT", num_layers=3)
+    cut = cut_out(dense, ["transformer_blocks.1"])
+    options = PlanOptions(ignored_layers=(pattern,))
+    if told is None:
+        check_same_layers(dense, cut.model, cut.shallower.dense_name, options)
+        return
+    with pytest.raises(BadInput, match=f"ignored_layers: '{pattern}' {told}"):
+        check_same_layers(dense, cut.model, cut.shallower.dense_name, options)

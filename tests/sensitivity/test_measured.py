@@ -180,6 +180,14 @@ def test_what_is_tried_may_miss_a_target_and_what_is_found_not(
     assert not plan.shortfalls()
 
 
+def test_what_the_sensitivity_knows_nothing_of_is_not_tried(material: Material, sensitivity: Sensitivity) -> None:
+    """It would cost nothing: inputs that never varied."""
+    blind = Sensitivity(**{**sensitivity.__dict__, "unseen": (ROOT,)})
+    plan, asked = searched(material, blind, lambda units: 1.0)
+    assert not plan.removed_units()[ROOT]
+    assert ROOT not in {root for question in asked for root, _ in question.changes}
+
+
 def test_a_plan_that_turns_out_worse_is_not_taken(material: Material, sensitivity: Sensitivity) -> None:
     """Each single step looks like a gain, together they are none."""
     first: list[dict[str, list[int]]] = []

@@ -118,6 +118,10 @@ def test_what_was_the_same_for_all_samples_is_kept_with_the_reason() -> None:
     group = next(group for group in plan.groups if group.root in found.unseen)
     assert not group.removed
     assert "the same for all samples" in group.reason
+    wished = {"pruning_ratio_dict": {"*guidance_embedder*": 0.25}}
+    plan = dp.make_plan(model, "magnitude", macs_target=0.8, allocation="linear", sensitivity=found, **wished)
+    group = next(group for group in plan.groups if group.root in found.unseen)
+    assert len(group.removed) == group.units // 4
 
 
 def test_no_batch_leaves_its_graph_behind(images: np.ndarray) -> None:

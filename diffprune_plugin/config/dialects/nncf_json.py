@@ -32,7 +32,7 @@ from diffprune_plugin.config.dialects.table import (
 )
 from diffprune_plugin.config.documents import join
 from diffprune_plugin.errors import BadInput, nearest
-from diffprune_plugin.graph.patterns import STRIDED, scope_test
+from diffprune_plugin.graph.patterns import FIRST, STRIDED, scope_test
 
 NAME = "NNCF filter_pruning"
 TRAINING = "of the training script; fine-tune the pruned model"
@@ -138,10 +138,10 @@ PARAMS = {
     "prune_first_conv": Fact(
         BOOL,
         "honoured",
-        "conv_in stays, and with it what is coupled to it",
-        lambda value: {} if value else {"ignored_layers": ["conv_in"]},
+        "the first convolution stays, and with it what is coupled to it",
+        lambda value: {} if value else {"ignored_layers": [FIRST]},
         default=False,
-        cases=((True, "honoured", "conv_in is pruned too"),),
+        cases=((True, "honoured", "the first convolution is pruned too"),),
     ),
     "prune_downsample_convs": Fact(
         BOOL,

@@ -100,7 +100,9 @@ KEYS = {
         "by name or pattern, with what is coupled",
         lambda value: {"ignored_layers": [value] if isinstance(value, str) else value},
     ),
-    "round_to": Fact(COUNT, "honoured", "what is kept is a multiple of it, also with norm groups", to("round_to")),
+    "round_to": Fact(
+        COUNT, "approximated", "what is kept is a multiple of it, rounded up; torch-pruning rounds down", to("round_to")
+    ),
     "example_inputs": Fact(ANY, "ignored", "made from the model's config"),
     "in_channel_groups": BY_ADAPTER,
     "out_channel_groups": BY_ADAPTER,
@@ -164,6 +166,10 @@ def settle_heads(listing: Listing, found: Mapping[str, Any]) -> None:
         listing.amend("head_pruning_ratio", "ignored", "prune_num_heads is false, in torch-pruning too")
     if share and whole and inside:
         listing.amend("prune_num_heads", "approximated", "whole heads go instead of dimensions inside them, not both")
+    if share and whole and found.get("global_pruning"):
+        listing.amend(
+            "head_pruning_ratio", "approximated", "each attention loses that share, ranked among its own heads"
+        )
     if share and whole:
         listing.give("head_pruning_ratio", {"head_pruning_ratio": share})
     elif not inside:
