@@ -44,7 +44,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises BadInput for layers that are compiled, wrapped or replaced, or whose weights are computed or shared: the
+    """Raises BadInput for layers that are compiled or wrapped, or whose weights are computed or shared: the
     trace would not see them, or a directory not hold them."""
     for name, module in model.named_modules():
         here = name or type(model).__name__
@@ -52,11 +52,6 @@ def check_plain(model: nn.Module) -> None:
             raise BadInput(f"{here} is compiled: load the model without compile(), and compile the pruned one")
         if type(module).__name__ in PARALLEL:
             raise BadInput(f"{here} is a {type(module).__name__}: give the model without it, and wrap the pruned one")
-        forward = module.__dict__.get("forward")
-        if forward is not None and getattr(forward, "__self__", None) is not module and not hasattr(module, HOOKS):
-            raise BadInput(
-                f"{here}: its forward was replaced: take what did that off the model, and put it on the pruned one"
-            )
         if computed := [key for key in COMPUTED if key in module._parameters or key in module._modules]:
             raise BadInput(
                 f"{here}: its weight is computed ({computed[0]}) by torch.nn.utils.prune, a norm or parametrize: make "
@@ -70,6 +65,15 @@ def check_plain(model: nn.Module) -> None:
             )
         if first.setdefault(id(parameter), name) != name:
             raise BadInput(f"{name} is {first[id(parameter)]} too: give each a tensor of its own, which loads as one")
+
+
+def check_own_forwards(model: nn.Module) -> None:
+    """Raises BadInput for a module whose forward another library replaced: a copy's would go on with the original."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module and not hasattr(module, HOOKS):
+            here = name or type(model).__name__
+            raise BadInput(f"{here}: its forward was replaced; take off what did that, and put it on the pruned model")
 
 
 def check_own_layers(model: nn.Module) -> None:

@@ -151,19 +151,17 @@ def calibrate(name: str) -> Row:
 def compensate(name: str) -> Row:
     """The training-free repair at 0.3: the relative error of the UNet's output on fresh noise before and after."""
     unet = model(name)
-    dense = copy.deepcopy(unet)
-    made = dp.make_plan(unet, "magnitude", pruning_ratio=0.3)
+    dense, made = copy.deepcopy(unet), dp.make_plan(unet, "magnitude", pruning_ratio=0.3)
     dp.remove_(unet, made)
-    samples = samples_of(dense, IMAGES)
-    fresh = fresh_inputs(dense)
+    samples, fresh = samples_of(dense, IMAGES), fresh_inputs(dense)
     wanted = output(dense, fresh)
     row = {"error before": relative(output(unet, fresh), wanted), "loaded": high_water()}
     start = time.process_time()
     report = compensate_(unet, dense, made, DDPMScheduler(), samples, **kept(unet))
     row |= {"seconds": report.seconds, "cpu seconds": time.process_time() - start}
     row["error after"] = relative(output(unet, fresh), wanted)
-    refitted = sum(repair.refitted for repair in report.repairs)
-    return row | {"params": made.params, "regressions": len(report.repairs), "refitted": refitted}
+    row["refitted"] = sum(repair.refitted for repair in report.repairs)
+    return row | {"params": made.params, "regressions": len(report.repairs)}
 
 
 def kept(unet: Any) -> Row:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from diffprune_plugin.adapters.state import check_own_forwards
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.graph.products import Products
 
@@ -121,7 +122,11 @@ def own_parameters(module: nn.Module) -> int:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the structure without data: parameters and buffers of the same shapes on the meta device."""
+    """A copy of the structure without data: parameters and buffers of the same shapes on the meta device.
+
+    Raises BadInput where the copy would not run.
+    """
+    check_own_forwards(model)
     memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
     memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     return copy.deepcopy(model, memo).eval()
