@@ -26,6 +26,7 @@ SD3 = ModelAdapter(
     objective="flow_matching",
     smallest=two_patches,
     any_size=True,
+    largest=lambda config: int(config["pos_embed_max_size"] * config["patch_size"]),
     inputs=(
         Port("hidden_states", "batch {in_channels} height width"),
         Port("encoder_hidden_states", "batch sequence {joint_attention_dim}"),

@@ -48,7 +48,7 @@ class ModelAdapter(AttentionFacts):
     component: the attribute of a pipeline that holds the model. sample, timestep: names of the inputs that hold the
         noisy sample (batch, channels, ...) and its timesteps (batch,).
     size, smallest: of a config, (height, width) of a sample, and the least that passes every layer; any_size: data of
-        any size are taken. timesteps: taken.
+        any size are taken, with sides of the ``largest`` at most. timesteps: taken.
     words: sizes, in examples, of axes other than batch, height and width, or a function of the sizes of the others.
     real_timesteps: whether those between whole ones are taken too.
     blocks, residuals, depths: lists of blocks of which any may go, modules that may, published plans that take some.
@@ -82,6 +82,7 @@ class ModelAdapter(AttentionFacts):
     smallest: Callable[[Config], tuple[int, int]] = two_pixels_at_the_bottom
     timesteps: Callable[[Config], range] = any_timestep
     any_size: bool = False
+    largest: Callable[[Config], int] | None = None
     packing: Packing | None = None
     real_timesteps: Callable[[Config], bool] = whole_ones
     objective: str = "noise_prediction"

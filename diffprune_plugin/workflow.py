@@ -18,7 +18,7 @@ from torch import nn
 
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.calibration.stored import calibration_for
-from diffprune_plugin.config.criterion import criterion_of, describe, tell_unused
+from diffprune_plugin.config.criterion import criterion_of, describe, dropout_of, tell_unused
 from diffprune_plugin.config.pruning import PruningConfig
 from diffprune_plugin.data.encoding import encode
 from diffprune_plugin.data.places import is_folder
@@ -233,7 +233,7 @@ def prepare(config: PruningConfig, overwrite: bool, dry_run: bool) -> Job:
         is_folder(Path(config.data))  # that it is there
 
     def samples() -> Samples:
-        found = encode(loaded, config.data, config.resolution)
+        found = encode(loaded, config.data, config.resolution).with_dropout(dropout_of(criterion))
         if compensating:
             check_enough(len(found), SAMPLES)
         return found

@@ -22,6 +22,12 @@ def criterion_of(config: PruningConfig) -> Criterion:
     return importance(name, **options)
 
 
+def dropout_of(criterion: Any) -> float | None:
+    """The ``condition_dropout`` that a criterion's calibration was asked for."""
+    found: float | None = getattr(getattr(criterion, "sweep", None), "condition_dropout", None)
+    return found
+
+
 def tell_unused(config: PruningConfig, criterion: Criterion, allocated: bool) -> None:
     """A line on standard error with the keys that a config gives and nothing in it asks for."""
     idle = set()

@@ -25,6 +25,7 @@ class Samples:
     condition. captions: texts that are not encoded yet. classes: of how many class folders the labels were made.
     noised: how many channels, the first ones, get noise; those behind are a condition, clean. None: all of them.
     pictures: they were image files or PIL images, whose colours may be converted to what a model takes.
+    dropout: the share that a compensation or sensitivity takes without condition, where it is known what that is.
     """
 
     values: Tensor
@@ -34,6 +35,7 @@ class Samples:
     classes: int | None = None
     noised: int | None = None
     pictures: bool = False
+    dropout: float = CONDITION_DROPOUT
 
     def __len__(self) -> int:
         return len(self.values)
@@ -53,6 +55,10 @@ class Samples:
             if dropped is not None and name in self.null:
                 part[dropped] = self.null[name].to(part)
         return found
+
+    def with_dropout(self, share: float | None) -> Samples:
+        """Themselves with another ``dropout``, if one was asked for."""
+        return self if share is None else replace(self, dropout=share)
 
     def in_memory(self) -> Samples:
         """Themselves, or those that lie on a GPU as they are on the CPU."""
@@ -85,6 +91,8 @@ class Samples:
         digest = hashlib.sha256()
         if self.noise_shape != self.shape:
             digest.update(str(self.noise_shape).encode())
+        if self.null and self.dropout != CONDITION_DROPOUT:
+            digest.update(str(self.dropout).encode())
         further = (part[key] for part in (self.extra, self.null) for key in sorted(part))
         for tensor in (self.values, *further):
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied

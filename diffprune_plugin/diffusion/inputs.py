@@ -60,11 +60,14 @@ def fitting(samples: Samples, model: nn.Module, adapter: ModelAdapter, scheduler
 
 
 def whole_squares(samples: Samples, model: nn.Module, adapter: ModelAdapter) -> tuple[int, int]:
-    """The (height, width) of samples for a model that takes any; raises BadInput for half a patch."""
+    """The (height, width) of samples for a model that takes any; raises BadInput for half a patch, or too many."""
     _, height, width = samples.shape
     step = adapter.trace_size(model)[0] // 2
     if height % step or width % step:
         raise BadInput(f"data: samples are {height} x {width}, the sides have to divide by {step}; convert them")
+    most = adapter.largest(config_of(model)) if adapter.largest else max(height, width)
+    if max(height, width) > most:
+        raise BadInput(f"data: samples are {height} x {width}, the model takes {most} a side; make them smaller")
     return height, width
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.timesteps import share
-from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples, moved
+from diffprune_plugin.data.samples import Samples, moved
 from diffprune_plugin.diffusion.loss import noised
 from diffprune_plugin.errors import BadInput
 
@@ -39,8 +39,8 @@ class Draws:
 def draw(
     data: Samples, scheduler: Any, timesteps: Any, count: int, seed: int, like: Tensor, adapter: ModelAdapter
 ) -> Draws:
-    """``count`` noisy samples, timesteps spread evenly, a tenth without their condition where the data knows what that
-    is; held out are all samples of every eighth image.
+    """``count`` noisy samples, timesteps spread evenly, some (`Samples.dropout`) without their condition where the data
+    knows what that is; held out are all samples of every eighth image.
 
     Raises BadInput for fewer than two images or samples.
     """
@@ -52,7 +52,7 @@ def draw(
     chosen = torch.tensor([int(rng.choice(share(timesteps, int(i), count))) for i in rng.permutation(count)])
     noise = torch.randn((count, *data.noise_shape), generator=torch.Generator().manual_seed(seed))
     noisy, _, times = noised(scheduler, data.sample(rows), noise, chosen, adapter)
-    dropped = torch.from_numpy(np.random.default_rng([seed, 2]).random(count) < CONDITION_DROPOUT)
+    dropped = torch.from_numpy(np.random.default_rng([seed, 2]).random(count) < data.dropout)
     extra = moved(data.inputs(rows, dropped), like)
     held_out = torch.from_numpy(image % fold == fold - 1).to(like.device)
     return Draws(noisy.to(like), times.to(like.device), extra, held_out, adapter)

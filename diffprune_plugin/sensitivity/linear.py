@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.timesteps import share
 from diffprune_plugin.data.loading import load_samples
-from diffprune_plugin.data.samples import CONDITION_DROPOUT, Samples
+from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.diffusion.batches import SENSITIVITY, batch_of, draw
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.loss import noised
@@ -129,7 +129,7 @@ class Noisy:
         """The model's inputs, by name, for these samples."""
         like = next(model.parameters())
         total = np.arange(int(self.scheduler.config.num_train_timesteps))
-        dropout = CONDITION_DROPOUT if self.data.null else 0.0
+        dropout = self.data.dropout if self.data.null else 0.0
         draws = [draw(self.data, self.seed, SENSITIVITY, i, share(total, i, self.count), dropout) for i in rows]
         batch = batch_of(self.data, draws).to(like)
         noisy, _, times = noised(self.scheduler, batch.sample, batch.noise, batch.timesteps, self.adapter)

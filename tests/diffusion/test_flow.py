@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,10 @@ def test_calibration_counts_timesteps_by_the_loss_of_the_noise(name: str, tmp_pa
 def test_a_scheduler_of_the_other_objective_is_refused_by_name() -> None:
     with pytest.raises(BadInput, match=r"DDIMScheduler .* noise prediction, and a SD3Transformer2DModel is"):
         dp.calibrate(make("SD 3"), DDIMScheduler(), given("SD 3"), **FAST)
+
+
+def test_samples_with_more_patches_than_the_model_has_places_are_one_line() -> None:
+    model, samples = make("SD 3"), given("SD 3")  # 8 places of 2 pixels
+    large = replace(samples, values=torch.zeros(4, 4, 18, 18))
+    with pytest.raises(BadInput, match="data: samples are 18 x 18, the model takes 16 a side; make them smaller"):
+        dp.calibrate(model, FlowMatchEulerDiscreteScheduler(), large, **FAST)

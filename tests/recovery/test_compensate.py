@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
+from diffprune_plugin.config.criterion import dropout_of
 from diffprune_plugin.data.loading import load_samples
 from diffprune_plugin.data.samples import Samples
 from diffprune_plugin.errors import BadInput, CheckFailed
@@ -512,3 +513,19 @@ def test_activations_that_are_not_finite_end_it_with_one_line(images: np.ndarray
         (dense if which == "dense" else unet).mid_block.resnets[0].conv1.bias.fill_(float("nan"))
     with pytest.raises(CheckFailed, match=rf"the {which} UNet's output of mid_block\S* is not finite"):
         repair(unet, dense, plan, images)
+
+
+def test_the_share_without_a_condition_is_the_one_that_was_asked_for() -> None:
+    labels, like = torch.ones(16, dtype=torch.long), torch.zeros(1)
+    samples = Samples(torch.zeros(16, 1, 8, 8), {"class_labels": labels}, {"class_labels": torch.tensor([0])})
+
+    def conditions(share: float | None) -> float:
+        data = samples.with_dropout(share)
+        found = draw(data, DDPMScheduler(10), np.arange(10), 400, 0, like, UNET_2D).extra["class_labels"]
+        return float((found == 0).float().mean())
+
+    assert (conditions(0.0), conditions(1.0)) == (0, 1)
+    assert conditions(None) == pytest.approx(0.1, abs=0.05)
+    assert samples.with_dropout(0.0).sha256 != samples.with_dropout(None).sha256
+    assert dropout_of(dp.importance("diff_taylor", condition_dropout=0.0)) == 0
+    assert dropout_of(dp.importance("diff_taylor")) is dropout_of(dp.importance("magnitude")) is None
