@@ -22,11 +22,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from processes import LAUNCH, call
 from processes import TWO as PAIR
 from processes import two_processes as processes_of
+from safetensors.torch import save_file
 from tiny import FAST, SMALL, make_unet
+from tiny_conditional import SD
 
 import diffprune_plugin as dp
 from diffprune_plugin.adapters.unet_2d import UNET_2D
@@ -573,3 +575,18 @@ def test_a_small_number_is_a_number_in_yaml_too(values, tmp_path) -> None:
 def test_a_teacher_that_is_asked_nothing_is_refused(values) -> None:
     with pytest.raises(BadInput, match="teacher: dense is asked nothing"):
         dp.FinetuneConfig.make({**values, "teacher": "dense", "output_weight": 0.0})
+
+
+def test_what_the_class_does_not_train_stays_as_it_is(tmp_path: Path) -> None:
+    """Frequencies of a Fourier embedding: moved by a thousandth, the phase of t = 999 is another one."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**SD, time_embedding_type="fourier")
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
+    dp.save(DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)), tmp_path / "pruned")
+    tensors = {"latents": torch.randn(8, 4, 8, 8), "encoder_hidden_states": torch.randn(8, 3, 24)}
+    save_file(tensors, tmp_path / "data.safetensors")
+    paths = {"model": str(tmp_path / "pruned"), "output": str(tmp_path / "tuned")}
+    tune({**paths, "data": str(tmp_path / "data.safetensors"), "steps": 2, "batch_size": 2, "tracker": "none"})
+    before, after = weights(paths["model"]), weights(paths["output"])
+    assert torch.equal(before["time_proj.weight"], after["time_proj.weight"])
+    assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
