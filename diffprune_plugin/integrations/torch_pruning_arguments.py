@@ -6,7 +6,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch_pruning as tp
@@ -58,9 +57,9 @@ def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
             raise BadInput(f"{key}: {REFUSED.get(key, 'not known to this version; leave it out')}")
     given = {key: bound.arguments.get(key, defaults[key]) for key in HONOURED}
     ratios = given["pruning_ratio_dict"] or {}
-    if not isinstance(ratios, Mapping) or not all(isinstance(ratio, Real) for ratio in ratios.values()):
+    if not isinstance(ratios, Mapping) or not all(isinstance(ratio, (int, float)) for ratio in ratios.values()):
         raise BadInput(f"pruning_ratio_dict: {ratios!r}: give a ratio for each layer, as in {{'mid_block': 0.3}}")
-    if not isinstance(given["head_pruning_ratio"], Real):
+    if not isinstance(given["head_pruning_ratio"], (int, float)):
         raise BadInput(f"head_pruning_ratio: {given['head_pruning_ratio']!r} is no ratio; leave it out, or give one")
     if given["isomorphic"] and not given["global_pruning"]:
         raise BadInput("isomorphic: ranks groups of one shape together, which needs global_pruning=True; add it")
