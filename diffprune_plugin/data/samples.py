@@ -91,12 +91,16 @@ class Samples:
         digest = hashlib.sha256()
         if self.noise_shape != self.shape:
             digest.update(str(self.noise_shape).encode())
-        if self.null and self.dropout != CONDITION_DROPOUT:
-            digest.update(str(self.dropout).encode())
         further = (part[key] for part in (self.extra, self.null) for key in sorted(part))
         for tensor in (self.values, *further):
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
         return digest.hexdigest()
+
+
+def drawn_hash(samples: Samples) -> str:
+    """SHA-256 of samples and of how often they are taken without condition, where that is not as ever."""
+    usual = not samples.null or samples.dropout == CONDITION_DROPOUT
+    return samples.sha256 if usual else hashlib.sha256(f"{samples.sha256} {samples.dropout}".encode()).hexdigest()
 
 
 def moved(inputs: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:

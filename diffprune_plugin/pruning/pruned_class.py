@@ -226,7 +226,8 @@ def check_dense(dense: nn.Module, model: nn.Module, where: str) -> None:
     if plan is None or set(plan.depth) - set(plan.skipped):
         adapter, other = find_adapter(dense), find_adapter(model)
         same = adapter.model_class == other.model_class and adapter.shapes(dense) == other.shapes(model)
-        if not same or adapter.channels(dense) != other.channels(model):
+        sizes = [(each.channels(of), each.sample_shape(of)) for each, of in ((adapter, dense), (other, model))]
+        if not same or sizes[0] != sizes[1]:
             raise BadInput(f"{where} is not the dense model that this one came from; give its directory")
     else:
         check_architecture(dense, plan, where)

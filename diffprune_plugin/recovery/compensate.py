@@ -19,6 +19,7 @@ from diffprune_plugin.adapters.depth import Shallower
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.calibration import Calibration
 from diffprune_plugin.data.loading import load_samples
+from diffprune_plugin.data.samples import drawn_hash
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import settings_of, training_scheduler
 from diffprune_plugin.errors import BadInput
@@ -180,7 +181,7 @@ def refit_(
     timesteps = np.arange(total) if calibration is None else calibration.timesteps[calibration.counts]
     files = None
     if checkpoint is not None:
-        contents = [what, weights_hash(dense), weights_hash(model), data.sha256, settings_of(scheduler)]
+        contents = [what, weights_hash(dense), weights_hash(model), drawn_hash(data), settings_of(scheduler)]
         # Without passes: the memory that is free then may choose others for the call that goes on.
         settings = [samples, batch_size, timesteps.tolist(), seed, list(strengths)]
         files = RepairFiles(Path(checkpoint), [contents, settings])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.data.samples import Samples, drawn_hash
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput, CheckFailed, first_line
@@ -53,7 +53,7 @@ def spend_measured(
     """
     adapter = find_adapter(model)
     data, scheduler = fitting(images, model, adapter, scheduler), training_scheduler(scheduler)
-    facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, seed]
+    facts = [weights_hash(model), drawn_hash(data), trained_for(scheduler), samples, seed]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = None if progress_in is None else progress_in / f"allocation-{digest}.json"
     with within_memory(REMEDY):

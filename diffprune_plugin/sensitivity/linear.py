@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from diffprune_plugin.adapters.table import ModelAdapter
 from diffprune_plugin.calibration.timesteps import share
 from diffprune_plugin.data.loading import load_samples
-from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.data.samples import Samples, drawn_hash
 from diffprune_plugin.diffusion.batches import SENSITIVITY, batch_of, draw
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.loss import noised
@@ -84,7 +84,7 @@ def measure_sensitivity(
     noisy, blocks = Noisy(data, scheduler, samples, seed, adapter), Branches(model, removable(model, adapter))
     run = Run(model, adapter, groups, noisy, batch_size, seed, processes, blocks, Norms.of(model, groups))
     if checkpoint is not None:
-        facts = [weights_hash(model), data.sha256, trained_for(scheduler), samples, probes, batch_size, seed]
+        facts = [weights_hash(model), drawn_hash(data), trained_for(scheduler), samples, probes, batch_size, seed]
         facts += sorted(run.sums)
         run.resume(Path(checkpoint), facts, checkpoint_seconds)
     with frozen(model), progress_bar(progress and processes.is_first) as bar:
@@ -110,7 +110,7 @@ def measure_sensitivity(
         probes=probes,
         seed=seed,
         weights=weights_hash(model),
-        images=data.sha256,
+        images=drawn_hash(data),
         scheduler=trained_for(scheduler),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffprune_plugin.config.pruning import PruningConfig
-from diffprune_plugin.data.samples import Samples
+from diffprune_plugin.data.samples import Samples, drawn_hash
 from diffprune_plugin.diffusion.inputs import fitting
 from diffprune_plugin.diffusion.schedulers import trained_for, training_scheduler
 from diffprune_plugin.errors import BadInput
@@ -97,7 +97,7 @@ def stored_sensitivity(
         raise BadInput(f"{file}: by the formulas of another version; remove it or name another file")
     same = {
         "model": found.weights == weights_hash(model),
-        "data": found.images == fitting(samples(), model, find_adapter(model), scheduler).sha256,
+        "data": found.images == drawn_hash(fitting(samples(), model, find_adapter(model), scheduler)),
         "scheduler": found.scheduler == trained_for(training_scheduler(scheduler)),
         "seed": found.seed == config.seed,
         "sensitivity_samples": found.samples == config.sensitivity_samples,
