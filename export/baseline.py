@@ -17,6 +17,7 @@ from diffprune_plugin.pruning.pruned_class import check_dense
 from diffprune_plugin.utils.files import scratch
 
 WORSE = 2  # times the dense file's error that a pruned file's may be
+MOST = 0.1  # that may be allowed so, of the largest output: a file that gives zeros errs by 1
 
 
 def check_baseline(model: Path, options: Options) -> None:
@@ -45,7 +46,7 @@ def allowed(
     """Twice the largest error of the dense model's file against its own PyTorch in fp32, and how that was found; None
     where the provider's own tolerance holds.
 
-    Raises CheckFailed where the dense model's file gives nothing finite.
+    Raises CheckFailed where the dense model's file gives nothing finite, or errs by too much itself.
     """
     if not judged_by_dense(options):
         return None, {}
@@ -62,6 +63,9 @@ def allowed(
         told = f"--baseline {options.baseline}: its {options.dtype} file gives no numbers"
         raise CheckFailed(f"{told}: {summary(result)}")
     error = max(case.relative for case in result.cases)
+    if WORSE * error > MOST:
+        told = f"--baseline {options.baseline}: its own {options.dtype} file is off by {error:.1e} of the output"
+        raise CheckFailed(f"{told}, so that nothing could be told by it; keep layers in fp32 (--keep-fp32)")
     return Tolerance(WORSE * error, 0.0), {"relative": error, "allowed": WORSE * error}
 
 

@@ -175,8 +175,8 @@ def measure(
             least, most = (math.ceil(count / opened) for count in (result.rounds, rounds or result.rounds * PATIENCE))
             times, warm_ups = interleaved(runs, least, most, budget, wanted.warm_up, clock)
             seen.append(times)
-        peaks = {n: peak_memory(p, provider, dims[batch][n], threads) for n, p in files.items()} if memory else {}
         ran = {name: provider if name == PRUNED else result.dense_provider for name in times}
+        peaks = {n: peak_memory(p, ran[n], dims[batch][n], threads) for n, p in files.items()} if memory else {}
         every = {name: [taken for times in seen for taken in times[name]] for name in seen[0]}
         result.rows += [row(n, batch, every[n], warm_ups[n], peaks.get(n), ran[n]) for n in every]
         result.ratios += ratios([{n: medians(taken) for n, taken in times.items()} for times in seen], batch, macs)
@@ -184,12 +184,16 @@ def measure(
 
 
 def check_comparable(files: Mapping[str, Path], facts: Mapping[str, Mapping[str, str]]) -> str:
-    """The dtype of the files; raises BadInput where two of them differ in dtype, opset or the size of a sample."""
+    """The dtype of the files; raises BadInput where two of them differ in dtype, opset, the size of a
+    sample or fusion."""
     for key in ("dtype", "opset", "axes"):
         values = {name: fact[key] for name, fact in facts.items()}
         if len(set(values.values())) > 1:
             told = ", ".join(f"{files[name]} has {value}" for name, value in values.items())
             raise BadInput(f"{key} differ: {told}; a ratio needs two exports of the same {key}")
+    fused = [files[name] for name, fact in facts.items() if "fused" in fact]
+    if 0 < len(fused) < len(facts):
+        raise BadInput(f"--fuse: {fused[0]} alone has fused operators; a ratio needs two exports that have, or none")
     return facts[PRUNED]["dtype"]
 
 

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffprune_plugin.diffusion.inputs import check_time_table
 from diffprune_plugin.errors import BadInput, CheckFailed, HardwareUnproved
@@ -64,10 +63,14 @@ def run_pipeline(
                     unet = denoiser_file(place)
                     check_placement(verdict.content, unet, options.check_placement, options.batches[0], say)
                 time_both(verdict, model, place, options, say, show)
-                write_card(place, model, proofs={"the export": verdict_lines(held(verdict))})
+                missed = missed_gate(verdict, options)
+                told_of = {**verdict.content, "passed": missed is None, "failure": str(missed)}
+                write_card(place, model, proofs={"the export": verdict_lines(told_of)})
+                for stale in (VERDICT, f".rejected{VERDICT}"):  # of the directory that goes
+                    output.with_name(output.name + stale).unlink(missing_ok=True)
             ending = VERDICT
-            if verdict.latency:
-                gate(verdict.latency, options.max_latency_ms, options.min_speedup)
+            if missed is not None:
+                raise missed
     finally:
         write_json(options.verdict or output.with_name(output.name + ending), verdict.content)
         write_page(options.report, verdict)
@@ -83,9 +86,14 @@ def check_honoured(model: Path, options: Options) -> None:
         raise BadInput(f"--min-speedup, --max-latency-ms: no image of {model} is timed: {why}; {remedy}")
 
 
-def held(verdict: Verdict) -> dict[str, Any]:
-    """What a verdict says once nothing but a gate can fail."""
-    return {**verdict.content, "passed": True}
+def missed_gate(verdict: Verdict, options: Options) -> CheckFailed | None:
+    """What a gate says that the images' latency misses: the directory is there nevertheless, and its card says so."""
+    try:
+        if verdict.latency:
+            gate(verdict.latency, options.max_latency_ms, options.min_speedup)
+    except CheckFailed as error:
+        return error
+    return None
 
 
 def build(verdict: Verdict, model: Path, place: Path, options: Options, say: Say) -> None:

@@ -279,7 +279,10 @@ def dependence(session: OrtDenoiser, subject: Subject, tolerance: Tolerance) -> 
     found, expected = session(inputs), subject.denoise(inputs)
     for name, tensor in others.items():
         if bool((tensor == inputs[name]).all()):
-            others[name] = tensor = inputs[name].flip(-1) if tensor.is_floating_point() else (inputs[name] + 1) % 2
+            flipped = inputs[name].flip(-1)
+            constant = bool((flipped == inputs[name]).all())  # FLUX's guidance, places of its text
+            real = inputs[name] + 1 if constant else flipped
+            others[name] = tensor = real if tensor.is_floating_point() else (inputs[name] + 1) % 2
         changed = inputs | {name: tensor}
         moved = float((session(changed) - found).abs().max())
         meant = float((subject.denoise(changed) - expected).abs().max())

@@ -96,10 +96,12 @@ def facts_of(card: ModelCard) -> dict[str, Any]:
 
 
 def around(text: str, body: str) -> str:
-    """The text with our part in it renewed; ours alone where it has none."""
+    """The text with our part in it renewed, or behind it where it has none; raises BadInput for one without an end."""
     before, found, rest = text.strip().partition(BEGIN)
-    after = rest.partition(END)[2]
-    return "\n\n".join(part.strip() for part in (before, body, after) if part.strip()) + "\n" if found else body
+    _, ended, after = rest.partition(END)
+    if found and not ended:
+        raise BadInput(f"{CARD}: its part that begins with {BEGIN} has no {END}; put that back, or take the part out")
+    return "\n\n".join(part.strip() for part in (before, body, after) if part.strip()) + "\n"
 
 
 def data(directory: Path, source: Path | str | None, old: ModelCard | None) -> ModelCardData:

@@ -178,6 +178,7 @@ def load_pipeline(
     named = sorted(each for each in variants if each)
     if len(named) > 1:
         raise BadInput(f"{directory}: its parts have weights of {' and '.join(named)} alone; save it with one of them")
+    shown = diffusers.utils.logging.is_progress_bar_enabled()
     diffusers.utils.logging.disable_progress_bar()
     try:
         with foreign_errors(f"{directory}: cannot be loaded as a pipeline"), without_a_doubt():
@@ -185,7 +186,8 @@ def load_pipeline(
                 directory, use_safetensors=True, variant=next(iter(named), None), **given
             )
     finally:
-        diffusers.utils.logging.enable_progress_bar()
+        if shown:
+            diffusers.utils.logging.enable_progress_bar()
 
 
 def absent(directory: Path) -> dict[str, None]:

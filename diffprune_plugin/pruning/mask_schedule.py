@@ -64,9 +64,10 @@ class MaskSchedule:
         """Mask what this epoch asks for, by default the one after the last; None if that is no more than before."""
         epoch = self.epoch if epoch is None else epoch
         ratio = self.levels[min(epoch, len(self.levels) - 1)]
-        self.epoch = epoch + 1
         if ratio <= self.current_ratio:
+            self.epoch = epoch + 1
             return None
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         nested = Nested(self.scoring(), self.plan)
         if self.plan is not None:
             fold_(self.model)
@@ -74,7 +75,11 @@ class MaskSchedule:
         try:
             plan = make_plan(self.model, nested, pruning_ratio=ratio, **self.options)
             self.check_nested(plan, ratio)
-            self.plan, self.current_ratio = plan, ratio
+            self.plan, self.current_ratio, self.epoch = plan, ratio, epoch + 1
+        except BaseException:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            raise
         finally:  # a plan that cannot be made leaves the masks as they were
             report = None if self.plan is None else mask_(self.model, self.plan, exact_norms=self.exact_norms)
         return report

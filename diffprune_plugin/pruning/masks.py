@@ -41,7 +41,7 @@ from diffprune_plugin.graph.groups import ChannelsToGo
 from diffprune_plugin.hookspecs import Criterion
 from diffprune_plugin.planning.plan import PLAN_FILE, PruningPlan
 from diffprune_plugin.planning.planner import make_plan
-from diffprune_plugin.pruning.masked_layers import keep_
+from diffprune_plugin.pruning.masked_layers import keep_, stock_
 from diffprune_plugin.pruning.removal import channels_to_go
 from diffprune_plugin.utils.files import new_directory
 from diffprune_plugin.utils.optional import need
@@ -162,10 +162,14 @@ def load_masked_(
     if stamp.get("plan") != plan.sha256:
         raise BadInput(f"{Path(directory) / WEIGHTS}: belongs to another plan than {PLAN_FILE}; restore both files")
     report = mask_(model, plan, exact_norms=stamp.get("exact_norms") == "True", adapter=adapter)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise BadInput(f"{Path(directory) / WEIGHTS}: does not fit the UNet: {first_line(error)}") from None
+    mine = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name in {**mine, **state} if name not in state or mine.get(name) != state[name].shape]
+    if wrong:
+        unwrap_(model)
+        stock_(model)
+        del model.mask_report
+        raise BadInput(f"{Path(directory) / WEIGHTS}: does not fit the UNet: {wrong[0]}")
+    model.load_state_dict(state)
     return report
 
 

@@ -13,6 +13,7 @@ from diffprune_plugin.plugins import find_adapter
 from diffprune_plugin.pruning.directory import DENSE_CONFIG, LOADER_FILE, read_json, to_json
 from diffprune_plugin.pruning.index import INDEX_FILE
 from diffprune_plugin.pruning.pruned_class import base_of
+from diffprune_plugin.utils.modes import evaluating
 
 
 @torch.no_grad()
@@ -23,18 +24,17 @@ def stock_twin(model: Any) -> Any:
     if adapter.narrower is None or model.pruning_plan.skipped or not base.__module__.startswith("diffusers."):
         return None
     config = {key: value for key, value in dict(config_of(model)).items() if not key.startswith("_")}
-    training, inputs = model.training, adapter.trace_inputs(model)
+    inputs = adapter.trace_inputs(model)
     try:
         with init_empty_weights():
             twin = base.from_config({**config, **adapter.narrower(model)}).eval()
         if shapes(twin) != shapes(model):
             return None
         twin.load_state_dict(model.state_dict(), assign=True)
-        outputs = [each.eval()(**inputs, return_dict=False)[0] for each in (twin, model)]
+        with evaluating(model):
+            outputs = [each(**inputs, return_dict=False)[0] for each in (twin, model)]
     except (ValueError, ZeroDivisionError, RuntimeError):  # widths that the class refuses; a dtype without kernels
         return None
-    finally:
-        model.train(training)
     return twin if torch.equal(*outputs) else None
 
 

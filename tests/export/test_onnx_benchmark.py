@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from diffusers import UNet2DModel
@@ -17,6 +18,7 @@ from diffprune_plugin.export.benchmark import (
     Latency,
     Ratio,
     Row,
+    check_comparable,
     check_gates,
     gate,
     interleaved,
@@ -190,6 +192,14 @@ def test_impossible_sizes_are_refused(models, options):
 def test_files_of_two_dtypes_have_no_ratio(models, mixed_onnx):
     with pytest.raises(BadInput, match=r"dtype differ: .*dense.onnx has fp32, .*mixed.onnx has fp16"):
         measure(mixed_onnx, models.dense_onnx)
+
+
+def test_a_file_with_fused_operators_and_one_without_have_no_ratio():
+    files = {"dense": Path("d.onnx"), "pruned": Path("p.onnx")}
+    alike = {"dtype": "fp32", "opset": "20", "axes": "1"}
+    assert check_comparable(files, {"dense": {**alike, "fused": "{}"}, "pruned": {**alike, "fused": "{}"}}) == "fp32"
+    with pytest.raises(BadInput, match=r"--fuse: p\.onnx alone has fused operators"):
+        check_comparable(files, {"dense": alike, "pruned": {**alike, "fused": "{}"}})
 
 
 def test_files_of_two_opsets_have_no_ratio(models, tmp_path):

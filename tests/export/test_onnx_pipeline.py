@@ -26,7 +26,7 @@ from tiny_pipelines import LETTERS, PIPELINES, autoencoder
 from tiny_transformers import make
 
 import diffprune_plugin as dp
-from diffprune_plugin.errors import BadInput, HardwareUnproved
+from diffprune_plugin.errors import BadInput, CheckFailed, HardwareUnproved
 from diffprune_plugin.export import (
     ORTPipeline,
     ORTUNet,
@@ -119,6 +119,30 @@ def test_an_overwriting_export_that_fails_leaves_the_earlier_one_and_its_verdict
     assert json.loads((tmp_path / "onnx.verdict.json").read_text())["passed"]
     assert not json.loads((tmp_path / "onnx.rejected.verdict.json").read_text())["passed"]
     assert ORTPipeline(output)
+
+
+def test_a_card_tells_of_the_gate_and_an_earlier_verdict_goes_with_its_directory(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, words, elsewhere = tmp_path / "onnx", ("--steps", 2, "--no-verify"), tmp_path / "elsewhere.json"
+
+    def timed(verdict: Any, *_: Any) -> None:
+        verdict.latency = Latency("cpu", "fp32", 1, 5)
+
+    def misses(*_: Any) -> None:
+        raise CheckFailed("too slow")
+
+    real = pipeline_workflow.gate
+    monkeypatch.setattr(pipeline_workflow, "time_both", timed)
+    monkeypatch.setattr(pipeline_workflow, "gate", misses)
+    assert exit_code(output, "--model", exported, *words) == 1
+    assert "it did NOT hold: too slow" in (output / "README.md").read_text()
+    assert json.loads((tmp_path / "onnx.verdict.json").read_text())["failure"] == "too slow"
+    monkeypatch.setattr(pipeline_workflow, "gate", real)
+    assert exit_code(output, "--model", exported, *words, "--overwrite", "--json", elsewhere) == 0
+    assert "it held" in (output / "README.md").read_text()
+    assert not list(tmp_path.glob("onnx.*"))
+    assert json.loads(elsewhere.read_text())["passed"]
 
 
 def test_pytorchs_images_are_those_before_a_safety_checker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

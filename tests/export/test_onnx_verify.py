@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -314,3 +316,20 @@ def test_a_scheduler_that_ddim_cannot_follow_is_none_and_a_damaged_one_is_named(
 
 def test_a_model_without_scheduler_has_no_sampling_run(models, tmp_path):
     assert pipeline_scheduler(models.pruned / "unet") is None
+
+
+def test_an_input_that_is_always_the_same_has_to_be_depended_on_too() -> None:
+    """FLUX's guidance: flipped it is what it was."""
+
+    def denoise(inputs: Any) -> torch.Tensor:
+        return inputs["sample"] * inputs["guidance"] + inputs["timestep"]
+
+    example = {"sample": torch.ones(1, 2), "timestep": torch.zeros(1), "guidance": torch.full((1,), 3.5)}
+    adapter = SimpleNamespace(timestep="timestep", model_time=1.0)
+    subject: Any = SimpleNamespace(
+        adapter=adapter, taken=lambda step: step, denoise=denoise, example=lambda seed=0: dict(example)
+    )
+    for session, holds in ((denoise, True), (lambda inputs: denoise(inputs | {"guidance": torch.tensor(3.5)}), False)):
+        cases = {case.name: case.passed for case in verify.dependence(session, subject, verify.TOLERANCES["fp32"])}
+        assert cases == {name: holds or name != "output depends on guidance" for name in cases}
+        assert len(cases) == 3

@@ -25,7 +25,7 @@ from tiny import make_unet
 import diffprune_plugin as dp
 from diffprune_plugin.errors import BadInput
 from diffprune_plugin.planning.plan import architecture_hash
-from diffprune_plugin.pruning.card import renew_card, verdict_lines
+from diffprune_plugin.pruning.card import BEGIN, END, renew_card, verdict_lines
 from diffprune_plugin.pruning.directory import read_json
 from diffprune_plugin.utils.files import check_unchanged
 from diffprune_plugin.utils.tensors import weights_hash
@@ -75,6 +75,15 @@ def test_what_people_wrote_around_it_stays_when_it_is_renewed_and_so_does_the_li
     assert card.text.count("# DDPMPipeline, pruned") == 1
     assert "`diffprune-export m.onnx`" in card.text
     check_unchanged(pruned)
+    path.write_text(card.content.replace(END, ""))
+    with pytest.raises(BadInput, match=rf"README\.md: its part that begins with {BEGIN} has no {END}"):
+        renew_card(pruned)
+    assert "My own words." in path.read_text()
+    path.write_text("---\nlicense: mit\n---\nThree pages that I wrote.\n")
+    for _ in range(2):
+        renew_card(pruned)
+    assert ModelCard.load(path).text.strip().startswith("Three pages that I wrote.\n\n" + BEGIN)
+    assert path.read_text().count("# DDPMPipeline, pruned") == 1
     path.write_text("---\n- : [\n---\n")
     with pytest.raises(BadInput, match="its header cannot be read"):
         renew_card(pruned)

@@ -174,3 +174,21 @@ def test_a_schedule_refuses_a_calibration_that_its_criterion_does_not_take(unet,
 
 def calibrated(images) -> Any:
     return lambda unet: dp.calibrate(unet, DDPMScheduler(), images, SWEEP, batch_size=8, timesteps=4, progress=False)
+
+
+def test_a_step_that_fails_is_taken_again_from_the_same_gradients(unet, monkeypatch) -> None:
+    schedule = dp.MaskSchedule(unet, [0.3, 0.5], TaylorImportance(SWEEP))
+    unet(**UNET_2D.example_inputs(unet)).sample.square().mean().backward()
+    schedule.step()
+    unet(**UNET_2D.example_inputs(unet)).sample.square().mean().backward()
+    before = {name: p.grad.clone() for name, p in unet.named_parameters()}
+
+    def fails(plan: Any, ratio: float) -> None:
+        raise BadInput("levels")
+
+    monkeypatch.setattr(schedule, "check_nested", fails)
+    for _ in range(2):
+        with pytest.raises(BadInput, match="levels"):
+            schedule.step()
+        assert schedule.epoch == 1
+        assert all(torch.equal(p.grad, before[name]) for name, p in unet.named_parameters())

@@ -25,6 +25,7 @@ from diffprune_plugin.pruning.masked_layers import KEPT, STOCK
 from diffprune_plugin.pruning.masks import keep_masks
 from diffprune_plugin.pruning.removal import channels_to_go, remove_channels_
 from diffprune_plugin.utils.files import LIST_FILE
+from diffprune_plugin.utils.tensors import load_tensors, save_tensors
 
 nncf = pytest.importorskip("nncf")
 from nncf.torch.function_hook.pruning.magnitude.schedulers import MultiStepMagnitudePruningScheduler  # noqa: E402
@@ -310,6 +311,15 @@ def test_damaged_files_of_a_masked_unet_are_refused(tmp_path) -> None:
     (first / "masked.safetensors").write_bytes((second / "masked.safetensors").read_bytes())
     with pytest.raises(BadInput, match="belongs to another plan"):
         dp.load_masked_(make_unet(), first)
+    state, stamp = load_tensors(second / "masked.safetensors")
+    save_tensors({k: v for k, v in state.items() if k != "conv_in.bias"}, second / "masked.safetensors", stamp)
+    unet = make_unet()
+    expected, types = output_of(unet), [type(module) for module in unet.modules()]
+    with pytest.raises(BadInput, match=r"does not fit the UNet: conv_in\.bias"):
+        dp.load_masked_(unet, second)
+    torch.testing.assert_close(output_of(unet), expected)  # queries were scaled and back
+    assert [type(module) for module in unet.modules()] == types
+    assert not hasattr(unet, "mask_report")
     (first / "masked.safetensors").unlink()
     with pytest.raises(BadInput, match="no such file"):
         dp.load_masked_(make_unet(), first)

@@ -10,7 +10,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from tiny import make_unet, output_of
 from tiny_conditional import FAMILIES
 from tiny_conditional import make_unet as make_conditional
@@ -102,3 +103,20 @@ def test_a_config_with_the_same_shapes_that_computes_something_else_is_none(
     assert stock.stock_twin(unet) is not None
     monkeypatch.setattr(stock, "find_adapter", lambda model: replace(real, narrower=planted))
     assert stock.stock_twin(unet) is None
+
+
+def test_a_model_is_saved_in_the_modes_that_it_is_in(tmp_path: Path) -> None:
+    unet = make_unet()
+    dp.remove_(unet, dp.make_plan(unet, "magnitude", pruning_ratio=0.5))
+    unet.train()
+    unet.mid_block.eval()
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        dp.save(DDPMPipeline(unet, DDPMScheduler()), tmp_path / "saved")
+        load_pipeline(tmp_path / "saved")
+        assert not diffusers_logging.is_progress_bar_enabled()
+    finally:
+        (diffusers_logging.enable_progress_bar if shown else diffusers_logging.disable_progress_bar)()
+    assert unet.down_blocks.training
+    assert not any(module.training for module in unet.mid_block.modules())
