@@ -13,7 +13,7 @@ from diffprune_plugin.export.benchmark import DENSE, PRUNED, Latency, check_gate
 from diffprune_plugin.export.convert import check_options, dense_twin, model_in, to_onnx
 from diffprune_plugin.export.feeds import example_feeds, fixed_dims, multiples
 from diffprune_plugin.export.halves import with_kept_layers
-from diffprune_plugin.export.integrity import VERDICT, check_output
+from diffprune_plugin.export.integrity import VERDICT, check_output, reject
 from diffprune_plugin.export.kernels import TABLES, looked_up, unknown_line
 from diffprune_plugin.export.options import BenchOptions, Options
 from diffprune_plugin.export.promise import promise_line, promised
@@ -239,7 +239,11 @@ def verify(
     content: dict[str, Any], model: Path, output: Path, options: Options, provider: str, say: Callable[[str], None]
 ) -> None:
     """Raises CheckFailed, the files renamed, if the numerics miss."""
-    tolerance, of_dense = allowed(model, output, options, without_replay(provider))
+    try:
+        tolerance, of_dense = allowed(model, output, options, without_replay(provider))
+    except CheckFailed as error:
+        reject(output, content["export"]["files"])
+        raise CheckFailed(f"{error}; renamed *.rejected") from None
     result = verify_onnx(
         output,
         model,

@@ -111,6 +111,7 @@ def test_a_pruned_file_may_be_twice_as_wrong_as_the_dense_one_and_no_more(models
     monkeypatch.setattr(baseline, "WORSE", 1e4)
     with pytest.raises(CheckFailed, match=r"its own fp16 file is off by .* so that nothing could be told by it"):
         workflow.run(models.pruned, tmp_path / "n.onnx", options)
+    assert not (tmp_path / "n.onnx").exists()
     monkeypatch.setattr(baseline, "WORSE", 1e-4)
     with pytest.raises(CheckFailed, match="does not compute what"):
         workflow.run(models.pruned, tmp_path / "n.onnx", options)
