@@ -41,7 +41,8 @@ def sample_images(
     asked = settings or SamplingSettings()
     check_fitting(pipeline, asked.prompts, asked.guidance_scale, asked.size)
     check_drawable(pipeline, asked.prompts)
-    before, bar_before, (_, model) = pipeline.scheduler, bar_of(pipeline), denoiser_of(pipeline)
+    before, (_, model) = pipeline.scheduler, denoiser_of(pipeline)
+    bar_before = getattr(pipeline, "_progress_bar_config", {})
     check_objective(before, find_adapter(model))
     check_time_table(model, find_adapter(model), before)
     pipeline.scheduler = sampler(before, asked.scheduler, asked.steps, asked.skip, scales_noise(pipeline))
@@ -66,11 +67,6 @@ def sample_images(
             pipeline.scheduler = before
             pipeline.set_progress_bar_config(**bar_before)
     return images
-
-
-def bar_of(pipeline: Any) -> dict[str, Any]:
-    """What a pipeline's progress bar was set to."""
-    return getattr(pipeline, "_progress_bar_config", None) or {}
 
 
 def check_finite(images: Any, rows: range, pipeline: Any) -> None:

@@ -181,12 +181,13 @@ def check_same_layers(
     dense: nn.Module, model: nn.Module, dense_name: Callable[[str], str], options: PlanOptions
 ) -> None:
     """Raises BadInput for a pattern that means other layers of a model without some blocks than of the dense one."""
-    before, after = layer_names(dense), {dense_name(name): also for name, also in layer_names(model).items()}
+    before, now = layer_names(dense), layer_names(model)
+    after = {dense_name(name) for name in now}
     for key in PATTERNS:
         for pattern in getattr(options, key):
             meant = {name for name in matching(pattern, before, key) if name in after}
             try:
-                found = {dense_name(name) for name in matching(pattern, layer_names(model), key)}
+                found = {dense_name(name) for name in matching(pattern, now, key)}
             except BadInput:
                 found = set()
             if found != meant:
